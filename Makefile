@@ -1,0 +1,71 @@
+# Plain verbs; `make` alone lists them. Everything runs in a virtual environment that the first verb makes.
+
+PYTHON ?= python3
+# What to install as torch, e.g. TORCH="torch==2.13.0". Empty: .ci/install-torch looks for a GPU and chooses.
+TORCH ?=
+# Test processes, and further arguments for pytest: make test ARGS="-k rope -x"
+JOBS ?= 2
+ARGS ?=
+
+VENV := .venv
+VENV_LOWEST := .venv-lowest
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-lowest lint format clean FORCE
+export TORCH
+
+help:
+	@echo 'make VERB, where VERB is one of'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  %-14s %s\n", $$1, $$2 }'
+	@echo 'Variables: PYTHON (the interpreter, now $(PYTHON)), TORCH (e.g. "torch==2.13.0"; empty: CPU or GPU build by itself),'
+	@echo '           JOBS (test processes, now $(JOBS)), ARGS (for pytest, e.g. ARGS="-k rope")'
+
+demo: $(VENV)/.installed ## extend a tiny model's context on this machine, in about a minute
+	$(BIN)/hf-longlora demo
+
+test: $(VENV)/.installed ## the default suite: CPU, offline (the slow and the third-party tests are left out)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+test-lowest: $(VENV_LOWEST)/.installed ## the default suite with the oldest dependencies we support
+	$(VENV_LOWEST)/bin/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: $(VENV)/.installed ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed ## rewrite the code as lint wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environments, caches and build outputs
+	rm -rf $(VENV) $(VENV_LOWEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment is made again when pyproject.toml or its constraints change, or when TORCH names another torch than last time.
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'hf-longlora needs Python 3.11 or newer, and PYTHON=$(PYTHON) is not: make ... PYTHON=python3.12' >&2; exit 1; }
+	@[ -x $(@D)/bin/python ] || $(PYTHON) -m venv $(@D)
+	@rm -f $@
+	.ci/install-torch $(@D)/bin/python $(1)
+	$(@D)/bin/python -m pip install -qq --disable-pip-version-check $(if $(1),--constraint $(1)) --editable '.[dev]'
+	@printf '%s' "$$TORCH" > $@
+endef
+
+ifneq ($(strip $(TORCH)),)
+ifneq ($(strip $(TORCH)),$(strip $(shell cat $(VENV)/.installed 2>/dev/null)))
+$(VENV)/.installed: FORCE
+endif
+ifneq ($(strip $(TORCH)),$(strip $(shell cat $(VENV_LOWEST)/.installed 2>/dev/null)))
+$(VENV_LOWEST)/.installed: FORCE
+endif
+endif
+
+$(VENV)/.installed: pyproject.toml .ci/install-torch
+	$(call install)
+
+$(VENV_LOWEST)/.installed: pyproject.toml .ci/install-torch requirements/lowest.txt
+	$(call install,requirements/lowest.txt)
