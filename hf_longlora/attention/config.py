@@ -1,0 +1,53 @@
+"""How shifted sparse attention is configured."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+AttentionMode = Literal["auto", "s2", "dense"]
+"""`"auto"`: sparse in training, dense otherwise. `"s2"` and `"dense"`: always the one named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class S2AttentionConfig:
+    """Shifted sparse attention (LongLoRA, arXiv 2309.12307, section 3.2).
+
+    Args:
+        group_size: Tokens in a group, at least 2. `None`: `group_size_ratio` of the length.
+        group_size_ratio: Group size as a share of the longest document, in (0, 1]. The paper's 1/4 by default; not
+            used where `group_size` is given.
+        kernel: Name of a kernel of `hf_longlora.attention.kernels.KERNELS`, or `"auto"`. A named kernel that can't
+            serve a call raises.
+
+    Raises:
+        ValueError: on a value outside its range.
+    """
+
+    group_size: int | None = field(default=None, metadata={"help": "Tokens in a group; None: group_size_ratio."})
+    group_size_ratio: float = field(default=0.25, metadata={"help": "Group size as a share of the longest document."})
+    kernel: str = field(default="auto", metadata={"help": "Attention kernel: 'auto' or a kernel's name."})
+
+    def __post_init__(self) -> None:
+        check_group_size(self.group_size)
+        if not 0 < self.group_size_ratio <= 1:
+            raise ValueError(
+                f"`group_size_ratio` must be in (0, 1], got {self.group_size_ratio}. The paper's value is 0.25."
+            )
+        from .kernels import KERNELS  # the table imports torch kernels; the config alone should stay light
+
+        if self.kernel != "auto" and self.kernel not in KERNELS:
+            raise ValueError(f"Unknown attention kernel {self.kernel!r}; choose 'auto' or one of {sorted(KERNELS)}.")
+
+    def resolve_group_size(self, longest: int) -> int:
+        """Group size in tokens, where the longest document has `longest` tokens."""
+        if self.group_size is not None:
+            return self.group_size
+        return max(2, math.ceil(self.group_size_ratio * longest))
+
+
+def check_group_size(group_size: int | None) -> None:
+    """Raise a `ValueError` unless `group_size` is `None` or a whole number of at least 2."""
+    if group_size is None:
+        return
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
+        raise ValueError(f"`group_size` must be a whole number of at least 2 tokens, got {group_size!r}.")

@@ -1,0 +1,54 @@
+"""The truth: attention by an explicit mask, in fp32. O(n^2) memory; every kernel is compared with it."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .segments import Span
+
+
+def segment_mask(rows: Sequence[Sequence[Span]], length: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Which query may see which key: a bool tensor `[B, S, S]`, causal and cut at the segments of each row."""
+    owner = torch.full((len(rows), length), -1)  # -1: padding
+    for row, spans in enumerate(rows):
+        for index, (start, end) in enumerate(spans):
+            owner[row, start:end] = index
+    owner = owner.to(device)
+    same = (owner[:, :, None] == owner[:, None, :]) & (owner[:, :, None] >= 0)
+    return same & torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def reference_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: Sequence[Sequence[Span]],
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention within segments; shapes as in `hf_longlora.attention.kernels.sdpa`. Queries in no segment give 0.
+
+    `softcap` bounds the scores by `softcap * tanh(scores / softcap)` (Gemma 2); `sinks` `[H]` adds one score for each
+    head that takes weight and gives nothing (gpt-oss).
+    """
+    heads, length = query.shape[1], query.shape[2]
+    groups = heads // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1).float() for x in (key, value))
+    scores = query.float() @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible = segment_mask(rows, length, query.device)[:, None]
+    scores = scores.masked_fill(~visible, float("-inf"))
+    # A row without a visible key has no softmax; let it see itself, and drop what it gives.
+    alone = ~visible.any(-1, keepdim=True)
+    scores = scores.masked_fill(alone, 0.0)
+    if sinks is not None:
+        sink = sinks.float().view(1, heads, 1, 1).expand(scores.shape[0], -1, length, 1)
+        weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    weights = torch.nn.functional.dropout(weights.masked_fill(alone, 0.0), dropout_p)
+    return (weights @ value).to(query.dtype).transpose(1, 2)

@@ -1,0 +1,177 @@
+"""Every kernel against the brute-force oracle, outputs and gradients, on fresh random inputs."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hf_longlora import s2_attention
+from hf_longlora.attention.kernels import KERNELS, PREFERENCE, select_kernel
+
+from .oracle import oracle
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+HEADS = [(4, 4), (4, 2), (6, 3), (3, 3), (5, 1), (1, 1), (8, 2)]
+# relative error of the norm, outputs and gradients
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+
+
+def draw(heads, kv_heads, length, batch=1, dim=16, dim_v=None, dtype=torch.float32, device="cpu", layout="bshd"):
+    """Random q, k, v `[B, H, S, D]`, as transformers hands them over (a transposed view) or contiguous."""
+    tensors = []
+    for n, d in ((heads, dim), (kv_heads, dim), (kv_heads, dim_v or dim)):
+        shape = (batch, length, n, d) if layout == "bshd" else (batch, n, length, d)
+        x = torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
+        x = x.transpose(1, 2) if layout == "bshd" else x
+        tensors.append(x.detach().requires_grad_())
+    return tensors
+
+
+def rows_of(batch, length, mask=None, cu_seqlens=None):
+    if cu_seqlens is not None:
+        edges = cu_seqlens.tolist()
+        return [[(a, b) for a, b in itertools.pairwise(edges) if a < b]]
+    if mask is None:
+        return [[(0, length)]] * batch
+    rows = []
+    for row in mask:
+        real = row.nonzero().flatten().tolist()
+        rows.append([(real[0], real[-1] + 1)] if real else [])
+    return rows
+
+
+def check(tensors, group_size, kernel, mask=None, cu_seqlens=None, scale=None):
+    query = tensors[0]
+    batch, _, length, _ = query.shape
+    out = s2_attention(
+        *tensors, group_size=group_size, kernel=kernel, attention_mask=mask, cu_seqlens=cu_seqlens, scale=scale
+    )
+    weight = torch.randn_like(out)
+    gradients = torch.autograd.grad((out * weight).sum(), tensors)
+    doubles = [x.detach().double().requires_grad_() for x in tensors]
+    expected = oracle(*doubles, rows_of(batch, length, mask, cu_seqlens), group_size, scale)
+    expected_gradients = torch.autograd.grad((expected * weight.double()).sum(), doubles)
+    tolerance = TOLERANCE[query.dtype]
+    for name, got, want in zip(
+        ("out", "dq", "dk", "dv"), (out, *gradients), (expected, *expected_gradients), strict=True
+    ):
+        assert got.isfinite().all(), name
+        error = (got.double() - want).norm() / want.norm().clamp(min=1.0)  # dq of a single token is exactly 0
+        assert error < tolerance, (name, error.item())
+    return out
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 23, 33])
+def test_against_oracle(kernel, heads, length, device):
+    for batch, layout in ((1, "bhsd"), (2, "bshd"), (3, "bhsd")):
+        check(draw(*heads, length, batch, device=device, layout=layout), 8, kernel)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("group_size", [2, 3, 8, 64, None])
+def test_half_precision_and_group_sizes(kernel, dtype, group_size, device):
+    check(draw(4, 2, 29, 2, dim=32, dtype=dtype, device=device), group_size, kernel)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_of_each_row_by_another_amount(kernel, side, device):
+    length = 27
+    mask = torch.ones(4, length, dtype=torch.long, device=device)
+    for row, pads in enumerate((0, 5, 14, length)):
+        if side in ("left", "both"):
+            mask[row, :pads] = 0
+        if side in ("right", "both") and pads:
+            mask[row, -max(1, pads // 2 if side == "both" else pads) :] = 0
+    tensors = draw(4, 2, length, 4, device=device)
+    out = check(tensors, 6, kernel, mask=mask)
+    assert (out.transpose(1, 2)[mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_packed_documents(kernel, device):
+    cu_seqlens = torch.tensor([0, 3, 3, 11, 12, 40, 56], device=device)
+    check(draw(6, 3, 56, device=device), 8, kernel, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_value_dim_and_scale(kernel):
+    check(draw(4, 2, 21, 2, dim=24, dim_v=16), 8, kernel, scale=0.3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    heads=st.sampled_from(HEADS),
+    batch=st.integers(1, 3),
+    length=st.integers(1, 40),
+    group_size=st.integers(2, 24),
+    pads=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=3, max_size=3),
+    layout=st.sampled_from(["bshd", "bhsd"]),
+)
+def test_random_shapes(heads, batch, length, group_size, pads, layout):
+    mask = torch.ones(batch, length, dtype=torch.long)
+    for row in range(batch):
+        left, right = pads[row]
+        mask[row, :left] = 0
+        if right:
+            mask[row, -right:] = 0
+    assume(mask.any())
+    for kernel in PREFERENCE:
+        check(draw(*heads, length, batch, dim=8, layout=layout), group_size, kernel, mask=mask)
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_no_earlier_output_moves_with_a_later_token(kernel):
+    """The causality probe: what the published no-flash path and LLaMA-Factory's version would fail."""
+    query, key, value = (x.detach() for x in draw(4, 2, 33))
+    before = s2_attention(query, key, value, group_size=8, kernel=kernel)
+    for token in range(33):
+        moved = [x.clone() for x in (query, key, value)]
+        for x in moved:
+            x[:, :, token] += 1.0
+        after = s2_attention(*moved, group_size=8, kernel=kernel)
+        changed = (after - before).abs().amax((0, 1, 3)) > 0
+        assert not changed[:token].any(), token
+        assert changed[token]
+
+
+def test_documents_do_not_see_each_other():
+    query, key, value = (x.detach() for x in draw(4, 2, 30))
+    cu_seqlens = torch.tensor([0, 11, 30])
+    before = s2_attention(query, key, value, group_size=4, cu_seqlens=cu_seqlens)
+    value = value.clone()
+    value[:, :, :11] += 1.0
+    after = s2_attention(query, key, value, group_size=4, cu_seqlens=cu_seqlens)
+    assert torch.equal(before[:, :, 11:], after[:, :, 11:])
+
+
+def test_second_derivatives():
+    tensors = [x.detach().double().requires_grad_() for x in draw(2, 1, 9, dim=4)]
+    assert torch.autograd.gradcheck(lambda q, k, v: s2_attention(q, k, v, group_size=4), tensors)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    query, key, value = draw(4, 2, 8)
+    with pytest.raises(ValueError, match="one length"):
+        s2_attention(query, key[:, :, :4], value, group_size=4)
+    with pytest.raises(ValueError, match="multiple"):
+        s2_attention(query, *(x.repeat(1, 3, 1, 1)[:, :3] for x in (key, value)), group_size=4)
+    with pytest.raises(ValueError, match="at least 2"):
+        s2_attention(query, key, value, group_size=1)
+
+
+def test_a_named_kernel_that_cannot_serve_raises():
+    with pytest.raises(ValueError, match=r"'sdpa' lacks softcap.*reference"):
+        select_kernel("sdpa", torch.device("cpu"), softcap=True)
+    with pytest.raises(ValueError, match="lacks attention sinks"):
+        select_kernel("auto", torch.device("cpu"), sinks=True)
+    assert select_kernel("reference", torch.device("cpu"), sinks=True) is KERNELS["reference"].function

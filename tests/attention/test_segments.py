@@ -1,0 +1,123 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_longlora import S2AttentionConfig
+from hf_longlora.attention import Documents, segments
+
+from .oracle import visible
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    group_size=st.integers(2, 20),
+    shifted=st.booleans(),
+)
+def test_segments_are_the_formula(lengths, group_size, shifted):
+    shift = group_size // 2 if shifted else 0
+    documents, at = [], 0
+    for length in lengths:
+        if length:
+            documents.append((at, at + length))
+        at += length
+    seen = torch.zeros(at, at, dtype=torch.bool)
+    for start, end in segments(documents, group_size, shift):
+        assert end > start
+        seen[start:end, start:end] = True
+    assert torch.equal(seen.tril(), visible(at, documents, group_size, shift))
+
+
+def test_dense_segments_are_the_documents():
+    assert segments([(0, 7), (9, 12)], None) == ((0, 7), (9, 12))
+
+
+def test_short_documents_are_dense_even_in_shifted_heads():
+    assert segments([(3, 11)], 8, 4) == ((3, 11),)
+    assert segments([(3, 12)], 8, 4) == ((3, 7), (7, 12))
+
+
+def test_find_without_hints_is_one_document_a_row():
+    assert Documents.find(2, 5).rows == (((0, 5),), ((0, 5),))
+
+
+def test_find_padding_on_both_sides_and_empty_rows():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 1, 0]])
+    assert Documents.find(5, 5, attention_mask=mask).rows == (((2, 5),), ((0, 2),), (), ((0, 5),), ((1, 4),))
+
+
+def test_find_packed_by_position_ids_with_and_without_mask():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 1]])
+    expected = (((0, 3), (3, 5), (5, 6), (6, 8)),)
+    assert Documents.find(1, 8, position_ids=positions).rows == expected
+    # transformers loses packing when there is a mask of ones; we don't
+    assert Documents.find(1, 8, position_ids=positions, attention_mask=torch.ones(1, 8)).rows == expected
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])
+    assert Documents.find(1, 8, position_ids=positions, attention_mask=mask).rows == (((0, 3), (3, 5)),)
+
+
+@pytest.mark.parametrize("pad_position", [0, 1])
+def test_find_left_padding_with_positions(pad_position):
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, pad_position)
+    assert Documents.find(2, 6, attention_mask=mask, position_ids=positions).rows == (((3, 6),), ((1, 6),))
+
+
+def test_find_cu_seqlens_skips_empty_documents():
+    documents = Documents.find(1, 6, cu_seqlens=torch.tensor([0, 2, 2, 6]))
+    assert documents.rows == (((0, 2), (2, 6)),)
+    assert documents.longest == 4 and documents.packed
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"cu_seqlens": torch.tensor([0, 3])}, "rise from 0"),
+        ({"cu_seqlens": torch.tensor([0, 4, 3, 5])}, "rise from 0"),
+        ({"cu_seqlens": torch.tensor([0, 5]), "attention_mask": torch.tensor([[1, 1, 1, 1, 0]])}, "either"),
+        ({"attention_mask": torch.ones(1, 4)}, "shape"),
+        ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1]])}, "padding inside"),
+        ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1]]), "position_ids": torch.arange(5)[None]}, "padding inside"),
+    ],
+)
+def test_find_refuses(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Documents.find(1, 5, **kwargs)
+
+
+def test_cu_seqlens_are_for_one_row():
+    with pytest.raises(ValueError, match="one packed row"):
+        Documents.find(2, 5, cu_seqlens=torch.tensor([0, 5]))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"group_size": 1},
+        {"group_size": 0},
+        {"group_size": -4},
+        {"group_size": 2.0},
+        {"group_size": True},
+        {"group_size_ratio": 0.0},
+        {"group_size_ratio": 1.01},
+        {"group_size_ratio": -0.25},
+        {"kernel": "no-such-kernel"},
+    ],
+)
+def test_config_refuses(kwargs):
+    with pytest.raises(ValueError, match=r"group_size|Unknown attention kernel"):
+        S2AttentionConfig(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("config", "longest", "expected"),
+    [
+        (S2AttentionConfig(), 4096, 1024),
+        (S2AttentionConfig(), 4097, 1025),
+        (S2AttentionConfig(), 3, 2),
+        (S2AttentionConfig(group_size_ratio=1.0), 10, 10),
+        (S2AttentionConfig(group_size=512), 4096, 512),
+    ],
+)
+def test_group_size(config, longest, expected):
+    assert config.resolve_group_size(longest) == expected

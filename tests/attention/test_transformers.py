@@ -1,0 +1,329 @@
+"""`attn_implementation="s2attn"` in models of transformers."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.masking_utils import create_causal_mask
+
+from hf_longlora import S2AttentionConfig, s2_attention_mode, set_s2_attention
+from hf_longlora.attention import get_s2_attention, interface
+from hf_longlora.attention.reference import reference_kernel
+
+GROUP = 8
+
+
+@pytest.fixture
+def models(tiny_llama):
+    """A model with s2attn and its twin with sdpa."""
+    sdpa = tiny_llama()
+    s2 = copy.deepcopy(sdpa)
+    set_s2_attention(s2, S2AttentionConfig(group_size=GROUP))
+    assert sdpa.config._attn_implementation == "sdpa"
+    return s2, sdpa
+
+
+def ids(batch=2, length=37, vocab=128):
+    return torch.randint(3, vocab, (batch, length))
+
+
+def left_padded(batch=2, length=37):
+    mask = torch.ones(batch, length, dtype=torch.long)
+    for row in range(batch):
+        mask[row, : 4 * row + 3] = 0
+    return mask
+
+
+def spy(monkeypatch):
+    """Record, for each call of the attention core, the group size that it ran with."""
+    calls = []
+    real = interface._attention
+
+    def record(query, key, value, documents, group_size, *args, **kwargs):
+        calls.append((documents, group_size))
+        return real(query, key, value, documents, group_size, *args, **kwargs)
+
+    monkeypatch.setattr(interface, "_attention", record)
+    return calls
+
+
+def test_registered_by_import_and_idempotent():
+    assert AttentionInterface._global_mapping["s2attn"] is interface.s2_attention_forward
+    interface.register()
+    assert AttentionInterface._global_mapping["s2attn"] is interface.s2_attention_forward
+
+
+def test_all_ways_to_ask_for_it(tiny_llama, tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="s2attn")
+    made = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation="s2attn")
+    model.set_attn_implementation("s2attn")
+    for each in (loaded, made, model):
+        assert each.config._attn_implementation == "s2attn"
+        # without set_s2_attention: the default, a quarter of the longest document
+        assert get_s2_attention(each).config == S2AttentionConfig()
+        each.train()(input_ids=ids(), labels=ids()).loss.backward()
+
+
+def test_a_saved_model_loads_without_the_package(models, tmp_path):
+    models[0].save_pretrained(tmp_path)
+    assert "s2" not in (tmp_path / "config.json").read_text()
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM\n"
+        f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})\n"
+        "assert 'hf_longlora' not in sys.modules and m.config._attn_implementation == 'sdpa'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("mask", [None, left_padded(), left_padded().flip(1)], ids=["none", "left", "right"])
+def test_training_is_the_reference_layer_by_layer(models, monkeypatch, mask):
+    """Outputs and gradients of the whole model, kernel against the dense-mask reference."""
+    model = models[0].train()
+    reference = copy.deepcopy(model)
+    set_s2_attention(reference, S2AttentionConfig(group_size=GROUP, kernel="reference"))
+    x = ids()
+    labels = x if mask is None else x.masked_fill(mask == 0, -100)
+    losses = [m(input_ids=x, attention_mask=mask, labels=labels).loss for m in (model, reference)]
+    assert torch.allclose(*losses, atol=1e-6)
+    for loss in losses:
+        loss.backward()
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-6), name
+
+
+def test_training_is_sparse_and_inference_dense(models):
+    s2, sdpa = models
+    x = ids()
+    expected = sdpa(input_ids=x).logits
+    assert torch.equal(s2.eval()(input_ids=x).logits, expected)
+    trained = s2.train()(input_ids=x).logits
+    assert torch.allclose(trained[:, : GROUP // 2], expected[:, : GROUP // 2], atol=1e-6)  # inside the first segments
+    assert not torch.allclose(trained[:, GROUP:], expected[:, GROUP:], atol=1e-3)
+
+
+def test_modes(models):
+    s2, sdpa = models
+    x, mask = ids(), left_padded()
+    real = mask.bool()
+    expected = sdpa(input_ids=x, attention_mask=mask).logits
+    s2.train()
+    trained = s2(input_ids=x, attention_mask=mask).logits
+    with s2_attention_mode(s2, "dense"):
+        assert torch.allclose(s2(input_ids=x, attention_mask=mask).logits[real], expected[real], atol=1e-6)
+    s2.eval()
+    with s2_attention_mode(s2, "s2"):
+        assert torch.allclose(s2(input_ids=x, attention_mask=mask).logits[real], trained[real], atol=1e-6)
+    with pytest.raises(RuntimeError, match="inside"), s2_attention_mode(s2, "s2"):
+        raise RuntimeError("inside")
+    assert torch.equal(s2(input_ids=x, attention_mask=mask).logits, expected)  # restored, after an exception too
+    with pytest.raises(ValueError, match="mode"), s2_attention_mode(s2, "sparse"):
+        pass
+    with pytest.raises(ValueError, match="set_s2_attention"), s2_attention_mode(sdpa, "s2"):
+        pass
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_is_that_of_sdpa(models, cache):
+    x, mask = ids(), left_padded()
+    options = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, cache_implementation=cache)
+    for training in (False, True):
+        outputs = [m.train(training).generate(x, **options) for m in models]
+        if not training:
+            assert torch.equal(*outputs)
+        assert outputs[0].shape == outputs[1].shape
+
+
+def test_cached_steps_are_dense_even_in_training_mode(models):
+    s2, sdpa = models
+    x = ids(1, 30)
+    s2.train()
+    with s2_attention_mode(s2, "dense"):
+        cache = s2(input_ids=x[:, :20], use_cache=True).past_key_values
+    got = s2(input_ids=x[:, 20:], past_key_values=cache).logits
+    assert torch.allclose(got, sdpa(input_ids=x).logits[:, 20:], atol=1e-6)
+
+
+def test_packing_by_cu_seqlens_by_positions_and_apart_agree(models):
+    model = models[0].train()
+    lengths = [5, 23, 9]
+    x = ids(1, sum(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    edges = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    packed = model(input_ids=x, position_ids=positions, cu_seq_lens_q=edges, cu_seq_lens_k=edges, max_length_q=23)
+    by_positions = model(input_ids=x, position_ids=positions, use_cache=False)
+    # an all-ones mask and a cache make transformers lose the packing; a kernel of ours must not
+    with_mask = model(input_ids=x, position_ids=positions, attention_mask=torch.ones_like(x))
+    apart = torch.cat([model(input_ids=part).logits for part in x.split(lengths, dim=1)], dim=1)
+    for outputs in (packed, by_positions, with_mask):
+        assert torch.allclose(outputs.logits, apart, atol=1e-6)
+
+
+def test_packed_dense_training_equals_sdpa(models):
+    s2, sdpa = models
+    x = ids(1, 30)
+    positions = torch.cat([torch.arange(n) for n in (11, 19)])[None]
+    with s2_attention_mode(s2.train(), "dense"):
+        got = s2(input_ids=x, position_ids=positions, use_cache=False).logits
+    assert torch.allclose(got, sdpa(input_ids=x, position_ids=positions, use_cache=False).logits, atol=1e-6)
+
+
+def test_documents_are_found_once_a_forward(models, monkeypatch):
+    calls = spy(monkeypatch)
+    models[0].train()(input_ids=ids(), attention_mask=left_padded())
+    assert len(calls) == 2 and calls[0][0] is calls[1][0]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_is_exact(models, use_reentrant, monkeypatch):
+    plain = models[0].train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    x, mask = ids(), left_padded()
+    calls = spy(monkeypatch)
+    for model in (plain, checkpointed):
+        model.enable_input_require_grads()
+        model(input_ids=x, attention_mask=mask, labels=x, use_cache=False).loss.backward()
+    assert {group for _, group in calls} == {GROUP} and len(calls) == 2 + 4  # the recomputation is sparse, too
+    for (name, p), q in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
+        assert torch.equal(p.grad, q[1].grad), name
+
+
+def test_sliding_layers_stay_as_they_are(monkeypatch):
+    config = dict(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    sliding = MistralForCausalLM(MistralConfig(**config, sliding_window=6))
+    calls = spy(monkeypatch)
+    x, mask = ids(), left_padded()
+    expected = sliding.train()(input_ids=x, attention_mask=mask).logits
+    set_s2_attention(sliding, S2AttentionConfig(group_size=GROUP))
+    assert torch.equal(sliding(input_ids=x, attention_mask=mask).logits, expected)
+    assert calls == []
+    full = MistralForCausalLM(MistralConfig(**config, sliding_window=None))
+    set_s2_attention(full)
+    full.train()(input_ids=x)
+    assert len(calls) == 2
+
+
+def test_no_square_memory_in_a_padded_training_forward(tiny_llama):
+    """No tensor of a padded training step at 16k tokens grows with the square of the length."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(x, torch.Tensor):
+                    self.elements = max(self.elements, x.numel())
+            return out
+
+    model = tiny_llama(num_hidden_layers=1, max_position_embeddings=16384)
+    set_s2_attention(model, S2AttentionConfig(group_size=512))
+    largest = {}
+    for length in (4096, 16384):
+        mask = torch.ones(2, length, dtype=torch.long)
+        mask[1, :100] = 0
+        with Largest() as mode:
+            hidden = model.model.train()(input_ids=ids(2, length), attention_mask=mask, use_cache=False)
+            hidden.last_hidden_state.sum().backward()
+        largest[length] = mode.elements
+    assert largest[16384] == 4 * largest[4096]
+    assert largest[16384] <= 2 * 16384 * 64  # the MLP's intermediate, not 2 * 16384 ** 2
+
+
+def test_custom_masks_are_refused_in_training(models):
+    model = models[0]
+    square = torch.ones(2, 1, 37, 37, dtype=torch.bool).tril()
+    x = ids()
+    assert torch.equal(model.eval()(input_ids=x, attention_mask=square).logits, models[1](x).logits)
+    with pytest.raises(ValueError, match="custom attention mask"):
+        model.train()(input_ids=ids(), attention_mask=square)
+    # a mask function that transformers composes: blocks that see each other both ways
+    x = torch.zeros(1, 16, 32)
+    blocks = torch.tensor([[-1] * 4 + [0] * 4 + [-1] * 8])
+    mask = create_causal_mask(model.config, x, None, None, block_sequence_ids=blocks)
+    attention = model.model.layers[0].self_attn
+    rope = model.model.rotary_emb(x, torch.arange(16)[None])
+    with pytest.raises(ValueError, match="custom attention mask"):
+        attention(x, rope, mask)
+
+
+def test_what_no_kernel_honours_is_refused(models):
+    model = models[0].train()
+    q = torch.randn(1, 4, 16, 8)
+    kv = torch.randn(1, 2, 16, 8)
+    module = model.model.layers[0].self_attn
+    with pytest.raises(ValueError, match="softcap"):
+        interface.s2_attention_forward(module, q, kv, kv, None, softcap=30.0)
+    with pytest.raises(ValueError, match="sinks"):
+        interface.s2_attention_forward(module, q, kv, kv, None, s_aux=torch.zeros(4))
+    with pytest.raises(ValueError, match="sinks"):
+        interface.s2_attention_forward(module.eval(), q, kv, kv, None, s_aux=torch.zeros(4))
+    with pytest.raises(ValueError, match="position bias"):
+        interface.s2_attention_forward(module.train(), q, kv, kv, None, position_bias=torch.zeros(1))
+    with pytest.raises(ValueError, match="2-D"):
+        interface.s2_attention_forward(module, q, kv, kv, None, position_ids=torch.zeros(3, 1, 16))
+    set_s2_attention(model, S2AttentionConfig(group_size=4, kernel="reference"))
+    out, _ = interface.s2_attention_forward(module, q, kv, kv, None, softcap=30.0, s_aux=torch.zeros(4))
+    documents = interface.Documents.find(1, 16)
+    half = reference_kernel(q[:, :2], kv[:, :1], kv[:, :1], documents.segments(4), softcap=30.0, sinks=torch.zeros(2))
+    assert torch.equal(out[:, :, :2], half)
+
+
+def test_attention_dropout_runs_in_training_only(tiny_llama):
+    model = tiny_llama(attention_dropout=0.5)
+    set_s2_attention(model, S2AttentionConfig(group_size=GROUP))
+    x = ids()
+    first, second = (model.train()(input_ids=x).logits for _ in range(2))
+    assert not torch.equal(first, second)
+    model.eval()
+    with s2_attention_mode(model, "s2"):
+        assert torch.equal(*(model(input_ids=x).logits for _ in range(2)))
+
+
+def test_unsupported_models_are_refused():
+    falcon = FalconForCausalLM(FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
+    with pytest.raises(ValueError, match="AttentionInterface"):
+        set_s2_attention(falcon)
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8))
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        set_s2_attention(t5)
+    with pytest.raises(ValueError, match="not a transformers model"):
+        set_s2_attention(torch.nn.Linear(2, 2))
+
+
+def test_setting_again_reconfigures_every_layer(models):
+    model = models[0]
+    set_s2_attention(model, S2AttentionConfig(group_size=4))
+    states = {id(m.s2_attention_state) for _, m in interface.attention_modules(model)}
+    assert len(states) == 1 and get_s2_attention(model).config.group_size == 4
+
+
+def test_bf16_training_step(tiny_llama):
+    model = tiny_llama().to(torch.bfloat16).train()
+    set_s2_attention(model)
+    loss = model(input_ids=ids(), labels=ids()).loss
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
