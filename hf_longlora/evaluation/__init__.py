@@ -1,0 +1,10 @@
+"""Does the longer context help? Perplexity by length and by position, and a plot of the first.
+
+Everything here works on any causal language model of transformers, wrapped by PEFT or not, and measures the model as
+it stands: to evaluate with the training-time attention, put the call inside `s2_attention_mode(model, "s2")`.
+"""
+
+from .perplexity import loss_by_position, perplexity_by_length
+from .plots import plot_perplexity
+
+__all__ = ["loss_by_position", "perplexity_by_length", "plot_perplexity"]

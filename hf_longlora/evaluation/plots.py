@@ -1,0 +1,193 @@
+"""The picture of a context extension: perplexity against context length, one line per model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# A curve this many times above the best value explodes: it gets a log axis, and is cut off at CLIP times the best.
+EXPLODES = 4.0
+CLIP = 20.0
+# Okabe and Ito's palette without the yellow: told apart by readers with any colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#333333")
+MARKERS = "osD^vPX"
+
+
+def plot_perplexity(
+    records_by_name: Mapping[str, Sequence[Mapping[str, Any]]],
+    path: str | Path,
+    *,
+    base_length: int | None = None,
+    train_length: int | None = None,
+    title: str | None = None,
+) -> Path:
+    """Draw perplexity by context length, one line per name, and save it (7 x 4.2 inches, 150 dpi).
+
+    The y axis is logarithmic where a curve explodes (above 4 times the best value), and ends at 20 times the best:
+    what lies above stands at the upper edge with an arrow and its value.
+
+    Args:
+        records_by_name: what `perplexity_by_length` returned, by the name to show, in drawing order.
+        path: the file to write; the format follows its suffix. Folders are created.
+        base_length: the base model's own context length in tokens: a dashed vertical line.
+        train_length: the length of the extension's training: another.
+        title: above the axes.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is missing (`pip install hf-longlora[plot]`).
+        ValueError: there is nothing to draw.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+    except ImportError as error:
+        raise ImportError("plot_perplexity needs matplotlib: pip install 'hf-longlora[plot]'") from error
+
+    curves = {
+        name: sorted((int(record["length"]), float(record["perplexity"])) for record in records)
+        for name, records in records_by_name.items()
+        if records
+    }
+    finite = [value for curve in curves.values() for _, value in curve if math.isfinite(value)]
+    if not finite:
+        raise ValueError("nothing to draw: no record with a finite perplexity")
+    lengths = sorted({length for curve in curves.values() for length, _ in curve})
+    ceiling = min(max(finite), CLIP * min(finite))
+    log_scale = max(finite) > EXPLODES * min(finite)
+
+    # A figure of its own canvas: pyplot's global state and backend stay as the caller left them.
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xscale("log", base=2)
+    if log_scale:
+        axes.set_yscale("log")
+        low, high = min(finite) / 1.15, ceiling * 1.25
+        axes.set_ylim(low, high)
+        subs = (1, 2, 5) if high / low < 300 else (1,)
+        axes.yaxis.set_major_locator(LogLocator(base=10, subs=subs))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        margin = 0.08 * (ceiling - min(finite)) or 0.05 * ceiling
+        axes.set_ylim(min(finite) - margin, ceiling + margin)
+
+    for label, length in (("base context", base_length), ("trained to", train_length)):
+        if length is not None:
+            axes.axvline(length, color="#999999", linestyle=(0, (4, 3)), linewidth=1, zorder=1)
+            axes.annotate(
+                f"{label} {_short(length)}",
+                (length, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="left" if length <= lengths[0] else "right" if length >= lengths[-1] else "center",
+                fontsize=8,
+                color="#666666",
+            )
+
+    for index, (name, curve) in enumerate(curves.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        drawn = [(length, min(value, ceiling) if value == value else math.nan) for length, value in curve]
+        axes.plot(
+            [length for length, _ in drawn],
+            [value for _, value in drawn],
+            color=colour,
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=5,
+            markeredgecolor="white",
+            markeredgewidth=0.7,
+            linewidth=1.8,
+            label=name,
+            zorder=3 + index,
+        )
+        for length, value in curve:
+            if value > ceiling:
+                axes.annotate(
+                    f"\N{UPWARDS ARROW}{_number(value)}",
+                    (length, ceiling),
+                    xytext=(-5, 0),
+                    textcoords="offset points",
+                    ha="right",
+                    va="bottom",
+                    fontsize=7.5,
+                    color=colour,
+                )
+    _label_ends(axes, curves, ceiling)
+
+    ticks = sorted({*lengths, *(length for length in (base_length, train_length) if length)})
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(round(value))))
+    axes.set_xlim(ticks[0] / 1.12, ticks[-1] * 1.12 if len(ticks) > 1 else ticks[0] * 2)
+    axes.set_xlabel("context length (tokens)")
+    axes.set_ylabel("perplexity" + (" (log scale)" if log_scale else ""))
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if title:
+        axes.set_title(title, fontsize=11, pad=18 if base_length or train_length else 8)
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _label_ends(axes: Any, curves: Mapping[str, list[tuple[int, float]]], ceiling: float) -> None:
+    """Write each curve's name and last value right of the axes in the curve's colour, moved apart where they touch."""
+    ends = []
+    for index, (name, curve) in enumerate(curves.items()):
+        value = next((value for _, value in reversed(curve) if value == value), math.nan)
+        if value != value:
+            continue
+        _, height = axes.transAxes.inverted().transform(axes.transData.transform((curve[-1][0], min(value, ceiling))))
+        ends.append((float(height), name, value, COLOURS[index % len(COLOURS)]))
+    ends.sort()
+    heights = _spread_apart([height for height, *_ in ends], gap=0.062)
+    for height, (_, name, value, colour) in zip(heights, ends, strict=True):
+        axes.text(
+            1.02,
+            height,
+            f"{name}  {_number(value)}",
+            transform=axes.transAxes,
+            va="center",
+            fontsize=8.5,
+            color=colour,
+        )
+
+
+def _spread_apart(heights: list[float], gap: float) -> list[float]:
+    """Heights (sorted, in axes fractions) moved as little as needed to stand `gap` apart, and kept inside the axes."""
+    groups = [[height, 1] for height in heights]  # centre, members
+    index = 0
+    while index + 1 < len(groups):
+        (low, low_count), (high, high_count) = groups[index], groups[index + 1]
+        if high - low < gap * (low_count + high_count) / 2:
+            count = low_count + high_count
+            groups[index : index + 2] = [[(low * low_count + high * high_count) / count, count]]
+            index = max(index - 1, 0)
+        else:
+            index += 1
+    placed: list[float] = []
+    for centre, count in groups:
+        placed += [centre + gap * (member - (count - 1) / 2) for member in range(int(count))]
+    return placed
+
+
+def _number(value: float) -> str:
+    """Three digits or so: `7.91`, `19.5`, `1,800`."""
+    if not math.isfinite(value):
+        return "inf"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _short(length: int) -> str:
+    """`8192` -> `8k`; `700` -> `700`."""
+    return f"{length // 1024}k" if length >= 1024 and length % 1024 == 0 else f"{length:,}"

@@ -1,0 +1,259 @@
+"""`perplexity_by_length` and `loss_by_position` against one token at a time."""
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hf_longlora.evaluation import loss_by_position, perplexity_by_length
+from hf_longlora.evaluation import perplexity as module
+
+VOCABULARY = 97
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,  # far from uniform predictions, so that a wrong token shows
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(VOCABULARY, (size,), generator=generator).tolist() for size in (45, 12, 32, 70)]
+
+
+@torch.no_grad()
+def token_nll(model, ids: list[int], start: int, target: int) -> float:
+    """Loss of the token at `target` with the context from `start` on: one forward per token."""
+    logits = model(torch.tensor([ids[start:target]])).logits[0, -1].double()
+    return (torch.logsumexp(logits, 0) - logits[ids[target]]).item()
+
+
+def brute_force(model, documents, length, stride, first_end, most=None) -> list[float]:
+    losses = []
+    for ids in documents:
+        done, end = None, first_end
+        while len(ids) >= first_end and (done is None or done < len(ids)):
+            end = min(end, len(ids))
+            begin = max(end - stride if done is None else done, end - length + 1)
+            begin = max(begin, end - most) if most else begin
+            losses += [token_nll(model, ids, end - length, target) for target in range(begin, end)]
+            done, end = end, end + stride
+    return losses
+
+
+@pytest.mark.parametrize("stride", [1, 5, 8])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_equals_one_token_at_a_time(model, documents, stride, batch_size):
+    records = perplexity_by_length(
+        model, documents, [8, 16], stride, align=False, batch_size=batch_size, progress=False
+    )
+    for record, length, used in zip(records, [8, 16], [4, 3], strict=True):
+        losses = brute_force(model, documents, length, stride, first_end=length)
+        assert record["length"] == length
+        assert record["tokens"] == len(losses)
+        assert record["documents"] == used
+        assert record["nll"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+        assert record["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+
+
+@pytest.mark.parametrize("stride", [3, 8])
+def test_aligned_lengths_score_the_same_tokens(model, documents, stride):
+    records = perplexity_by_length(model, documents, [32, 8, 16], stride, progress=False)
+    assert [record["length"] for record in records] == [32, 8, 16]
+    assert len({(record["tokens"], record["documents"], record["windows"]) for record in records}) == 1
+    assert records[0]["documents"] == 3
+    for record in records:
+        losses = brute_force(model, documents, record["length"], stride, first_end=32, most=7)
+        assert record["tokens"] == len(losses)
+        assert record["nll"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+def test_every_target_of_the_aligned_range_is_scored_once(model):
+    ids = list(range(70))
+    (record,) = perplexity_by_length(model, [ids], [16], 5, progress=False)
+    assert record["tokens"] == 70 - (16 - 5)
+    assert record["windows"] == 1 + math.ceil((70 - 16) / 5)
+
+
+def test_a_document_of_exactly_one_window(model):
+    (record,) = perplexity_by_length(model, [list(range(16))], 16, 16, progress=False)
+    assert (record["tokens"], record["windows"]) == (15, 1)
+
+
+def test_documents_are_weighted_by_tokens(model, documents):
+    long, short = documents[3], documents[1]
+    together, first, second = (
+        perplexity_by_length(model, chosen, 8, progress=False)[0] for chosen in ([long, short], [long], [short])
+    )
+    weighted = first["nll"] * first["tokens"] + second["nll"] * second["tokens"]
+    assert together["tokens"] == first["tokens"] + second["tokens"]
+    assert together["nll"] == pytest.approx(weighted / together["tokens"], abs=1e-6)
+
+
+def test_full_logits_give_the_same(model, documents, monkeypatch):
+    lean = perplexity_by_length(model, documents, [8, 32], 4, batch_size=2, progress=False)
+    lean_positions = loss_by_position(model, documents, 32, progress=False)
+    monkeypatch.setattr(module, "_takes_logits_to_keep", lambda model: False)
+    full = perplexity_by_length(model, documents, [8, 32], 4, batch_size=2, progress=False)
+    full_positions = loss_by_position(model, documents, 32, progress=False)
+    for one, other in zip(lean + lean_positions, full + full_positions, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_only_scored_logits_are_computed(model, documents, monkeypatch):
+    shapes = []
+    handle = model.lm_head.register_forward_hook(lambda _module, _inputs, output: shapes.append(tuple(output.shape)))
+    peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    try:
+        records = perplexity_by_length(peft_model, documents, 32, 4, max_windows=2, progress=False)
+    finally:
+        handle.remove()
+        peft_model.unload()
+    assert records[0]["windows"] == 2
+    assert shapes == [(1, 5, VOCABULARY)] * 2
+
+
+def test_models_with_learned_positions(documents):
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=1, n_head=2))
+    (record,) = perplexity_by_length(gpt2, documents, 16, 4, progress=False)
+    losses = brute_force(gpt2.eval(), documents, 16, 4, first_end=16)
+    assert record["nll"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_training_flags_come_back(model, documents, fails, monkeypatch):
+    model.train()
+    model.model.layers[1].eval()
+    before = {name: part.training for name, part in model.named_modules()}
+    seen = []
+
+    def spy(self, inputs):
+        seen.append((self.training, torch.is_grad_enabled()))
+        if fails:
+            raise RuntimeError("out of luck")
+
+    handle = model.model.layers[0].register_forward_pre_hook(spy)
+    try:
+        if fails:
+            with pytest.raises(RuntimeError, match="out of luck"):
+                perplexity_by_length(model, documents, 8, progress=False)
+        else:
+            perplexity_by_length(model, documents, 8, max_windows=1, progress=False)
+    finally:
+        handle.remove()
+    assert seen == [(False, False)]
+    assert {name: part.training for name, part in model.named_modules()} == before
+    model.eval()
+
+
+def test_half_precision_with_fp32_norms(model, documents):
+    reference = perplexity_by_length(model, documents, 16, progress=False)[0]
+    mixed = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    mixed.load_state_dict(model.state_dict())
+    for part in mixed.modules():
+        if "Norm" in type(part).__name__:
+            part.float()
+    record = perplexity_by_length(mixed, documents, 16, progress=False)[0]
+    assert record["nll"] == pytest.approx(reference["nll"], rel=0.05)
+
+
+def test_texts_and_tensors(model):
+    class Tokenizer:
+        def __call__(self, text, add_special_tokens, verbose):
+            assert not add_special_tokens and not verbose
+            return {"input_ids": [ord(letter) % VOCABULARY for letter in text]}
+
+    text = "the quick brown fox jumps over the lazy dog"
+    ids = torch.tensor([ord(letter) % VOCABULARY for letter in text], dtype=torch.int32)
+    from_text = perplexity_by_length(model, [text], 8, tokenizer=Tokenizer(), progress=False)
+    assert from_text == perplexity_by_length(model, [ids], 8, progress=False)
+
+
+def test_progress_bar_can_be_off(model, documents, capfd):
+    perplexity_by_length(model, documents, 8, max_windows=1, progress=False)
+    assert capfd.readouterr() == ("", "")
+    perplexity_by_length(model, documents, 8, max_windows=1)
+    assert "perplexity" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("documents", "lengths", "options", "message"),
+    [
+        ([[1] * 9, [1] * 7], [4, 16], {}, "no document has 16 tokens: the longest of 2 has 9"),
+        ([[1] * 9], [1], {}, "at least 2"),
+        ([[1] * 9], [], {}, "lengths is empty"),
+        ([[1] * 9], [4, 8], {"stride": 5}, "shortest length, 4; got 5"),
+        ([[1] * 9], [4], {"stride": 0}, "stride must lie"),
+        ([], [4], {}, "documents is empty"),
+        ([[1] * 9, []], [4], {}, "document 1 is empty"),
+        (["text"], [4], {}, "pass tokenizer="),
+        ("text", [4], {}, "wrap a single text"),
+        ([[1, 2, VOCABULARY, 3]], [4], {}, f"token id {VOCABULARY}, outside the model's vocabulary of {VOCABULARY}"),
+        ([[1, 2, -100, 3]], [4], {}, "token id -100"),
+        ([[[1, 2, 3, 4]]], [4], {}, "one row"),
+        ([[0.5] * 9], [4], {}, "one row of integer"),
+        ([[1] * 9], [4], {"batch_size": 0}, "batch_size"),
+        ([[1] * 9], [4], {"max_windows": 0}, "max_windows"),
+    ],
+)
+def test_errors(model, documents, lengths, options, message):
+    with pytest.raises(ValueError, match=message):
+        perplexity_by_length(model, documents, lengths, **options)
+
+
+def test_loss_by_position(model, documents):
+    edges = [0, 4, 10, 32]
+    records = loss_by_position(model, documents, 32, buckets=edges, batch_size=2, progress=False)
+    starts = [(ids, start) for ids in documents for start in range(0, len(ids) - 31, 32)]
+    assert len(starts) == 4
+    for record, low, high in zip(records, edges[:-1], edges[1:], strict=True):
+        losses = [
+            token_nll(model, ids, start, start + position)
+            for ids, start in starts
+            for position in range(max(low, 1), high)
+        ]
+        assert (record["start"], record["end"], record["tokens"]) == (low, high, len(losses))
+        assert record["nll"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+def test_loss_by_position_of_some_positions(model, documents):
+    records = loss_by_position(model, documents, 32, buckets=4, positions_per_window=8, progress=False)
+    assert [(record["start"], record["end"]) for record in records] == [(0, 8), (8, 16), (16, 24), (24, 32)]
+    assert sum(record["tokens"] for record in records) == 4 * 8
+
+
+@pytest.mark.parametrize("buckets", [0, 33, [4], [4, 4], [0, 33], [-1, 5], [0, 1]])
+def test_bad_buckets(model, documents, buckets):
+    with pytest.raises(ValueError, match="bucket"):
+        loss_by_position(model, documents, 32, buckets=buckets)
+
+
+def test_a_model_without_a_config(documents):
+    """Anything with the forward of a causal language model will do."""
+
+    class Bigram(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(VOCABULARY, VOCABULARY)
+
+        def forward(self, input_ids, use_cache):
+            return type("Output", (), {"logits": self.table(input_ids)})
+
+    records = perplexity_by_length(Bigram(), documents, [4, 8, 16], progress=False)
+    assert records[0]["nll"] == pytest.approx(records[2]["nll"], abs=1e-6)

@@ -1,0 +1,47 @@
+import builtins
+import math
+
+import pytest
+
+from hf_longlora.evaluation import plot_perplexity
+
+
+def records(*values):
+    return [{"length": 256 * 2**index, "perplexity": value} for index, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    "curves",
+    [
+        {"base": records(9.1, 9.0, 8.9)},
+        {"base": records(9.1, 9.5, 1800.0, math.inf), "extended": records(9.6, 8.6, 8.2, 8.0)},
+        {"one length": records(9.1), "empty": []},
+        {f"model {index}": records(9.0, 8.0 + index / 100) for index in range(9)},
+    ],
+)
+def test_writes_a_picture(tmp_path, curves):
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    path = tmp_path / "new" / "plot.png"
+    assert plot_perplexity(curves, path, base_length=256, train_length=2048, title="A title") == path
+    assert imread(path).shape[:2] == (630, 1050)
+
+
+def test_nothing_to_draw(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_perplexity({"base": records(math.inf)}, tmp_path / "plot.png")
+
+
+def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
+    real_import = builtins.__import__
+
+    def no_matplotlib(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_matplotlib)
+    with pytest.raises(ImportError, match=r"hf-longlora\[plot\]"):
+        plot_perplexity({"base": records(9.0)}, tmp_path / "plot.png")
