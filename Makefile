@@ -22,7 +22,7 @@ help:
 	@echo 'Variables: PYTHON (the interpreter, now $(PYTHON)), TORCH (e.g. "torch==2.13.0"; empty: CPU or GPU build by itself),'
 	@echo '           JOBS (test processes, now $(JOBS)), ARGS (for pytest, e.g. ARGS="-k rope")'
 
-demo: $(VENV)/.installed ## extend a tiny model's context on this machine, in about a minute
+demo: $(VENV)/.installed ## extend a small model's context on this machine, offline
 	$(BIN)/hf-longlora demo
 
 test: $(VENV)/.installed ## the default suite: CPU, offline (the slow and the third-party tests are left out)
@@ -44,14 +44,14 @@ clean: ## remove the virtual environments, caches and build outputs
 	rm -rf $(VENV) $(VENV_LOWEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# An environment is made again when pyproject.toml or its constraints change, or when TORCH names another torch than last time.
+# An environment is brought up to date when pyproject.toml or its constraints change, or TORCH names another torch than last time.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'hf-longlora needs Python 3.11 or newer, and PYTHON=$(PYTHON) is not: make ... PYTHON=python3.12' >&2; exit 1; }
 	@[ -x $(@D)/bin/python ] || $(PYTHON) -m venv $(@D)
 	@rm -f $@
 	.ci/install-torch $(@D)/bin/python $(1)
-	$(@D)/bin/python -m pip install -qq --disable-pip-version-check $(if $(1),--constraint $(1)) --editable '.[dev]'
+	$(@D)/bin/python -m pip install -qq --disable-pip-version-check --editable '.[dev]' $(2)
 	@printf '%s' "$$TORCH" > $@
 endef
 
@@ -68,4 +68,4 @@ $(VENV)/.installed: pyproject.toml .ci/install-torch
 	$(call install)
 
 $(VENV_LOWEST)/.installed: pyproject.toml .ci/install-torch requirements/lowest.txt
-	$(call install,requirements/lowest.txt)
+	$(call install,lowest,--constraint requirements/lowest.txt)
