@@ -1,0 +1,394 @@
+"""RoPE scaling: read it from a config, compute a longer one, put it on a live model, take it off again.
+
+Everything here is arithmetic on configs plus one in-place operation (`apply_rope`). Lengths are in tokens; a factor is
+a ratio of lengths. Total factors are cumulative and exact: `target_length / original_length`, never a product of the
+steps that led there.
+
+What is written follows what readers of `config.json` derive (vLLM's rule beside transformers'):
+
+| type             | `max_position_embeddings` | `original_max_position_embeddings` | length a reader derives   |
+|------------------|---------------------------|------------------------------------|---------------------------|
+| linear, dynamic  | the original length       | -                                  | original x factor         |
+| yarn             | the target length         | the original length                | original x factor         |
+| llama3, longrope | the target length         | the original length                | `max_position_embeddings` |
+
+Gemma 3 is the exception: its `max_position_embeddings` counts the factor already, and vLLM knows that family by
+name.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3", "longrope")
+# Types whose parameters carry the original length; max_position_embeddings is then the extended one.
+CARRY_ORIGINAL = ("yarn", "llama3", "longrope")
+# Types whose rotary modules change their frequencies with the lengths they have seen.
+WITH_HISTORY = ("dynamic", "longrope")
+# The layer type that is scaled where `rope_parameters` is nested: sliding layers never see beyond their window.
+GLOBAL_LAYERS = "full_attention"
+
+# Attributes a rotary module derives from its config; a value left from another RoPE would be read again.
+_DERIVED = ("inv_freq", "max_seq_len_cached", "original_max_seq_len", "attention_scaling", "rope_type")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """A resolved state of a model's RoPE. Holds plain JSON values only; compare with `==`."""
+
+    rope_parameters: dict[str, Any]
+    """As `config.rope_parameters`: flat, or nested by layer type where the base's is."""
+    max_position_embeddings: int
+    original_max_position_embeddings: int | None = None
+    """The config attribute of that name (Phi-3 has it, and it overrides the parameters'); None where there is none."""
+    counts_factor: bool = False
+    """Whether `max_position_embeddings` includes a linear factor already (the Gemma 3 convention)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RopeScaling:
+        return cls(**copy.deepcopy(values))
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters of the layers that are scaled (a view, flat)."""
+        if _is_nested(self.rope_parameters):
+            return self.rope_parameters[GLOBAL_LAYERS]
+        return self.rope_parameters
+
+    @property
+    def rope_type(self) -> str:
+        return self.parameters.get("rope_type", "default")
+
+    def with_parameters(self, parameters: dict[str, Any], max_position_embeddings: int) -> RopeScaling:
+        nested = _is_nested(self.rope_parameters)
+        whole = {**self.rope_parameters, GLOBAL_LAYERS: parameters} if nested else parameters
+        original = self.original_max_position_embeddings
+        if original is not None and "original_max_position_embeddings" in parameters:
+            original = parameters["original_max_position_embeddings"]
+        return RopeScaling(copy.deepcopy(whole), max_position_embeddings, original, self.counts_factor)
+
+
+def _is_nested(parameters: dict[str, Any]) -> bool:
+    return "rope_type" not in parameters and any(isinstance(v, dict) for v in parameters.values())
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def current_rope(config: Any) -> RopeScaling:
+    """A deep-copied snapshot of the RoPE a config describes.
+
+    Raises:
+        ValueError: the config has no RoPE, no `rope_theta`, or nests its parameters without a `full_attention` entry.
+    """
+    config = _text_config(config)
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters:
+        raise ValueError(
+            f"model type {getattr(config, 'model_type', type(config).__name__)!r} has no RoPE (no `rope_parameters` "
+            "in its config), so there is no RoPE to scale: its length is fixed by position embeddings, or free. "
+            "Shifted sparse attention works on it; leave target_length and rope_parameters unset."
+        )
+    parameters = copy.deepcopy(dict(parameters))
+    if _is_nested(parameters) and not isinstance(parameters.get(GLOBAL_LAYERS), dict):
+        raise ValueError(
+            f"`rope_parameters` is nested by layer type ({', '.join(parameters)}) without a {GLOBAL_LAYERS!r} entry: "
+            "no layer's RoPE can be scaled."
+        )
+    for entry in parameters.values() if _is_nested(parameters) else [parameters]:
+        if entry is None:  # a layer type without RoPE
+            continue
+        entry.setdefault("rope_type", entry.pop("type", "default"))
+        if entry.get("rope_theta") is None:
+            raise ValueError(
+                "`rope_parameters` has no rope_theta (assigning `config.rope_scaling` drops it), and frequencies "
+                "would fall back to another base silently. Set config.rope_parameters['rope_theta'] explicitly; this "
+                f"model class's default is {getattr(config, 'default_theta', 'unknown')}."
+            )
+    return RopeScaling(
+        rope_parameters=parameters,
+        max_position_embeddings=int(config.max_position_embeddings),
+        original_max_position_embeddings=getattr(config, "original_max_position_embeddings", None),
+        counts_factor="gemma3" in getattr(config, "model_type", ""),
+    )
+
+
+def _as_scaling(config_or_scaling: Any) -> RopeScaling:
+    return config_or_scaling if isinstance(config_or_scaling, RopeScaling) else current_rope(config_or_scaling)
+
+
+def reach(config_or_scaling: Any, base_length: int | None = None) -> tuple[int, int]:
+    """The original length and the length reached by now, both in tokens.
+
+    The original length is `original_max_position_embeddings` for yarn, llama3 and longrope (the config's attribute
+    first, as transformers does), `max_position_embeddings` for default, linear and dynamic. `base_length` overrides.
+    """
+    scaling = _as_scaling(config_or_scaling)
+    parameters, longest = scaling.parameters, scaling.max_position_embeddings
+    if scaling.rope_type in CARRY_ORIGINAL:
+        original = scaling.original_max_position_embeddings or parameters.get("original_max_position_embeddings")
+        original = int(base_length or original or longest)
+        if scaling.rope_type == "yarn":
+            longest = round(original * (parameters.get("factor") or longest / original))
+        return original, longest
+    factor = parameters.get("factor") or 1.0
+    original = longest
+    if scaling.counts_factor:
+        original = round(longest / factor)
+    original = int(base_length or original)
+    return original, longest if scaling.counts_factor else round(original * factor)
+
+
+def rope_factor(scaling: RopeScaling) -> float:
+    """The total factor by which the original length is stretched, for logs; 1.0 for an unscaled RoPE."""
+    if scaling.rope_type == "default":
+        return 1.0
+    factor = scaling.parameters.get("factor")
+    original, longest = reach(scaling)
+    return float(factor) if factor else longest / original
+
+
+def scaled_rope(
+    config: Any,
+    target_length: int | None = None,
+    rope_type: str = "linear",
+    rope_parameters: dict[str, Any] | None = None,
+    base_length: int | None = None,
+    *,
+    base: RopeScaling | None = None,
+) -> RopeScaling:
+    """The RoPE that stretches a model to `target_length` tokens.
+
+    Args:
+        config: the model's config (its dimensions are needed for longrope and for validation).
+        target_length: the length to reach, in tokens. May be left out if `rope_parameters` has a factor.
+        rope_type: one of `ROPE_TYPES`. A base that is scaled already is extended in its own type only.
+        rope_parameters: explicit parameters (with `rope_type`), merged over the base's `rope_theta` and
+            `partial_rotary_factor`. They may name a type other than the base's.
+        base_length: overrides the original length read from the config.
+        base: the state to start from, if it is not the config's present one.
+
+    Raises:
+        ValueError: a target within reach already, another type than a scaled base's, incomplete parameters.
+    """
+    config = _text_config(config)
+    base = base if base is not None else current_rope(config)
+    original, reached = reach(base, base_length)
+    if rope_parameters is not None:
+        return _explicit(config, base, original, target_length, rope_parameters)
+
+    if target_length is None:
+        raise ValueError("RoPE scaling needs a target_length, or rope_parameters with a factor.")
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"unknown rope_type {rope_type!r}; supported: {', '.join(ROPE_TYPES)}.")
+    if target_length <= reached:
+        raise ValueError(
+            f"target_length={target_length} is no extension: this base reaches {reached} tokens already "
+            f"(original length {original}, RoPE type {base.rope_type!r}). Ask for more, leave target_length unset to "
+            "train without a RoPE change, or pass base_length if the model was trained on shorter text."
+        )
+    if base.rope_type not in ("default", rope_type):
+        raise ValueError(
+            f"this base is scaled by {base.rope_type!r} RoPE; {rope_type!r} on top of it would replace the frequencies "
+            "it was trained with (reported for linear over llama3: perplexity 10 -> 976). "
+            f'Pass rope_type="{base.rope_type}" to extend it in its own type, or explicit rope_parameters.'
+        )
+    if rope_type == "dynamic" and base.counts_factor:
+        raise ValueError(
+            "dynamic RoPE computes from max_position_embeddings as the original length, and this family's readers "
+            "take it for the extended one: no config says both. Pass another rope_type."
+        )
+    factor = target_length / original
+    parameters = {k: v for k, v in base.parameters.items() if v is not None}
+    if parameters.get("factor") is not None:
+        parameters.pop("attention_factor", None)  # belonged to the old factor; readers derive the new one
+    parameters |= {"rope_type": rope_type, "factor": factor}
+    if rope_type in CARRY_ORIGINAL:
+        parameters["original_max_position_embeddings"] = original
+    if rope_type == "llama3":
+        parameters = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | parameters
+    if rope_type == "longrope":
+        extended = base.rope_type == "longrope"
+        ramp = _longrope_ramp(config, parameters, original, target_length / reached if extended else factor)
+        old = parameters.get("long_factor") if extended else None
+        parameters["long_factor"] = [a * b for a, b in zip(old, ramp, strict=True)] if old else ramp
+        parameters.setdefault("short_factor", [1.0] * len(ramp))
+    return _validated(config, base.with_parameters(parameters, _longest(base, rope_type, original, target_length)))
+
+
+def _longest(base: RopeScaling, rope_type: str, original: int, target_length: int) -> int:
+    """The `max_position_embeddings` to write: the module's table."""
+    keeps_original = rope_type in ("linear", "dynamic", "default") and not base.counts_factor
+    return original if keeps_original else target_length
+
+
+def _explicit(
+    config: Any, base: RopeScaling, original: int, target_length: int | None, rope_parameters: dict[str, Any]
+) -> RopeScaling:
+    given = copy.deepcopy(dict(rope_parameters))
+    if _is_nested(given):
+        others = {k for k, v in given.items() if k != GLOBAL_LAYERS and v != base.rope_parameters.get(k)}
+        if others or GLOBAL_LAYERS not in given:
+            raise ValueError(f"only {GLOBAL_LAYERS!r} layers can be scaled; got {', '.join(sorted(given))}.")
+        given = given[GLOBAL_LAYERS]
+    if "rope_type" not in given:
+        raise ValueError(f"rope_parameters needs a rope_type (one of default, {', '.join(ROPE_TYPES)}).")
+    rope_type = given["rope_type"]
+    kept: dict[str, Any] = {
+        k: base.parameters[k] for k in ("rope_theta", "partial_rotary_factor") if k in base.parameters
+    }
+    parameters = {**kept, **given}
+    if rope_type in CARRY_ORIGINAL:
+        original = int(parameters.setdefault("original_max_position_embeddings", original))
+    if rope_type != "default" and parameters.get("factor") is None:
+        if target_length is None:
+            raise ValueError("rope_parameters without a factor needs a target_length.")
+        parameters["factor"] = target_length / original
+    stretched = round(original * float(parameters.get("factor") or 1.0))
+    if target_length is None:
+        target_length = stretched
+    # A factor above the target's is a choice (room for a later stage); one below it is a mistake. llama3 is left
+    # alone: the family's own checkpoints declare 131,072 tokens with a factor of 8 over 8,192.
+    if target_length > stretched and rope_type not in ("llama3", "longrope", "default"):
+        raise ValueError(
+            f"rope_parameters reach {stretched} tokens (factor {parameters.get('factor')} x {original}), which is "
+            f"less than target_length={target_length}."
+        )
+    if rope_type == "default":
+        return _validated(config, base.with_parameters(parameters, target_length))
+    return _validated(config, base.with_parameters(parameters, _longest(base, rope_type, original, target_length)))
+
+
+def _rotary_dim(config: Any, parameters: dict[str, Any]) -> int:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
+
+
+def _longrope_ramp(config: Any, parameters: dict[str, Any], original: int, factor: float) -> list[float]:
+    """YaRN's per-dimension interpolation (arXiv 2309.00071, section 3.2) as longrope's divisors of the frequencies.
+
+    Returns `rotary_dim // 2` values: 1 for dimensions that turn more than 32 times within `original` tokens, `factor`
+    for those that turn less than once, and in between what the ramp gives.
+    """
+    dim, theta = _rotary_dim(config, parameters), float(parameters["rope_theta"])
+
+    def dimension(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(dimension(32)), 0)
+    high = min(math.ceil(dimension(1)), dim - 1)
+    ramp = []
+    for i in range(dim // 2):
+        interpolated = min(max((i - low) / max(high - low, 0.001), 0.0), 1.0)
+        ramp.append(1.0 / (interpolated / factor + 1.0 - interpolated))
+    return ramp
+
+
+def _validated(config: Any, scaling: RopeScaling) -> RopeScaling:
+    """Run transformers' own checks on a copy of the config that carries `scaling`."""
+    parameters = scaling.parameters
+    if scaling.rope_type == "longrope":
+        want = _rotary_dim(config, parameters) // 2
+        for key in ("short_factor", "long_factor"):
+            if len(parameters.get(key) or ()) != want:
+                raise ValueError(f"longrope needs {key} with {want} numbers, got {len(parameters.get(key) or ())}.")
+    if not hasattr(config, "validate_rope"):
+        return scaling
+    trial = copy.deepcopy(config)
+    _write(trial, scaling)
+    try:
+        trial.standardize_rope_params()
+        trial.validate_rope()
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"rope_parameters {parameters} are not valid: {error}") from error
+    if trial.rope_parameters != scaling.rope_parameters:
+        return RopeScaling.from_dict({**scaling.to_dict(), "rope_parameters": dict(trial.rope_parameters)})
+    return scaling
+
+
+def _write(config: Any, scaling: RopeScaling) -> None:
+    config.rope_parameters = copy.deepcopy(scaling.rope_parameters)
+    config.max_position_embeddings = scaling.max_position_embeddings
+    if scaling.original_max_position_embeddings is not None:
+        config.original_max_position_embeddings = scaling.original_max_position_embeddings
+
+
+def rotary_modules(model: nn.Module) -> list[nn.Module]:
+    """The rotary embeddings of the language model: they hold `*inv_freq` buffers and the config these come from."""
+    text_config = _text_config(model.config)
+    found = []
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is None or not any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False)):
+            continue
+        # Vision and audio towers have rotary embeddings of their own, with configs of their own.
+        if config is text_config or getattr(config, "rope_parameters", None) == text_config.rope_parameters:
+            found.append(module)
+    return found
+
+
+def _reinitialise(module: nn.Module) -> None:
+    """Give a rotary module the buffers and derived attributes its class computes from its (changed) config.
+
+    A fresh instance is built on the CPU, where `from_pretrained` computes frequencies too: the same numbers to the
+    last bit. Hooks, device and training mode of the live module stay.
+    """
+    device = next(module.buffers(recurse=False)).device
+    with torch.device("cpu"):
+        fresh = type(module)(config=module.config)
+    for name in [n for n in vars(module) if n.endswith(_DERIVED)]:
+        delattr(module, name)
+    for name in list(module._buffers):
+        if name.endswith("inv_freq"):
+            delattr(module, name)
+    for name, value in vars(fresh).items():
+        if name.endswith(_DERIVED) or name == "rope_init_fn":
+            setattr(module, name, value.to(device) if isinstance(value, torch.Tensor) else value)
+    for name, buffer in fresh.named_buffers(recurse=False):
+        if buffer.device.type != "meta":
+            module.register_buffer(name, buffer.to(device), persistent=False)
+
+
+def apply_rope(model: nn.Module, scaling: RopeScaling) -> None:
+    """Put `scaling` on a live model: config fields and rotary buffers, equal to saving and loading to the last bit.
+
+    Raises:
+        ValueError: no rotary module, or a family whose attention derives more than frequencies from the RoPE. The
+            model is unchanged then.
+    """
+    config = _text_config(model.config)
+    before = current_rope(config)
+    modules = rotary_modules(model)
+    if not modules:
+        raise ValueError(
+            f"{type(model).__name__} has no rotary module (inv_freq buffers with a config): its RoPE can't be scaled "
+            "in place."
+        )
+    # DeepSeek's attention folds a softmax scale computed from these two into itself when it is built.
+    if scaling != before and any(s.parameters.get("mscale_all_dim") for s in (scaling, before)):
+        raise ValueError(
+            f"{type(model).__name__} derives its softmax scale from RoPE's mscale_all_dim when it is built, which "
+            "can't be redone on a live model. Change config.json before loading it instead."
+        )
+    configs = {id(c): c for c in [config, *(m.config for m in modules)]}.values()
+    try:
+        for each in configs:
+            _write(each, scaling)
+        for module in modules:
+            _reinitialise(module)
+    except Exception as error:
+        for each in configs:
+            _write(each, before)
+        for module in modules:
+            _reinitialise(module)
+        raise ValueError(f"RoPE {scaling.to_dict()} can't be put on {type(model).__name__}: {error}") from error

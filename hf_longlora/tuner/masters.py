@@ -1,0 +1,144 @@
+"""fp32 masters for modules that are trained whole on a bf16 or fp16 base, and heads that stay tied to embeddings.
+
+A norm's weights lie near 1.0, where bf16 steps by 2^-7: an update of 2e-5 rounds away and the norm never moves. PEFT
+upcasts LoRA's weights but not these copies, so it is done here. What a copy computes is handed on in the base's dtype,
+and what it saves is in the base's dtype, unless a run's own checkpoint asks for all bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+class SaveState:
+    """Shared by a tuner and its masters: whether their full precision goes into a state dict."""
+
+    def __init__(self) -> None:
+        self.full_precision = False
+
+
+@dataclass
+class _Master:
+    """What a promoted module carries along."""
+
+    dtype: torch.dtype
+    state: SaveState
+    hooks: list[Any]
+
+
+def _master(module: nn.Module) -> _Master | None:
+    return vars(module).get("_master")
+
+
+class MasterLinear(nn.Linear):
+    """A linear layer with fp32 weights that computes in its input's dtype, with and without autocast."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+class TiedHead(nn.Module):
+    """An output head without a weight of its own: it reads the embedding's, and so can't come untied.
+
+    PEFT shares the parameter instead. Whoever then assigns a new one to the embedding (transformers' `load_adapter`,
+    PEFT with `low_cpu_mem_usage`) leaves the head with the old; and the weight is saved twice.
+    """
+
+    bias = None
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self._embedding = [embedding]  # in a list, so that it isn't registered as a child
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self._embedding[0].weight  # type: ignore[return-value]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.weight.to(device=input.device, dtype=input.dtype))
+
+    def to_linear(self) -> nn.Linear:
+        """A plain layer that shares the embedding's parameter, as a base model's tied head does."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = self._embedding[0].weight  # type: ignore[assignment]
+        return linear.train(self.training)
+
+
+def _inputs_to_fp32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    # CUDA's layer_norm takes no mixed dtypes; transformers' RMSNorms compute in fp32 anyway.
+    return tuple(a.float() if isinstance(a, torch.Tensor) and a.dtype in LOW_PRECISION else a for a in args)
+
+
+def _output_to_base(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    master = _master(module)
+    if master is not None and isinstance(output, torch.Tensor) and output.is_floating_point():
+        return output.to(master.dtype)
+    return output
+
+
+def _state_in_base_dtype(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    master = _master(module)
+    if master is None or master.state.full_precision:
+        return
+    for name, _ in module.named_parameters():
+        value = state_dict.get(prefix + name)
+        if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+            state_dict[prefix + name] = value.to(master.dtype)
+
+
+def base_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of a module's floating parameters; None without any."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def promote(copy: nn.Module, dtype: torch.dtype | None, state: SaveState) -> None:
+    """Make the weights of a copy fp32, in place. Safe to call again; a base in fp32 needs none of it."""
+    # ZeRO-3 partitions parameters and allows no mixed dtypes.
+    if dtype not in LOW_PRECISION or any(hasattr(p, "ds_id") for p in copy.parameters()):
+        return
+    for parameter in copy.parameters():
+        if parameter.dtype in LOW_PRECISION:
+            parameter.data = parameter.data.float()
+    if _master(copy) is not None or isinstance(copy, TiedHead):
+        return
+    hooks: list[Any] = [copy.register_state_dict_post_hook(_state_in_base_dtype)]
+    if type(copy) is nn.Linear:
+        copy.__class__ = MasterLinear
+    else:
+        hooks.append(copy.register_forward_hook(_output_to_base))
+        if not isinstance(copy, nn.Embedding):
+            hooks.append(copy.register_forward_pre_hook(_inputs_to_fp32))
+    vars(copy)["_master"] = _Master(dtype, state, hooks)
+
+
+def demote(copy: nn.Module, dtype: torch.dtype | None) -> None:
+    """Undo `promote`, down to the class: what is left is a module as the base has it."""
+    master = vars(copy).pop("_master", None)
+    for hook in master.hooks if master is not None else ():
+        hook.remove()
+    if isinstance(copy, MasterLinear):
+        setattr(copy, "__class__", nn.Linear)  # noqa: B010 (mypy takes the assignment for a narrowing)
+    if dtype in LOW_PRECISION:
+        for parameter in copy.parameters():
+            if parameter.is_floating_point() and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+
+
+def is_promoted(copy: nn.Module) -> bool:
+    return _master(copy) is not None

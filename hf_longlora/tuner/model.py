@@ -1,0 +1,330 @@
+"""LongLoRA as a PEFT tuner: LoRA's, with norms, embeddings and RoPE resolved when an adapter is put on a model."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraModel
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+
+from .. import rope
+from ..rope import RopeScaling
+from . import masters
+from .config import LongLoraConfig, refuse_head
+from .modules import attention_projections, is_norm, language_modules, walk
+
+# On the base model, so that it outlives the tuner: transformers' own `load_adapter` builds one per adapter.
+_BASE_ROPE = "_longlora_base_rope"
+
+
+class LongLoraModel(LoraModel):
+    """Puts LongLoRA adapters on a model.
+
+    Everything is resolved in `inject_adapter`: `get_peft_model`, `add_adapter`, loading through PEFT and transformers'
+    `model.load_adapter` all pass there. What can fail is checked before the model is touched.
+    """
+
+    # Class-level defaults: BaseTuner.__init__ injects before a subclass could set anything.
+    _adapters_off = False
+    _save_state: masters.SaveState | None = None
+
+    # -- putting an adapter on -------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """As PEFT's, with modules and RoPE resolved first. A failure leaves the model and its RoPE as they were.
+
+        Raises:
+            ValueError: the head is targeted, the base has another RoPE than the adapter was trained on, or another
+                adapter on the model has another RoPE.
+        """
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, LongLoraConfig):
+            raise TypeError(f"LongLoraModel needs a LongLoraConfig, got {type(config).__name__}.")
+        before = copy.deepcopy(vars(config))
+        children = [(module, dict(module._modules)) for module in model.modules()]
+        trainable = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            self._resolve_modules(model, config)
+            self._resolve_rope(model, config, adapter_name)
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+            self._tie(adapter_name)
+            if config.rope is not None and getattr(model, _BASE_ROPE, None) is None:
+                setattr(model, _BASE_ROPE, rope.current_rope(model.config))
+            config.resolved = True
+            self._sync_rope()
+        except Exception:
+            for module, modules in children:
+                module._modules.clear()
+                module._modules.update(modules)
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    module._adapters.discard(adapter_name)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+            vars(config).clear()
+            vars(config).update(before)
+            self.peft_config.pop(adapter_name, None)
+            if not self.peft_config:
+                vars(model).pop(_BASE_ROPE, None)
+            raise
+
+    def _resolve_modules(self, model: nn.Module, config: LongLoraConfig) -> None:
+        if config.target_modules is None and not config.target_parameters:
+            found: Any = attention_projections(model) or None
+            config.target_modules = found
+        get_head: Any = getattr(model, "get_output_embeddings", None)
+        head = get_head() if get_head is not None else None
+        if config.target_modules is not None:
+            for name, module in walk(model):
+                if head is not None and module is head and self._check_target_module_exists(config, name):
+                    refuse_head(name)
+        if config.resolved:
+            return
+        wanted = list(config.modules_to_save or [])
+        users = tuple(wanted)
+        train_embeddings = config.train_embeddings and config.trainable_token_indices is None
+        inside: list[str] = []  # names that are trained already, by LoRA or with a module the user named
+        for name, module in language_modules(model):
+            if name and name.startswith(tuple(f"{taken}." for taken in inside)):
+                continue
+            targeted = config.target_modules is not None and self._check_target_module_exists(config, name)
+            if name and (targeted or (users and name.endswith(users))):
+                inside.append(name)
+                continue
+            if not name:
+                continue
+            if (config.train_norms and is_norm(module)) or (train_embeddings and isinstance(module, nn.Embedding)):
+                wanted.append(name)
+        config.modules_to_save = wanted or None
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: LongLoraConfig) -> None:
+        """PEFT ties by the names embed_tokens and lm_head only; this goes by what is the input embedding."""
+        saved = tuple(peft_config.modules_to_save or ())
+        get_embedding: Any = getattr(model, "get_input_embeddings", None)
+        embedding = get_embedding() if saved and get_embedding is not None else None
+        if isinstance(embedding, AuxiliaryTrainingWrapper):
+            embedding = embedding.original_module
+        name = next((n for n, m in walk(model) if embedding is not None and m is embedding), None)
+        if name is None or not name.endswith(saved):
+            return super()._check_tied_modules(model, peft_config)
+        # On a model that has an adapter, PEFT gives the names inside the wrappers.
+        inside = re.compile(r"\.(modules_to_save\.[^.]+|original_module)$")
+        tied = {inside.sub("", n) for n in self._get_module_names_tied_with_embedding()} - {name}
+        if tied:
+            peft_config.ensure_weight_tying = True
+            peft_config.modules_to_tie = tied
+            peft_config.target_modules_to_tie = None
+            peft_config.modules_to_save = [m for m in saved if not any(t.endswith(m) for t in tied)]
+
+    def _tie(self, adapter_name: str) -> None:
+        tied = getattr(self.peft_config[adapter_name], "modules_to_tie", None) or ()
+        for name in tied:
+            embedding = self.model.get_input_embeddings().modules_to_save[adapter_name]
+            # Over PEFT's copy, which shares the parameter only until someone assigns the embedding another.
+            self.model.get_submodule(name).modules_to_save[adapter_name] = masters.TiedHead(embedding)
+
+    # -- RoPE ------------------------------------------------------------------------------------------------------
+
+    @property
+    def base_rope(self) -> RopeScaling | None:
+        """The RoPE of the base model, whatever an adapter has made of it; None if the model has none."""
+        snapshot = getattr(self.model, _BASE_ROPE, None)
+        if snapshot is not None:
+            return snapshot
+        config = getattr(self.model, "config", None)
+        return rope.current_rope(config) if _has_rope(config) else None
+
+    def _resolve_rope(self, model: nn.Module, config: LongLoraConfig, adapter_name: str) -> None:
+        if config.rope is not None:
+            base = self._base_of(model)
+            if config.base_rope is not None and RopeScaling.from_dict(config.base_rope) != base:
+                raise ValueError(
+                    "this adapter was trained on a base with another RoPE: "
+                    f"{config.base_rope['rope_parameters']} at {config.base_rope['max_position_embeddings']} tokens, "
+                    f"but the model has {base.rope_parameters} at {base.max_position_embeddings}. A merged or "
+                    "otherwise extended model is no base for it; load the original one. (A config that has been used "
+                    "on one model holds that model's RoPE: make a fresh one for another.)"
+                )
+        elif config.target_length is not None or config.rope_parameters is not None:
+            base = self._base_of(model)
+            scaling = rope.scaled_rope(
+                model.config,
+                config.target_length,
+                config.rope_type,
+                config.rope_parameters,
+                config.base_length,
+                base=base,
+            )
+            config.rope, config.base_rope = scaling.to_dict(), base.to_dict()
+        if config.rope is not None and not rope.rotary_modules(model):
+            raise ValueError(f"{type(model).__name__} has no rotary module: its RoPE can't be scaled.")
+        self._refuse_other_rope(config.rope, adapter_name)
+
+    def _base_of(self, model: nn.Module) -> RopeScaling:
+        snapshot = getattr(model, _BASE_ROPE, None)
+        return snapshot if snapshot is not None else rope.current_rope(getattr(model, "config", None))
+
+    def _refuse_other_rope(self, wanted: dict[str, Any] | None, adapter_name: str) -> None:
+        for name, other in self.peft_config.items():
+            if name != adapter_name and getattr(other, "rope", None) != wanted:
+                raise ValueError(
+                    f"adapter {adapter_name!r} has another RoPE than {name!r}, which is on the model already, and one "
+                    "model has one RoPE. Unload the other first, or load this one on a model of its own."
+                )
+
+    def _sync_rope(self) -> None:
+        """Put on the model what its active adapters need: theirs, or the base's without any."""
+        base = getattr(self.model, _BASE_ROPE, None)
+        if base is None:
+            return
+        wanted = base
+        if not self._adapters_off:
+            for name in self.active_adapters:
+                stored = getattr(self.peft_config.get(name), "rope", None)
+                wanted = RopeScaling.from_dict(stored) if stored is not None else wanted
+        if rope.current_rope(self.model.config) != wanted:
+            rope.apply_rope(self.model, wanted)
+
+    def set_rope(
+        self,
+        scaling: RopeScaling | dict[str, Any] | None = None,
+        adapter_name: str | None = None,
+        *,
+        target_length: int | None = None,
+        rope_type: str = "linear",
+        rope_parameters: dict[str, Any] | None = None,
+        base_length: int | None = None,
+    ) -> RopeScaling:
+        """Give an adapter another RoPE, on the live model and in its config, and return it resolved.
+
+        Either a resolved `scaling`, or what `LongLoraConfig` takes; neither means the base's. Always computed from the
+        base, so that calling it twice is calling it once. RoPE types whose modules remember the lengths they have seen
+        are re-initialised even if nothing changes: what a step computes then depends on that step alone.
+        """
+        name = adapter_name or self.active_adapters[0]
+        config: Any = self.peft_config[name]
+        base = self._base_of(self.model)
+        if isinstance(scaling, dict):
+            scaling = RopeScaling.from_dict(scaling)
+        if scaling is None:
+            scaling = base
+            if target_length is not None or rope_parameters is not None:
+                scaling = rope.scaled_rope(
+                    self.model.config, target_length, rope_type, rope_parameters, base_length, base=base
+                )
+        stored = None if scaling == base else scaling.to_dict()
+        self._refuse_other_rope(stored, name)
+        before = rope.current_rope(self.model.config)
+        if getattr(self.model, _BASE_ROPE, None) is None:
+            setattr(self.model, _BASE_ROPE, base)
+        previous = config.rope, config.base_rope
+        config.rope, config.base_rope = stored, None if stored is None else base.to_dict()
+        try:
+            self._sync_rope()
+        except Exception:
+            config.rope, config.base_rope = previous
+            raise
+        after = rope.current_rope(self.model.config)
+        if after == before and after.rope_type in rope.WITH_HISTORY:
+            rope.apply_rope(self.model, after)
+        return scaling
+
+    # -- switching and taking off ----------------------------------------------------------------------------------
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._adapters_off = not enabled
+        self._sync_rope()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._sync_rope()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._sync_rope()
+        if not self.peft_config:
+            vars(self.model).pop(_BASE_ROPE, None)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        for name, wrapper, module in list(self._copies()):
+            masters.demote(module, masters.base_dtype(wrapper.original_module))
+            if isinstance(module, masters.TiedHead):
+                wrapper.modules_to_save[name] = module.to_linear()
+        self._adapters_off = not merge
+        if not merge:
+            # PEFT hands back the trained copies even then; what was asked for is the base.
+            for module in self.model.modules():
+                if isinstance(module, ModulesToSaveWrapper):
+                    module.set_adapter([])
+        self._sync_rope()
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        vars(self.model).pop(_BASE_ROPE, None)
+        return model
+
+    # -- fp32 masters ----------------------------------------------------------------------------------------------
+
+    def _copies(self, adapter_name: str | None = None) -> Iterator[tuple[str, ModulesToSaveWrapper, nn.Module]]:
+        for wrapper in self.model.modules():
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                for name, module in wrapper.modules_to_save.items():
+                    if adapter_name in (None, name):
+                        yield name, wrapper, module
+
+    @property
+    def save_state(self) -> masters.SaveState:
+        if self._save_state is None:
+            self._save_state = masters.SaveState()
+        return self._save_state
+
+    @property
+    def full_precision_state(self) -> bool:
+        """Whether state dicts hold masters in fp32 (a run's checkpoints) or in the base's dtype (the default)."""
+        return self.save_state.full_precision
+
+    @full_precision_state.setter
+    def full_precision_state(self, value: bool) -> None:
+        self.save_state.full_precision = value
+
+    def upcast_masters(self, adapter_name: str | None = None) -> None:
+        """Make fp32 masters of what is trained whole. Call it again if something has cast the weights down."""
+        for _, wrapper, module in self._copies(adapter_name):
+            masters.promote(module, masters.base_dtype(wrapper.original_module), self.save_state)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT calls this after an adapter is added, and again after its weights are loaded.
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        if autocast_adapter_dtype and not self.peft_config[adapter_name].inference_mode:
+            self.upcast_masters(adapter_name)
+            return
+        for _, wrapper, module in self._copies(adapter_name):
+            if not masters.is_promoted(module):
+                masters.demote(module, masters.base_dtype(wrapper.original_module))
+
+
+def _has_rope(config: Any) -> bool:
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return bool(getattr(config, "rope_parameters", None))
