@@ -199,8 +199,8 @@ def scaled_rope(
         )
     if base.rope_type not in ("default", rope_type):
         raise ValueError(
-            f"this base is scaled by {base.rope_type!r} RoPE; {rope_type!r} on top of it would replace the frequencies "
-            "it was trained with (reported for linear over llama3: perplexity 10 -> 976). "
+            f"this base is scaled by {base.rope_type!r} RoPE; {rope_type!r} on top of it would replace the "
+            "frequencies it was trained with (reported for linear over llama3: perplexity 10 -> 976). "
             f'Pass rope_type="{base.rope_type}" to extend it in its own type, or explicit rope_parameters.'
         )
     if rope_type == "dynamic" and base.counts_factor:

@@ -118,15 +118,18 @@ class LongLoraModel(LoraModel):
         """PEFT ties by the names embed_tokens and lm_head only; this goes by what is the input embedding."""
         saved = tuple(peft_config.modules_to_save or ())
         get_embedding: Any = getattr(model, "get_input_embeddings", None)
+        inside = re.compile(r"\.(modules_to_save\.[^.]+|original_module)$")
         embedding = get_embedding() if saved and get_embedding is not None else None
         if isinstance(embedding, AuxiliaryTrainingWrapper):
             embedding = embedding.original_module
         name = next((n for n, m in walk(model) if embedding is not None and m is embedding), None)
         if name is None or not name.endswith(saved):
             return super()._check_tied_modules(model, peft_config)
-        # On a model that has an adapter, PEFT gives the names inside the wrappers.
-        inside = re.compile(r"\.(modules_to_save\.[^.]+|original_module)$")
-        tied = {inside.sub("", n) for n in self._get_module_names_tied_with_embedding()} - {name}
+        # PEFT finds what is tied by names only, and nothing on a model that has an adapter; modules tell at any time.
+        tied = set(self._get_module_names_tied_with_embedding())
+        tied = {inside.sub("", n) for n in tied}
+        tied |= {n for n, m in walk(model) if m._parameters.get("weight") is embedding.weight}
+        tied.discard(name)
         if tied:
             peft_config.ensure_weight_tying = True
             peft_config.modules_to_tie = tied

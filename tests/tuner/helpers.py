@@ -1,0 +1,59 @@
+"""Tiny models for the tuner's tests."""
+
+import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_longlora.tuner import LongLoraConfig, register
+
+register()
+
+LENGTH, TARGET = 64, 256
+
+
+def llama(tied=False, dtype=torch.float32, **kwargs):
+    """Two layers, grouped keys and values, weights large enough for positions to matter."""
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        **kwargs,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2)
+    for module in model.modules():  # as from_pretrained does: rotary buffers stay fp32
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def ids(length=3 * LENGTH):
+    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+def perturbed(model, config=None):
+    """The model with an adapter whose every trainable weight is away from its start."""
+    config = config if config is not None else LongLoraConfig(target_length=TARGET)
+    peft_model = get_peft_model(model, config).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    return peft_model
+
+
+@torch.no_grad()
+def logits(model, input_ids=None):
+    return model(ids() if input_ids is None else input_ids).logits

@@ -1,0 +1,545 @@
+"""A LongLoRA adapter's life: put on, saved, loaded by every path, switched, merged, taken off."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import PeftType
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from hf_longlora.rope import current_rope, scaled_rope
+from hf_longlora.tuner import LongLoraConfig, LongLoraModel, register
+
+from .helpers import LENGTH, TARGET, ids, llama, logits, perturbed
+
+NORMS = {f"model.layers.{i}.{n}" for i in (0, 1) for n in ("input_layernorm", "post_attention_layernorm")}
+NORMS.add("model.norm")
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def tied(request):
+    return request.param
+
+
+@pytest.fixture
+def saved(tied, tmp_path):
+    """(base's folder, adapter's folder, what the adapted model answers, what the base answers)."""
+    base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
+    llama(tied).save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    plain = logits(model)
+    model = perturbed(model)
+    model.save_pretrained(adapter)
+    return base, adapter, logits(model), plain
+
+
+def load(path):
+    return AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+# -- what is trained ----
+
+
+def test_exactly_lora_norms_and_embeddings_are_trained(tied):
+    model = get_peft_model(llama(tied), LongLoraConfig(target_length=TARGET))
+    trained = {n.removeprefix("base_model.model.") for n, p in model.named_parameters() if p.requires_grad}
+    attention = [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qkvo"]
+    expected = {f"{name}.lora_{ab}.default.weight" for name in attention for ab in "AB"}
+    expected |= {f"{name}.modules_to_save.default.weight" for name in NORMS | {"model.embed_tokens"}}
+    assert trained == expected
+    config = model.peft_config["default"]
+    assert config.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert set(config.modules_to_save) == NORMS | {"model.embed_tokens"}
+
+
+def test_switches_and_the_users_own_modules():
+    config = LongLoraConfig(train_embeddings=False, train_norms=False, modules_to_save=["lm_head"])
+    model = get_peft_model(llama(), config)
+    assert model.peft_config["default"].modules_to_save == ["lm_head"]
+    config = LongLoraConfig(train_norms=False, modules_to_save=["lm_head"])
+    assert get_peft_model(llama(), config).peft_config["default"].modules_to_save == ["lm_head", "model.embed_tokens"]
+
+
+def other(family):
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if family == "gpt_neox":
+        return GPTNeoXForCausalLM(GPTNeoXConfig(**shape)), {"query_key_value", "dense"}, 5, "embed_in"
+    if family == "gpt_neox_tied":
+        config = GPTNeoXConfig(**shape, tie_word_embeddings=True)
+        return GPTNeoXForCausalLM(config), {"query_key_value", "dense"}, 5, "embed_in"
+    if family == "phi3":
+        model = Phi3ForCausalLM(Phi3Config(**shape, num_key_value_heads=2))
+        return model, {"qkv_proj", "o_proj"}, 5, "embed_tokens"
+    if family == "qwen3":  # norms of queries and keys inside the attention
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=2, head_dim=8))
+        return model, {"q_proj", "k_proj", "v_proj", "o_proj"}, 9, "embed_tokens"
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, bos_token_id=1, eos_token_id=2)
+    return GPT2LMHeadModel(config), {"c_attn", "attn.c_proj"}, 5, "wte"
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt_neox_tied", "phi3", "qwen3", "gpt2"])
+def test_other_families(family, tmp_path):
+    model, targets, norms, embedding = other(family)
+    fresh = copy.deepcopy(model).eval()
+    rope = {"target_length": 65536, "rope_type": "longrope" if family == "phi3" else "linear"}
+    config = LongLoraConfig(**({} if family == "gpt2" else rope))
+    model = perturbed(model, config)
+    assert config.target_modules == targets
+    assert sum("norm" in m or "ln_" in m for m in config.modules_to_save) == norms
+    assert any(m.endswith(embedding) for m in config.modules_to_save)
+    head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
+    assert (head.weight is inputs.weight) == (family in ("gpt_neox_tied", "gpt2"))
+    input_ids = ids(40) % 64
+    before = logits(model, input_ids)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    assert (logits(loaded, input_ids) - before).abs().max() <= 1e-6
+    merged = loaded.merge_and_unload()
+    assert (logits(merged, input_ids) - before).abs().max() <= 1e-5
+
+
+def test_gpt2_refuses_rope_and_stays_as_it_was():
+    model, *_ = other("gpt2")
+    modules = [n for n, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="no RoPE"):
+        get_peft_model(model, LongLoraConfig(target_length=4096))
+    assert [n for n, _ in model.named_modules()] == modules
+
+
+def test_plain_module_without_config():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(10, 8)
+            self.norm = nn.LayerNorm(8)
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.linear(self.norm(self.embedding(x)))
+
+    model = get_peft_model(Block(), LongLoraConfig(target_modules=["linear"], task_type=None))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert len([n for n in trained if "lora_" in n]) == 2
+    assert len([n for n in trained if "modules_to_save" in n]) == 3
+    with pytest.raises(ValueError, match="no RoPE"):
+        get_peft_model(Block(), LongLoraConfig(target_modules=["linear"], task_type=None, target_length=64))
+    # What LoRA targets already is left to LoRA.
+    model = get_peft_model(Block(), LongLoraConfig(target_modules=["linear", "embedding"], task_type=None))
+    assert model.peft_config["default"].modules_to_save == ["norm"]
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], r"(.*\.)?(q_proj|lm_head)"])
+def test_head_is_refused(targets):
+    with pytest.raises(ValueError, match="lm_head"):
+        LongLoraConfig(target_modules=targets)
+
+
+def test_head_under_another_name_is_refused():
+    model, *_ = other("gpt_neox")
+    name = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+    with pytest.raises(ValueError, match="output head"):
+        get_peft_model(model, LongLoraConfig(target_modules=["query_key_value", name]))
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"target_length": 1}, {"target_length": "8k"}, {"rope_type": "ntk"}, {"rope_parameters": "linear"}]
+)
+def test_config_refusals(kwargs):
+    with pytest.raises(ValueError):
+        LongLoraConfig(**kwargs)
+
+
+# -- save and load ----
+
+
+def by_peft(base, adapter):
+    return PeftModel.from_pretrained(load(base), adapter)
+
+
+def by_peft_low_memory(base, adapter):
+    return PeftModel.from_pretrained(load(base), adapter, low_cpu_mem_usage=True)
+
+
+def by_auto(base, adapter):
+    return AutoPeftModelForCausalLM.from_pretrained(adapter)
+
+
+def by_load_adapter(base, adapter):
+    model = load(base)
+    model.load_adapter(adapter)
+    return model
+
+
+def by_transformers(base, adapter):
+    return AutoModelForCausalLM.from_pretrained(adapter)
+
+
+def by_trainable(base, adapter):
+    return PeftModel.from_pretrained(load(base), adapter, is_trainable=True)
+
+
+LOADERS = [by_peft, by_peft_low_memory, by_auto, by_load_adapter, by_transformers, by_trainable]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_every_path_gives_the_same_answers(saved, tied, loader):
+    base, adapter, adapted, plain = saved
+    assert (adapted - plain).abs().max() > 0.1
+    model = loader(base, adapter).eval()
+    assert (logits(model) - adapted).abs().max() <= 1e-6
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert inner.config.rope_parameters["factor"] == TARGET / LENGTH
+    assert (inner.get_output_embeddings().weight is inner.get_input_embeddings().weight) == tied
+
+
+def test_saved_through_transformers(saved, tmp_path):
+    base, adapter, adapted, _ = saved
+    model = by_load_adapter(base, adapter)
+    model.save_pretrained(tmp_path / "again")
+    for loader in (by_peft, by_load_adapter):
+        assert (logits(loader(base, str(tmp_path / "again")).eval()) - adapted).abs().max() <= 1e-6
+
+
+def test_tied_weight_is_saved_once(saved):
+    keys = load_file(f"{saved[1]}/adapter_model.safetensors")
+    assert not any("lm_head" in key for key in keys)
+
+
+def test_adapter_config_is_complete_json(saved):
+    stored = json.loads(Path(saved[1], "adapter_config.json").read_text())
+    assert stored["peft_type"] == "LONGLORA"
+    assert stored["rope"]["rope_parameters"]["factor"] == 4.0
+    assert stored["base_rope"]["rope_parameters"]["rope_type"] == "default"
+    assert set(stored["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    config = PeftConfig.from_pretrained(saved[1])
+    assert type(config) is LongLoraConfig
+    assert config.to_dict() | {"target_modules": 0} == LongLoraConfig(**stored).to_dict() | {"target_modules": 0}
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "yarn", "llama3", "longrope"])
+def test_every_rope_type_survives(rope_type, tmp_path):
+    model = perturbed(llama(), LongLoraConfig(target_length=TARGET, rope_type=rope_type))
+    adapted = logits(model)
+    model.save_pretrained(tmp_path)
+    assert (logits(PeftModel.from_pretrained(llama(), tmp_path).eval()) - adapted).abs().max() <= 1e-6
+
+
+def test_explicit_rope_parameters_and_none(tmp_path):
+    explicit = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0}
+    model = perturbed(llama(), LongLoraConfig(rope_parameters=explicit))
+    assert model.config.rope_parameters["beta_fast"] == 16.0
+    model.save_pretrained(tmp_path / "a")
+    again = PeftModel.from_pretrained(llama(), tmp_path / "a").eval()
+    assert (logits(again) - logits(model)).abs().max() <= 1e-6
+    base = llama()
+    before = current_rope(base.config)
+    model = perturbed(base, LongLoraConfig())
+    assert model.peft_config["default"].rope is None
+    assert current_rope(model.config) == before
+    model.save_pretrained(tmp_path / "b")
+    again = PeftModel.from_pretrained(llama(), tmp_path / "b").eval()
+    assert (logits(again) - logits(model)).abs().max() <= 1e-6
+
+
+def test_base_with_another_rope_is_refused(saved):
+    base, adapter, _, _ = saved
+    merged = by_peft(base, adapter).merge_and_unload()
+    before, modules = logits(merged), [n for n, _ in merged.named_modules()]
+    with pytest.raises(ValueError, match="another RoPE"):
+        PeftModel.from_pretrained(merged, adapter)
+    assert [n for n, _ in merged.named_modules()] == modules
+    assert torch.equal(logits(merged), before)
+
+
+def truncate(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def garble(folder):
+    (folder / "adapter_model.safetensors").write_bytes(b"nothing of the kind")
+
+
+def remove(folder):
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def pickled(folder):
+    state = load_file(folder / "adapter_model.safetensors")
+    remove(folder)
+    torch.save(state, folder / "adapter_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [(truncate, ValueError), (garble, ValueError), (remove, FileNotFoundError), (pickled, ValueError)],
+)
+def test_damaged_files_leave_the_model_alone(damage, error, tmp_path):
+    perturbed(llama()).save_pretrained(tmp_path)
+    damage(tmp_path)
+    model = llama()
+    before, modules = logits(model), [n for n, _ in model.named_modules()]
+    with pytest.raises(error, match="adapter_model"):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert [n for n, _ in model.named_modules()] == modules
+    assert torch.equal(logits(model), before)
+    # The same through an adapter that is there already.
+    model = perturbed(llama())
+    before, modules = logits(model), [n for n, _ in model.named_modules()]
+    with pytest.raises(error, match="adapter_model"):
+        model.load_adapter(tmp_path, "second")
+    assert [n for n, _ in model.named_modules()] == modules
+    assert torch.equal(logits(model), before)
+
+
+def test_config_alone_loads(tmp_path):
+    LongLoraConfig(r=4).save_pretrained(tmp_path)
+    assert LongLoraConfig.from_pretrained(tmp_path).r == 4
+
+
+def run_python(code, *args):
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120)
+
+
+def test_merged_model_needs_no_package(saved, tied, tmp_path):
+    base, adapter, adapted, _ = saved
+    merged = by_peft(base, adapter).merge_and_unload()
+    assert type(merged) is type(load(base))
+    assert merged.config.tie_word_embeddings is tied
+    same = merged.lm_head.weight.data_ptr() == merged.model.embed_tokens.weight.data_ptr()
+    assert same == tied
+    assert not [n for n, m in merged.named_modules() if type(m).__module__.startswith(("hf_longlora", "peft"))]
+    merged.save_pretrained(tmp_path / "merged")
+    torch.save((ids(), adapted), tmp_path / "expected.pt")
+    code = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "torch.set_num_threads(1)\n"
+        "ids, expected = torch.load(sys.argv[2])\n"
+        "with torch.no_grad(): out = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()(ids).logits\n"
+        "assert 'hf_longlora' not in sys.modules\n"
+        "error = (out - expected).abs().max().item()\n"
+        "assert error < 1e-5, error\n"
+    )
+    done = run_python(code, str(tmp_path / "merged"), str(tmp_path / "expected.pt"))
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_without_the_package_loading_fails_loudly(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    perturbed(llama()).save_pretrained(tmp_path / "adapter")
+    code = (
+        "import sys\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "from peft import PeftModel\n"
+        "base = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "PeftModel.from_pretrained(base, sys.argv[2])\n"
+    )
+    done = run_python(code, str(tmp_path / "base"), str(tmp_path / "adapter"))
+    assert done.returncode != 0
+    assert "KeyError: 'LONGLORA'" in done.stderr
+
+
+# -- switching ----
+
+
+def test_disabling_gives_the_base(tied):
+    base = llama(tied)
+    plain, rope = logits(base), current_rope(base.config)
+    model = perturbed(base)
+    adapted, scaled = logits(model), current_rope(model.config)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+        assert current_rope(model.config) == rope
+    assert torch.equal(logits(model), adapted)
+    assert current_rope(model.config) == scaled
+    model.base_model.disable_adapter_layers()
+    assert torch.equal(logits(model), plain)
+    model.base_model.enable_adapter_layers()
+    assert torch.equal(logits(model), adapted)
+
+
+def test_unload_gives_the_base(tied):
+    base = llama(tied)
+    plain = logits(base)
+    bare = perturbed(base).unload()
+    assert torch.equal(logits(bare), plain)
+    assert bare.config.rope_parameters["rope_type"] == "default"
+    assert bare.config.max_position_embeddings == LENGTH
+    assert not hasattr(bare, "_longlora_base_rope")
+    assert (bare.lm_head.weight is bare.model.embed_tokens.weight) == tied
+    # ... which takes another adapter with another RoPE.
+    again = get_peft_model(bare, LongLoraConfig(target_length=2 * TARGET))
+    assert again.config.rope_parameters["factor"] == 8.0
+
+
+def test_delete_the_last_adapter():
+    base = llama()
+    plain = logits(base)
+    model = perturbed(base)
+    model.delete_adapter("default")
+    model = model.base_model.model  # PEFT's own forward looks for an active adapter
+    assert torch.equal(logits(model), plain)
+    assert model.config.rope_parameters["rope_type"] == "default"
+
+
+def test_second_adapter(tied, tmp_path):
+    model = perturbed(llama(tied))
+    first = logits(model)
+    model.save_pretrained(tmp_path)
+    modules = {n for n, _ in model.named_modules()}
+    for wrong in (LongLoraConfig(target_length=2 * TARGET), LongLoraConfig()):
+        with pytest.raises(ValueError, match="another RoPE"):
+            model.add_adapter("second", wrong)
+        assert {n for n, _ in model.named_modules()} == modules
+        assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model), first)
+    model.add_adapter("second", LongLoraConfig(target_length=TARGET))
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    # At its start a second adapter is the base under the scaled RoPE.
+    bare = llama(tied)
+    scaled = get_peft_model(bare, LongLoraConfig(target_length=TARGET)).eval()
+    assert (logits(model) - logits(scaled)).abs().max() <= 1e-6
+    head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
+    assert (head.weight is inputs.weight) == tied
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.load_adapter(tmp_path, "third")
+    model.set_adapter("third")
+    assert (logits(model) - first).abs().max() <= 1e-6
+    model.delete_adapter("third")
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    assert (logits(model) - first).abs().max() <= 1e-6
+
+
+def test_second_adapter_through_transformers(tmp_path):
+    perturbed(llama()).save_pretrained(tmp_path / "a")
+    perturbed(llama(), LongLoraConfig(target_length=2 * TARGET)).save_pretrained(tmp_path / "b")
+    model = llama()
+    model.load_adapter(tmp_path / "a", "a")
+    first = logits(model)
+    with pytest.raises(ValueError, match="another RoPE"):
+        model.load_adapter(tmp_path / "b", "b")
+    assert torch.equal(logits(model), first)
+    assert model.config.rope_parameters["factor"] == 4.0
+    assert list(model.peft_config) == ["a"]
+
+
+def test_failed_injection_leaves_the_model_alone():
+    model = llama()
+    before, modules = logits(model), [n for n, _ in model.named_modules()]
+    rope, trainable = current_rope(model.config), [p.requires_grad for p in model.parameters()]
+    for broken in (
+        LongLoraConfig(target_length=TARGET, target_modules=["nothing_of_the_kind"]),
+        # PEFT finds out about the second target after it has replaced the first.
+        LongLoraConfig(target_length=TARGET, target_modules=["q_proj", "rotary_emb"]),
+        LongLoraConfig(target_length=LENGTH),
+    ):
+        stored = broken.to_dict()
+        with pytest.raises(ValueError):
+            get_peft_model(model, broken)
+        assert [n for n, _ in model.named_modules()] == modules
+        assert torch.equal(logits(model), before)
+        assert current_rope(model.config) == rope
+        assert [p.requires_grad for p in model.parameters()] == trainable
+        ignored = {"base_model_name_or_path": None, "revision": None}
+        assert broken.to_dict() | ignored == stored | ignored
+
+
+# -- stages ----
+
+
+def test_set_rope_follows_stages(tmp_path):
+    model = perturbed(llama())
+    tuner = model.base_model
+    assert isinstance(tuner, LongLoraModel)
+    base = tuner.base_rope
+    scaling = tuner.set_rope(target_length=1024, rope_type="yarn")
+    assert scaling == scaled_rope(model.config, 1024, "yarn", base=base)
+    assert current_rope(model.config) == scaling
+    assert model.peft_config["default"].rope == scaling.to_dict()
+    adapted = logits(model)
+    model.save_pretrained(tmp_path)
+    assert (logits(PeftModel.from_pretrained(llama(), tmp_path).eval()) - adapted).abs().max() <= 1e-6
+    buffer = model.get_submodule("base_model.model.model.rotary_emb").inv_freq
+    tuner.set_rope(scaling)  # unchanged: nothing is built
+    assert model.get_submodule("base_model.model.model.rotary_emb").inv_freq is buffer
+    assert tuner.set_rope() == base
+    assert model.peft_config["default"].rope is None
+    assert tuner.base_rope == base
+    tuner.set_rope(scaling.to_dict())
+    assert torch.equal(logits(model), adapted)
+    with model.disable_adapter():
+        assert current_rope(model.config) == base
+    with pytest.raises(ValueError, match="reaches"):
+        tuner.set_rope(target_length=LENGTH)
+    assert current_rope(model.config) == scaling
+
+
+def test_set_rope_makes_dynamic_forget():
+    model = perturbed(llama(), LongLoraConfig(target_length=TARGET, rope_type="dynamic"))
+    short = ids(LENGTH + 20)
+    first = logits(model, short)
+    logits(model)  # longer: the frequencies grow and stay grown for what is shorter but beyond the original
+    assert not torch.equal(logits(model, short), first)
+    model.base_model.set_rope(target_length=TARGET, rope_type="dynamic")
+    assert torch.equal(logits(model, short), first)
+
+
+def test_set_rope_starts_from_an_adapter_without():
+    base = llama()
+    plain = logits(base)
+    model = perturbed(base, LongLoraConfig())
+    model.base_model.set_rope(target_length=TARGET)
+    assert model.config.rope_parameters["factor"] == 4.0
+    assert torch.equal(logits(model.unload()), plain)
+
+
+# -- the enum ----
+
+
+def test_peft_type_is_an_ordinary_member():
+    register()
+    member = PeftType.LONGLORA
+    assert pickle.loads(pickle.dumps(member)) is member
+    assert copy.deepcopy(member) is member
+    assert json.loads(json.dumps(member)) == "LONGLORA"
+    assert PeftType("LONGLORA") is member
+    assert member == "LONGLORA"
+    assert member in list(PeftType)
+    config = LongLoraConfig(target_length=TARGET)
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert copy.deepcopy(config) == config
+    # LoRA's own entry is as it was.
+    assert type(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).base_model).__name__ == "LoraModel"
+
+
+def test_adapted_model_can_be_copied(tied):
+    model = perturbed(llama(tied))
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), logits(model))
+    with torch.no_grad():
+        twin.get_input_embeddings().weight.add_(1.0)
+    assert not torch.equal(logits(twin), logits(model))
+    assert (twin.get_output_embeddings().weight is twin.get_input_embeddings().weight) == tied

@@ -1,0 +1,126 @@
+"""fp32 masters: bf16 norms that move, forwards that agree on dtypes, files in the base's dtype."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from hf_longlora.tuner import LongLoraConfig
+
+from .helpers import TARGET, ids, llama, logits, perturbed
+
+NORM = "base_model.model.model.norm.modules_to_save.default.weight"
+
+
+def train(model, steps=5, lr=2e-5, autocast=True):
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    context = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+    for _ in range(steps):
+        with context:
+            model(ids(32), labels=ids(32)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.parametrize("masters", [True, False])
+def test_a_bf16_norm_moves_only_with_a_master(masters):
+    model = get_peft_model(
+        llama(dtype=torch.bfloat16), LongLoraConfig(target_length=TARGET), autocast_adapter_dtype=masters
+    )
+    before = model.get_parameter(NORM).detach().clone()
+    assert before.dtype == (torch.float32 if masters else torch.bfloat16)
+    train(model)
+    after = model.get_parameter(NORM)
+    moved = (after != before).float().mean()
+    assert moved > 0.9 if masters else moved == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_forward_and_backward_agree_on_dtypes(tied, autocast):
+    model = get_peft_model(llama(tied, dtype=torch.bfloat16), LongLoraConfig(target_length=TARGET))
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    train(model, steps=2, lr=1e-2, autocast=autocast)
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            assert not torch.equal(parameter, trained[name]), name
+    assert logits(model).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_training_computes_what_the_saved_adapter_will(tied, tmp_path):
+    model = train(get_peft_model(llama(tied, dtype=torch.bfloat16), LongLoraConfig(target_length=TARGET)), lr=1e-3)
+    here = logits(model).float()
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    assert {v.dtype for k, v in state.items() if "lora_" not in k} == {torch.bfloat16}
+    loaded = PeftModel.from_pretrained(llama(tied, dtype=torch.bfloat16), tmp_path).eval()
+    there = logits(loaded).float()
+    assert {p.dtype for n, p in loaded.named_parameters() if "modules_to_save" in n} == {torch.bfloat16}
+    assert (here - there).abs().mean() < 0.02 * there.abs().mean()
+    merged = loaded.merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_full_precision_state_resumes_bitwise(tied, tmp_path):
+    model = train(get_peft_model(llama(tied, dtype=torch.bfloat16), LongLoraConfig(target_length=TARGET)), lr=1e-3)
+    model.base_model.full_precision_state = True
+    model.save_pretrained(tmp_path / "checkpoint")
+    model.base_model.full_precision_state = False
+    model.save_pretrained(tmp_path / "adapter")
+    assert {v.dtype for v in load_file(tmp_path / "checkpoint/adapter_model.safetensors").values()} == {torch.float32}
+    base = llama(tied, dtype=torch.bfloat16)
+    resumed = PeftModel.from_pretrained(base, tmp_path / "checkpoint", is_trainable=True)
+    for (name, here), (_, there) in zip(model.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(here, there), name
+    # ... and so does the way Trainer takes: weights into a model that has the adapter.
+    fresh = get_peft_model(llama(tied, dtype=torch.bfloat16), LongLoraConfig(target_length=TARGET))
+    fresh.load_adapter(tmp_path / "checkpoint", "default", is_trainable=True)
+    for (name, here), (_, there) in zip(model.named_parameters(), fresh.named_parameters(), strict=True):
+        assert torch.equal(here, there), name
+    assert torch.equal(logits(train(fresh)), logits(train(model)))
+
+
+def test_upcast_again_after_someone_cast_down():
+    model = get_peft_model(llama(dtype=torch.bfloat16), LongLoraConfig(target_length=TARGET))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    model.base_model.upcast_masters()
+    assert model.get_parameter(NORM).dtype == torch.float32
+    train(model, steps=1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_trained_model_merges_and_unloads(tied):
+    base = llama(tied, dtype=torch.bfloat16)
+    plain = logits(base)
+    model = train(get_peft_model(base, LongLoraConfig(target_length=TARGET)), lr=1e-3)
+    twin = copy.deepcopy(model)
+    here = logits(model).float()
+    merged = model.merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert (logits(merged).float() - here).abs().mean() < 0.05 * here.abs().mean()
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._state_dict_hooks for m in merged.modules())
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+    assert torch.equal(logits(twin.unload()), plain)
+
+
+def test_head_the_user_trains_has_a_master_too():
+    config = LongLoraConfig(target_length=TARGET, modules_to_save=["lm_head"])
+    model = get_peft_model(llama(dtype=torch.bfloat16), config)
+    assert model.get_output_embeddings().weight.dtype == torch.float32
+    train(model, steps=2, autocast=False)
+    assert type(model.merge_and_unload().lm_head).__name__ == "Linear"
+
+
+def test_fp32_bases_are_left_alone():
+    model = perturbed(llama())
+    assert not any("_master" in vars(m) for m in model.modules())
