@@ -1,14 +1,29 @@
 """Extend a model's context cheaply: LongLoRA (arXiv 2309.12307) for transformers, PEFT and TRL.
 
-Importing this package registers `attn_implementation="s2attn"` with transformers and the adapter type LONGLORA with PEFT.
+Importing it registers `attn_implementation="s2attn"` with transformers and the adapter type LONGLORA with PEFT.
 """
 
-from . import attention
+from . import attention, tuner
 from .attention import S2AttentionConfig, s2_attention, s2_attention_mode, set_s2_attention
-
+from .evaluation import loss_by_position, perplexity_by_length
+from .trainer import ContextStage, LongLoraSFTConfig, LongLoraSFTTrainer
+from .tuner import LongLoraConfig, LongLoraModel
 
 __version__ = "0.1.0"
 
 attention.register()
+tuner.register()
 
-__all__ = ["S2AttentionConfig", "s2_attention", "s2_attention_mode", "set_s2_attention"]
+__all__ = [
+    "ContextStage",
+    "LongLoraConfig",
+    "LongLoraModel",
+    "LongLoraSFTConfig",
+    "LongLoraSFTTrainer",
+    "S2AttentionConfig",
+    "loss_by_position",
+    "perplexity_by_length",
+    "s2_attention",
+    "s2_attention_mode",
+    "set_s2_attention",
+]

@@ -1,0 +1,441 @@
+"""TRL's SFTTrainer over stages of growing context."""
+
+import copy
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, concatenate_datasets
+from peft import PeftConfig, PeftModel
+from torch.utils.data import SequentialSampler
+from transformers import AutoConfig, PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from trl import SFTTrainer
+
+from ..attention import set_attention_mode, set_s2_attention
+from ..rope import RopeScaling, apply_rope, current_rope, reach, rope_factor, scaled_rope
+from ..tuner import LongLoraConfig, LongLoraModel
+from .callbacks import ContextStageCallback
+from .config import LongLoraSFTConfig
+from .stages import Schedule
+
+SCHEDULE_NAME = "context_schedule.json"
+LAST_GOOD_NAME = "last-good"
+
+
+class LongLoraSFTTrainer(SFTTrainer):
+    """Extend a model's context in stages, in one run (LongLoRA, arXiv 2309.12307).
+
+    A [`~trl.SFTTrainer`] in everything but this: sequences, RoPE, group size and attention follow the stages of
+    `args`. Each stage has its own view of the dataset, tokenised once and truncated or packed to the stage's length;
+    one dataloader serves them in order, shuffled by `args.seed`, under one learning rate schedule and one log history.
+    A run resumed from a checkpoint ends as the unbroken one would.
+
+    Args:
+        model: A model's name or path, a [`~transformers.PreTrainedModel`], or a [`~peft.PeftModel`] with a LONGLORA
+            adapter. It is switched to `attn_implementation="s2attn"`.
+        args: The stages and everything that `SFTConfig` has.
+        train_dataset: Raw text, conversations, prompt-completion pairs or token ids, as TRL takes them; map-style.
+        peft_config: A [`LongLoraConfig`], or `None` to train all weights (or the adapter of a `PeftModel`).
+        kwargs: The remaining arguments of [`~trl.SFTTrainer`].
+
+    Raises:
+        ValueError: before training starts, if the stages, the model, the adapter and the dataset don't fit together.
+        TypeError: if `args` is not a [`LongLoraSFTConfig`] or `train_dataset` is not a map-style dataset.
+    """
+
+    _tag_names = ["trl", "sft", "longlora", "hf_longlora"]
+    _name = "LongLoRA SFT"
+    _paper = {
+        "title": "LongLoRA: Efficient Fine-tuning of Long-Context Large Language Models",
+        "id": "2309.12307",
+        "citation": (
+            "@inproceedings{chen2024longlora,\n"
+            "  title     = {{LongLoRA: Efficient Fine-tuning of Long-Context Large Language Models}},\n"
+            "  author    = {Yukang Chen and Shengju Qian and Haotian Tang and Xin Lai and Zhijian Liu and Song Han "
+            "and Jiaya Jia},\n"
+            "  booktitle = {International Conference on Learning Representations},\n"
+            "  year      = 2024\n"
+            "}"
+        ),
+    }
+
+    args: LongLoraSFTConfig
+    model: Any
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: LongLoraSFTConfig,
+        *,
+        train_dataset: Dataset,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, LongLoraSFTConfig):
+            raise TypeError(f"`args` must be a LongLoraSFTConfig with its stages, got {type(args).__name__}.")
+        self.schedule: Schedule = args.schedule
+        _check_arguments(args)
+        _check_dataset(train_dataset, args, kwargs.get("formatting_func"))
+        _check_adapter(model, peft_config, self.schedule)
+        # All that can be refused is refused here, while the model is as it was.
+        self._base_rope, self._ropes = _stage_ropes(model, args, peft_config, self.schedule)
+        if isinstance(model, str):
+            args.model_init_kwargs = {"attn_implementation": "s2attn"} | _mapping(args.model_init_kwargs)
+        else:
+            set_s2_attention(model)
+        self._train_source: Dataset | None = train_dataset
+        self._stage_examples: list[int] = []
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            peft_config=peft_config,
+            callbacks=[ContextStageCallback(self), *(callbacks or [])],
+            **kwargs,
+        )
+        self._train_source = None
+        self._last_log: tuple[float, int] | None = None
+        if self._tuner is not None:
+            self._tuner.upcast_masters()  # TRL casts what a quantized model trains to bf16, the norms too
+        self.apply_step(0)
+        self.end_schedule()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Stages
+
+    @property
+    def _output_dir(self) -> str:
+        return self.args.output_dir or "trainer_output"  # Trainer's own default
+
+    @property
+    def _tuner(self) -> LongLoraModel | None:
+        tuner = self.model.base_model if isinstance(self.model, PeftModel) else None
+        return tuner if isinstance(tuner, LongLoraModel) else None
+
+    def apply_step(self, global_step: int) -> None:
+        """Put the model in the state in which the optimizer step after `global_step` steps runs."""
+        plan = self.schedule.step(global_step)
+        rope = self._ropes[plan.stage]
+        if rope is not None:
+            if self._tuner is not None:
+                self._tuner.set_rope(rope)
+            else:
+                apply_rope(self.model, rope)
+        set_s2_attention(self.model, self.schedule.attention_config(plan.stage))
+        set_attention_mode(self.model, plan.mode)
+
+    def end_schedule(self) -> None:
+        """Give attention back its usual rule, sparse in training and dense elsewhere; RoPE stays as it is."""
+        set_attention_mode(self.model, "auto")
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Data
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Callable[[dict[str, Any]], str] | None,
+        dataset_name: str,
+    ) -> Dataset:
+        """Of the training dataset, what each stage will see, one after the other. Other datasets: as TRL does."""
+        prepare = super()._prepare_dataset
+        if dataset is not self._train_source:
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        # TRL tokenises, then truncates or packs; without a length it stops in between.
+        tokenized = prepare(dataset, processing_class, _with_length(args, None), False, formatting_func, dataset_name)
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        longest, served = [], []
+        for number, stage in enumerate(self.schedule.stages, start=1):
+            own = _with_length(args, stage.max_length)
+            view = prepare(tokenized, processing_class, own, packing, None, f"stage {number}")
+            longest.append(longest_document(view))
+            self._stage_examples.append(len(view))
+            if len(view) > 0:
+                shuffle = args.train_sampling_strategy != "sequential"
+                served.append(view.select(_order(len(view), stage.max_steps * batch, args.seed + number, shuffle)))
+        self._check_lengths(longest)
+        return concatenate_datasets(served)
+
+    def _check_lengths(self, longest: list[int]) -> None:
+        """Raise a `ValueError` if a stage that stretches RoPE would train no distance that is new to the model."""
+        known = reach(self._base_rope)[1] if self._base_rope is not None else 0
+        stages = zip(self.schedule.stages, self._ropes, longest, strict=True)
+        for number, (stage, rope, tokens) in enumerate(stages, start=1):
+            if tokens == 0 or (rope is not None and stage.max_length > known and tokens <= known):
+                raise ValueError(
+                    f"Too few tokens for stage {number} (max_length {stage.max_length:,}): the longest sequence it "
+                    f"would see has {tokens:,} tokens, no more than the {known:,} the model knows by then. Give "
+                    'longer documents, set packing=True and packing_strategy="wrapped" (one stream of text, the paper\'s '
+                    "setting), or drop the stage."
+                )
+            known = max(known, tokens)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        # the order is in the dataset already: stage after stage, shuffled within
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(dataset)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The run
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Run all stages; with `resume_from_checkpoint`, from where that checkpoint stands.
+
+        Raises:
+            ValueError: if there is no such checkpoint, or it is of another schedule.
+            FloatingPointError: if a loss or a gradient is not finite; the weights before that step are kept.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._check_checkpoint(resume_from_checkpoint)
+        self._last_log = (time.perf_counter(), self._total_train_tokens)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # Alone, a process stops at the loss; several stop together, at the gradients that they share.
+        if self.args.world_size == 1 and not loss.isfinite():
+            self.stop_at_divergence("loss")
+        return loss
+
+    def stop_at_divergence(self, what: str) -> NoReturn:
+        """Keep the weights, which the step has not touched, and stop the run."""
+        plan = self.schedule.step(self.state.global_step)
+        path = os.path.join(self._output_dir, LAST_GOOD_NAME)
+        self.save_model(path)
+        raise FloatingPointError(
+            f"The {what} of step {self.state.global_step + 1} (stage {plan.stage + 1}) is not finite. The weights "
+            f"before it are in {path}. Lower the learning rate, clip gradients (max_grad_norm), or look at the data."
+        )
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """TRL's logs, and the stage's: stage, context length, RoPE factor, speed and peak memory.
+
+        The attention of the step goes to the log history alone: trackers take numbers.
+        """
+        if "loss" not in logs or not self.model.training:
+            return super().log(logs, start_time)
+        plan = self.schedule.step(max(self.state.global_step - 1, 0))
+        stage = self.schedule.stages[plan.stage]
+        now, tokens = time.perf_counter(), self._total_train_tokens
+        if self._last_log is not None:
+            since, before = self._last_log
+            logs["tokens_per_second"] = (tokens - before) / max(now - since, 1e-9)
+        self._last_log = now, tokens
+        logs["stage"] = plan.stage + 1
+        logs["context_length"] = stage.max_length
+        rope = self._ropes[plan.stage] or self._base_rope
+        logs["rope_factor"] = rope_factor(rope) if rope is not None else 1.0
+        logs["peak_memory_gib"] = _peak_memory(self.args.device)
+        super().log(logs, start_time)
+        last: dict[str, Any] = self.state.log_history[-1]
+        last["attention"] = "dense" if plan.mode == "dense" else "s2attn"
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            os.makedirs(folder, exist_ok=True)
+            Path(folder, SCHEDULE_NAME).write_text(json.dumps(self._signature(), indent=2))
+        # A checkpoint holds the fp32 masters, so that a resumed run is the same run; a saved adapter the base's dtype.
+        tuner = self._tuner
+        if tuner is not None:
+            tuner.full_precision_state = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            if tuner is not None:
+                tuner.full_precision_state = False
+
+    def _signature(self) -> dict[str, Any]:
+        """What makes a run this run: a checkpoint of another one can't be resumed."""
+        args = self.args
+        return {
+            **self.schedule.to_dict(),
+            "seed": args.seed,
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "packing": args.packing_strategy if args.packing else None,
+            "examples": self._stage_examples,
+        }
+
+    def _check_checkpoint(self, resume_from_checkpoint: str | bool) -> str:
+        path: str | bool | None = resume_from_checkpoint
+        if path is True:
+            directory = self._output_dir
+            path = get_last_checkpoint(directory) if os.path.isdir(directory) else None
+            if path is None:
+                raise ValueError(f"There is no checkpoint in {directory} to resume from; call train() without one.")
+        assert isinstance(path, str)
+        file = Path(path, SCHEDULE_NAME)
+        if not file.is_file():
+            raise ValueError(f"{path} is not a checkpoint of a staged run: it has no {SCHEDULE_NAME}.")
+        found, own = json.loads(file.read_text()), json.loads(json.dumps(self._signature()))
+        differing = [key for key in own if found.get(key) != own[key]]
+        if differing:
+            raise ValueError(
+                f"{path} is of another schedule and can't be resumed: "
+                + "; ".join(f"{key} was {found.get(key)}, is {own[key]}" for key in differing)
+                + "."
+            )
+        return path
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Before a run
+
+
+def _check_arguments(args: LongLoraSFTConfig) -> None:
+    if args.auto_find_batch_size:
+        raise ValueError("`auto_find_batch_size` would change how many examples a stage sees; set the batch size.")
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"`train_sampling_strategy={args.train_sampling_strategy!r}` would mix the stages; use 'random' (shuffled "
+            "within each stage) or 'sequential'."
+        )
+    if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
+        raise ValueError("`skip_prepare_dataset` leaves no way to cut sequences to each stage's length.")
+
+
+def _check_dataset(dataset: Any, args: LongLoraSFTConfig, formatting_func: Any) -> None:
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"`train_dataset` must be a map-style datasets.Dataset, got {type(dataset).__name__}: stages of different "
+            "lengths need a known number of examples. Materialise a stream, for example by "
+            "Dataset.from_generator(lambda: iter(stream.take(10_000)))."
+        )
+    if len(dataset) == 0:
+        raise ValueError("`train_dataset` is empty.")
+    columns = set(dataset.column_names)
+    if columns & {"image", "images"}:
+        raise ValueError("Datasets with images are not supported: stages cut text to their length.")
+    known = {args.dataset_text_field, "input_ids", "messages", "conversations", "prompt"}
+    if formatting_func is None and not columns & known:
+        raise ValueError(
+            f"`train_dataset` has no text: its columns are {sorted(columns)}, and none is {args.dataset_text_field!r} "
+            "(dataset_text_field), 'messages', 'prompt' or 'input_ids'. Name the column, or pass a formatting_func."
+        )
+
+
+def _check_adapter(model: Any, peft_config: PeftConfig | None, schedule: Schedule) -> None:
+    stretches = any(stage.rope_type is not None or stage.rope_parameters for stage in schedule.stages)
+    if isinstance(model, PeftModel):
+        if stretches and not isinstance(model.base_model, LongLoraModel):
+            raise ValueError(
+                f"An adapter of type {model.active_peft_config.peft_type.value} can't carry the RoPE of the stages. "
+                "Merge it (merge_and_unload) and train a LongLoraConfig adapter on the result."
+            )
+        return
+    if peft_config is None:
+        return
+    if not isinstance(peft_config, LongLoraConfig):
+        if stretches:
+            raise ValueError(
+                f"A {type(peft_config).__name__} adapter is saved without RoPE scaling and would be wrong when "
+                "loaded. Use hf_longlora.LongLoraConfig (it takes the same arguments), or stages with rope_type=None."
+            )
+        return
+    longest = schedule.stages[-1].max_length
+    if peft_config.target_length not in (None, longest):
+        raise ValueError(
+            f"`target_length={peft_config.target_length}` of the adapter contradicts the last stage's max_length "
+            f"{longest}. Leave it out: the stages set it."
+        )
+    if peft_config.rope_parameters is not None or any(
+        peft_config.rope_type not in ("linear", stage.rope_type) for stage in schedule.stages
+    ):
+        raise ValueError(
+            "The adapter's rope_type or rope_parameters contradict the stages'. Set them in ContextStage alone, for "
+            'example ContextStage(8192, 200, rope_type="yarn").'
+        )
+
+
+def _stage_ropes(
+    model: Any, args: LongLoraSFTConfig, peft_config: PeftConfig | None, schedule: Schedule
+) -> tuple[RopeScaling | None, list[RopeScaling | None]]:
+    """The RoPE of the base and of each stage; `None` where RoPE stays as it is.
+
+    Raises:
+        ValueError: if a stage's length is one that the base reaches already, or it has no RoPE to scale.
+    """
+    if isinstance(model, str):
+        init = _mapping(args.model_init_kwargs)
+        options = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
+        config, base = AutoConfig.from_pretrained(model, **options), None
+    else:
+        config = model.config
+        tuner = model.base_model if isinstance(model, PeftModel) else None
+        base = tuner.base_rope if isinstance(tuner, LongLoraModel) else None
+        if tuner is not None:
+            peft_config = model.active_peft_config
+    base_length = getattr(peft_config, "base_length", None)
+    ropes: list[RopeScaling | None] = []
+    for number, stage in enumerate(schedule.stages, start=1):
+        if stage.rope_type is None and stage.rope_parameters is None:
+            ropes.append(None)
+            continue
+        base = base or current_rope(config)
+        kind, explicit = stage.rope_type or "linear", stage.rope_parameters
+        try:
+            ropes.append(scaled_rope(config, stage.max_length, kind, explicit, base_length, base=base))
+        except ValueError as error:
+            raise ValueError(
+                f"Stage {number}: {error} (A stage with rope_type=None trains at a length the model reaches already.)"
+            ) from error
+    return base, ropes
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Helpers
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return dict(value or {})
+
+
+def _with_length(args: LongLoraSFTConfig, max_length: int | None) -> LongLoraSFTConfig:
+    args = copy.copy(args)
+    args.max_length = max_length
+    return args
+
+
+def _order(examples: int, wanted: int, seed: int, shuffle: bool) -> Iterable[int]:
+    """`wanted` indices into a stage's view: passes over it, each in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    passes = [
+        torch.randperm(examples, generator=generator) if shuffle else torch.arange(examples)
+        for _ in range(math.ceil(wanted / examples))
+    ]
+    return torch.cat(passes)[:wanted].tolist()
+
+
+def longest_document(view: Dataset) -> int:
+    """Tokens in the longest document of a prepared dataset: a row, or one of those packed into a row."""
+    if len(view) == 0:
+        return 0
+    table = view.with_format("arrow")[:]
+    if "seq_lengths" in view.column_names:
+        return pc.max(pc.list_flatten(table["seq_lengths"])).as_py() or 0
+    return pc.max(pc.list_value_length(table["input_ids"])).as_py() or 0
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Peak memory of this process in GiB: allocated on the GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return memory.peak_wset / 2**30
+    import resource  # everywhere else; counted in KiB, on macOS in bytes
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,0 +1,170 @@
+"""Context stages and the schedule they make: pure data and pure functions of the optimizer step."""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import accumulate, pairwise
+from typing import Any, Literal, get_args
+
+from ..attention.config import AttentionMode, S2AttentionConfig, check_group_size
+
+StageAttention = Literal["s2attn", "dense"]
+
+
+@dataclass(frozen=True)
+class ContextStage:
+    """A stretch of training at one context length.
+
+    Args:
+        max_length: Tokens in a sequence.
+        max_steps: Optimizer steps.
+        rope_parameters: Explicit RoPE parameters, as in `config.rope_parameters`; else they follow from `max_length`
+            and `rope_type`.
+        rope_type: "linear", "dynamic", "yarn", "llama3" or "longrope"; `None` leaves RoPE as the model has it (for
+            training at a length that the model reaches already).
+        group_size: Tokens in a group of shifted sparse attention.
+        group_size_ratio: Group size as a share of `max_length`, where `group_size` is not given. With neither, those
+            of the trainer's configuration hold.
+        dense_every: Each how many optimizer steps one runs with dense attention; 0: none. `None`: as the trainer's
+            configuration says.
+        attention: "s2attn" or "dense" for the whole stage.
+
+    Raises:
+        ValueError: on a value outside its range.
+    """
+
+    max_length: int
+    max_steps: int
+    rope_parameters: dict[str, Any] | None = None
+    rope_type: str | None = "linear"
+    group_size: int | None = None
+    group_size_ratio: float | None = None
+    dense_every: int | None = None
+    attention: StageAttention = "s2attn"
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "max_steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` of a stage must be a whole number of at least 1, got {value!r}.")
+        check_group_size(self.group_size)
+        if self.group_size_ratio is not None:
+            S2AttentionConfig(group_size_ratio=self.group_size_ratio)  # raises
+        check_dense_every(self.dense_every)
+        if self.attention not in get_args(StageAttention):
+            raise ValueError(
+                f"`attention` of a stage must be one of {get_args(StageAttention)}, got {self.attention!r}."
+            )
+
+    @classmethod
+    def of(cls, value: "ContextStage | Mapping[str, Any]") -> "ContextStage":
+        """A stage from a mapping, as YAML and JSON give them.
+
+        Raises:
+            ValueError: on an unknown or a missing key.
+        """
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"A stage must be a ContextStage or a mapping of its fields, got {value!r}.")
+        known = {field.name for field in fields(cls)}
+        unknown, missing = set(value) - known, {"max_length", "max_steps"} - set(value)
+        if unknown or missing:
+            raise ValueError(
+                f"Stage {dict(value)}: "
+                + "; ".join(
+                    f"{word} {sorted(keys)}" for word, keys in (("unknown", unknown), ("missing", missing)) if keys
+                )
+                + f". A stage has the fields {sorted(known)}."
+            )
+        return cls(**value)
+
+
+def check_dense_every(dense_every: int | None) -> None:
+    """Raise a `ValueError` unless `dense_every` is `None` or a whole number of at least 0."""
+    if dense_every is not None and (
+        isinstance(dense_every, bool) or not isinstance(dense_every, int) or dense_every < 0
+    ):
+        raise ValueError(f"`dense_every` must be a whole number of steps, or 0 for never, got {dense_every!r}.")
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How one optimizer step runs.
+
+    Args:
+        stage: Index of its stage, from 0.
+        last_of_stage: Whether its stage ends with it.
+        mode: "auto" (sparse in training) or "dense".
+    """
+
+    stage: int
+    last_of_stage: bool
+    mode: AttentionMode
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The stages of a run. What a step does follows from its number alone, so a resumed run is the same run.
+
+    Args:
+        stages: In order.
+        attention: Group size, ratio and kernel where a stage names none.
+        dense_every: Where a stage names none; 0 for never.
+
+    Raises:
+        ValueError: if there is no stage, or a stage is shorter than the one before it.
+    """
+
+    stages: tuple[ContextStage, ...]
+    attention: S2AttentionConfig
+    dense_every: int
+
+    def __post_init__(self) -> None:
+        check_stages(self.stages)
+
+    @property
+    def max_steps(self) -> int:
+        return sum(stage.max_steps for stage in self.stages)
+
+    def step(self, global_step: int) -> StepPlan:
+        """The plan of the optimizer step that starts after `global_step` steps are done."""
+        if not 0 <= global_step < self.max_steps:
+            raise ValueError(f"Step {global_step} is outside this schedule of {self.max_steps} steps.")
+        ends = list(accumulate(stage.max_steps for stage in self.stages))
+        index = bisect_right(ends, global_step)
+        stage, end = self.stages[index], ends[index]
+        every = self.dense_every if stage.dense_every is None else stage.dense_every
+        dense = stage.attention == "dense" or (every > 0 and (global_step + 1) % every == 0)
+        return StepPlan(index, global_step + 1 == end, "dense" if dense else "auto")
+
+    def attention_config(self, stage: int) -> S2AttentionConfig:
+        """Attention of a stage, its group size resolved: a ratio is one of the stage's `max_length`."""
+        own, kernel = self.stages[stage], self.attention.kernel
+        if own.group_size is not None:
+            config = S2AttentionConfig(group_size=own.group_size)
+        elif own.group_size_ratio is not None:
+            config = S2AttentionConfig(group_size_ratio=own.group_size_ratio)
+        else:
+            config = self.attention
+        return S2AttentionConfig(group_size=config.resolve_group_size(own.max_length), kernel=kernel)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, for checkpoints and cards."""
+        return {
+            "stages": [asdict(stage) for stage in self.stages],
+            "attention": asdict(self.attention),
+            "dense_every": self.dense_every,
+        }
+
+
+def check_stages(stages: Sequence[ContextStage]) -> None:
+    """Raise a `ValueError` if there is no stage, or a stage is shorter than the one before it."""
+    if not stages:
+        raise ValueError("`stages` is empty: give at least one ContextStage(max_length=..., max_steps=...).")
+    for number, (before, after) in enumerate(pairwise(stages), start=2):
+        if after.max_length < before.max_length:
+            raise ValueError(
+                f"Stage {number} has max_length {after.max_length}, less than the {before.max_length} before it: RoPE "
+                "scaling only grows. Order the stages by max_length."
+            )

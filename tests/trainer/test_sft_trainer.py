@@ -1,0 +1,433 @@
+import copy
+import json
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
+from trl import SFTTrainer
+
+from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
+from hf_longlora.attention import get_s2_attention, interface
+from hf_longlora.trainer import sft_trainer
+
+STAGES = [ContextStage(128, 3), ContextStage(256, 3)]
+TEXT = "It was a bright day, and the clocks were striking 13. "
+
+
+def texts(documents=12, repeat=6):
+    return Dataset.from_dict({"text": [f"{i}: " + TEXT * (repeat + i % 3) for i in range(documents)]})
+
+
+@pytest.fixture
+def make(tiny_llama, tiny_tokenizer, tmp_path):
+    """A trainer of a tiny Llama (64 tokens long) in fp32 on the CPU; the same weights at each call."""
+
+    def trainer(
+        *,
+        model=None,
+        peft_config="default",
+        dataset=None,
+        output="out",
+        callbacks=None,
+        eval_dataset=None,
+        **arguments,
+    ):
+        torch.manual_seed(0)
+        options = dict(
+            output_dir=str(tmp_path / output),
+            stages=STAGES,
+            dense_every=0,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=1,
+            per_device_train_batch_size=2,
+            packing=True,
+            packing_strategy="wrapped",
+            save_strategy="no",
+            learning_rate=1e-3,
+            warmup_steps=1,
+            gradient_checkpointing=False,
+        )
+        return LongLoraSFTTrainer(
+            model=tiny_llama() if model is None else model,
+            args=LongLoraSFTConfig(**options | arguments),
+            train_dataset=texts() if dataset is None else dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tiny_tokenizer,
+            peft_config=LongLoraConfig(r=4) if peft_config == "default" else peft_config,
+            callbacks=callbacks,
+        )
+
+    return trainer
+
+
+class Spy(TrainerCallback):
+    """What each optimizer step ran with."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        state_of = get_s2_attention(model)
+        self.steps.append((model.config.rope_parameters["factor"], state_of.config.group_size, state_of.mode))
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def test_stages_in_one_run(make, tmp_path):
+    spy = Spy()
+    trainer = make(dense_every=2, callbacks=[spy])
+    before = weights(trainer)
+    trainer.train()
+    assert spy.steps == [
+        (2.0, 32, "auto"),
+        (2.0, 32, "dense"),
+        (2.0, 32, "auto"),
+        (4.0, 64, "dense"),
+        (4.0, 64, "auto"),
+        (4.0, 64, "dense"),
+    ]
+    moved = [name for name, p in weights(trainer).items() if not torch.equal(p, before[name])]
+    assert {kind for kind in ("lora_B", "norm", "embed_tokens") if any(kind in name for name in moved)} == {
+        "lora_B",
+        "norm",
+        "embed_tokens",
+    }
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["stage"] for log in logs] == [1, 1, 1, 2, 2, 2]
+    assert [log["context_length"] for log in logs] == [128] * 3 + [256] * 3
+    assert [log["rope_factor"] for log in logs] == [2.0] * 3 + [4.0] * 3
+    assert [log["attention"] for log in logs] == ["s2attn", "dense"] * 1 + ["s2attn", "dense", "s2attn", "dense"]
+    assert all(log["tokens_per_second"] > 0 and log["peak_memory_gib"] > 0 for log in logs)
+    assert get_s2_attention(trainer.model).mode == "auto"
+
+
+def test_each_step_sees_its_stage_s_length(make):
+    seen = []
+
+    class Lengths(LongLoraSFTTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.append(tuple(inputs["input_ids"].shape))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    trainer = make(gradient_accumulation_steps=2)
+    trainer.__class__ = Lengths
+    trainer.train()
+    # wrapped packing ends in one shorter row for each pass over the text
+    assert [shape[1] for shape in seen[:6]].count(128) >= 5 and all(shape[1] <= 128 for shape in seen[:6])
+    assert [shape[1] for shape in seen[6:]].count(256) >= 5 and len(seen) == 12
+
+
+def test_the_saved_adapter_carries_the_last_rope(make, tiny_llama, tmp_path):
+    trainer = make()
+    trainer.train()
+    trainer.save_model()
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "out"))
+    assert loaded.config.rope_parameters["factor"] == 4.0
+    x = torch.randint(3, 100, (1, 200))
+    assert torch.allclose(loaded(input_ids=x).logits, trainer.model.eval()(input_ids=x).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("stop", [2, 3, 5], ids=["in stage 1", "at the boundary", "in stage 2"])
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic"])
+def test_a_resumed_run_is_the_unbroken_run(make, stop, rope_type, tmp_path):
+    options = dict(
+        stages=[ContextStage(s.max_length, s.max_steps, rope_type=rope_type) for s in STAGES],
+        dense_every=2,
+        packing_strategy="bfd",
+        dataset=texts(40, repeat=2),
+        save_strategy="steps",
+        save_steps=100,
+        gradient_accumulation_steps=2,
+    )
+    unbroken = make(output="unbroken", **options)
+    unbroken.train()
+    broken = make(output="broken", callbacks=[Stop(stop)], **options)
+    broken.train()
+    assert broken.state.global_step == stop
+    resumed = make(output="broken", **options)
+    resumed.train(resume_from_checkpoint=True)
+    expected, got = weights(unbroken), weights(resumed)
+    assert expected.keys() == got.keys() and len(got) > 10
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert any(not torch.equal(got[name], p) for name, p in weights(broken).items())
+    stages = [log["stage"] for log in resumed.state.log_history if "stage" in log]
+    assert stages == [1, 1, 1, 2, 2, 2]
+
+
+def test_bf16_base_resumes_exactly_and_saves_in_its_dtype(make, tiny_llama, tmp_path):
+    options = dict(save_strategy="steps", save_steps=2)
+
+    def model():
+        torch.manual_seed(0)
+        return tiny_llama().to(torch.bfloat16)
+
+    unbroken = make(model=model(), output="unbroken", **options)
+    unbroken.train()
+    broken = make(model=model(), output="broken", callbacks=[Stop(2)], **options)
+    broken.train()
+    resumed = make(model=model(), output="broken", **options)
+    resumed.train(resume_from_checkpoint=True)
+    norm = next(name for name in weights(resumed) if "norm" in name)
+    assert weights(resumed)[norm].dtype == torch.float32
+    assert all(torch.equal(p, weights(resumed)[name]) for name, p in weights(unbroken).items())
+    resumed.save_model()
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "broken" / "adapter_model.safetensors")
+    assert {t.dtype for name, t in saved.items() if "norm" in name or "embed" in name} == {torch.bfloat16}
+
+
+def test_full_fine_tuning_writes_rope_to_the_config(make, tmp_path):
+    trainer = make(peft_config=None)
+    trainer.train()
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.rope_parameters["factor"] == 4.0
+    x = torch.randint(3, 100, (1, 200))
+    assert torch.allclose(loaded(input_ids=x).logits, trainer.model.eval()(input_ids=x).logits, atol=1e-6)
+
+
+def test_an_existing_adapter_goes_on(make, tiny_llama, tmp_path):
+    first = make(stages=STAGES[:1])
+    first.train()
+    first.save_model()
+    torch.manual_seed(0)
+    model = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "out"), is_trainable=True)
+    spy = Spy()
+    second = make(
+        model=model,
+        peft_config=None,
+        output="second",
+        stages=[ContextStage(96, 1, rope_type=None), ContextStage(512, 1)],
+        dataset=texts(repeat=20),
+        callbacks=[spy],
+    )
+    second.train()
+    assert [step[0] for step in spy.steps] == [2.0, 8.0]  # as the adapter had it; then cumulative, from the base
+
+
+def test_conversations_with_bfd_packing(make, monkeypatch):
+    documents = []
+    real = interface._attention
+
+    def record(query, key, value, docs, *args, **kwargs):
+        documents.append(docs)
+        return real(query, key, value, docs, *args, **kwargs)
+
+    monkeypatch.setattr(interface, "_attention", record)
+    chats = [
+        [{"role": "user", "content": f"Tell me {i}"}, {"role": "assistant", "content": TEXT * (1 + i % 7)}]
+        for i in range(60)
+    ]
+    trainer = make(
+        dataset=Dataset.from_dict({"messages": chats}),
+        packing_strategy="bfd",
+        assistant_only_loss=True,
+        stages=[ContextStage(128, 2), ContextStage(256, 2)],
+    )
+    trainer.train()
+    assert any(docs.packed for docs in documents)  # packed, and kept apart
+    assert max(docs.longest for docs in documents) > 128
+    assert all(log["loss"] > 0 for log in trainer.state.log_history if "loss" in log)
+
+
+def test_padded_batches_without_packing(make):
+    trainer = make(packing=False, dataset=texts(repeat=3))
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
+def test_prompt_completion_and_tokenized_datasets(make):
+    pairs = Dataset.from_dict({"prompt": ["What time? "] * 8, "completion": [TEXT * 5] * 8})
+    trainer = make(dataset=pairs, packing=False)
+    trainer.train()
+    tokens = Dataset.from_dict({"input_ids": [[5 + i % 90 for i in range(300)] for _ in range(8)]})
+    make(dataset=tokens, packing=False).train()
+
+
+def test_an_evaluation_set_may_be_called_train(make):
+    trainer = make(eval_strategy="no")
+    trainer.evaluate({"train": texts(2)})
+    assert len(trainer.train_dataset) == 2 * (3 + 3)
+
+
+def test_evaluation_during_training_is_dense(make, monkeypatch):
+    trainer = make(eval_strategy="steps", eval_steps=2, eval_dataset=texts(2))
+    sparse = []
+    real = interface._attention
+
+    def record(*args, **kwargs):
+        sparse.append(trainer.model.training)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(interface, "_attention", record)
+    trainer.train()
+    assert len([log for log in trainer.state.log_history if "eval_loss" in log]) == 3
+    assert sparse and all(sparse)
+
+
+def test_two_lines_change_a_trl_script(tiny_llama, tiny_tokenizer, tmp_path):
+    """The stock script and ours share every argument but the trainer's, the config's and the adapter's class."""
+    from trl import SFTConfig
+
+    shared = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True)
+    for trainer_class, config, peft_config in (
+        (SFTTrainer, SFTConfig(**shared, max_steps=2), LoraConfig(r=4)),
+        (LongLoraSFTTrainer, LongLoraSFTConfig(**shared, stages=[ContextStage(128, 2)]), LongLoraConfig(r=4)),
+    ):
+        trainer = trainer_class(
+            model=tiny_llama(),
+            args=config,
+            train_dataset=texts(),
+            processing_class=tiny_tokenizer,
+            peft_config=peft_config,
+        )
+        assert trainer.train().global_step == 2
+
+
+def test_the_model_may_be_a_path(make, tiny_llama, tiny_tokenizer, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    trainer = make(model=str(tmp_path / "base"))
+    assert trainer.model.config._attn_implementation == "s2attn"
+    trainer.train()
+
+
+def test_the_vocabulary_is_not_resized(make):
+    """The published code resizes it unconditionally."""
+    trainer = make()
+    trainer.train()
+    assert trainer.model.get_input_embeddings().weight.shape[0] == 128
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stages": [ContextStage(64, 1)]}, r"Stage 1.*reaches 64 tokens already.*rope_type=None"),
+        ({"stages": [ContextStage(128, 1, rope_type="spiral")]}, "Stage 1.*unknown rope_type"),
+        ({"peft_config": LoraConfig(r=4)}, "saved without RoPE"),
+        ({"peft_config": LongLoraConfig(r=4, target_length=512)}, "target_length=512.*contradicts"),
+        ({"peft_config": LongLoraConfig(r=4, rope_type="yarn")}, "contradict the stages"),
+        ({"peft_config": LongLoraConfig(r=4, rope_parameters={"rope_type": "yarn"})}, "contradict the stages"),
+        ({"dataset": Dataset.from_dict({"content": ["a"]})}, "no text.*content"),
+        ({"dataset": Dataset.from_dict({"text": []})}, "empty"),
+        ({"dataset": Dataset.from_dict({"text": ["short"] * 9}), "packing": False}, "Too few tokens for stage 1"),
+        ({"dataset": texts(1, repeat=2), "packing_strategy": "bfd"}, "Too few tokens for stage 2 .*wrapped"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"train_sampling_strategy": "group_by_length"}, "mix the stages"),
+        ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "skip_prepare_dataset"),
+        ({"dataset": Dataset.from_dict({"text": ["a"], "image": [1]})}, "images"),
+    ],
+)
+def test_refused_before_training(make, tiny_llama, options, message):
+    model = tiny_llama()
+    rope = copy.deepcopy(model.config.rope_parameters)
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        make(model=model, **options)
+    assert model.config.rope_parameters == rope
+
+
+def test_lm_head_is_refused(make):
+    with pytest.raises(ValueError, match="lm_head"):
+        make(peft_config=LongLoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+
+
+def test_streaming_is_refused(make):
+    stream = IterableDataset.from_generator(lambda: iter([{"text": TEXT}]))
+    with pytest.raises(TypeError, match=r"map-style.*Dataset.from_generator"):
+        make(dataset=stream)
+
+
+def test_plain_arguments_are_refused(tiny_llama, tmp_path):
+    from trl import SFTConfig
+
+    with pytest.raises(TypeError, match="LongLoraSFTConfig"):
+        LongLoraSFTTrainer(tiny_llama(), SFTConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=texts())
+
+
+def test_a_model_without_rope_is_refused_where_rope_is_asked_for(make):
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=128, n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2)
+    )
+    with pytest.raises(ValueError, match="has no RoPE"):
+        make(model=gpt2)
+
+
+def test_an_unknown_model_is_one_clear_error(make, tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        make(model=str(tmp_path / "nowhere"))
+
+
+def test_checkpoints_of_another_schedule_are_refused(make, tmp_path):
+    options = dict(save_strategy="steps", save_steps=2)
+    make(callbacks=[Stop(2)], **options).train()
+    for other, message in (
+        (dict(stages=[ContextStage(128, 3), ContextStage(512, 3)], dataset=texts(repeat=20)), "stages was"),
+        (dict(dense_every=5), "dense_every was 0, is 5"),
+        (dict(seed=7), "seed was 42, is 7"),
+        (dict(dataset=texts(30)), "examples was"),
+        (dict(per_device_train_batch_size=1), "batch_size was 2, is 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**options | other).train(resume_from_checkpoint=True)
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    assert json.loads((checkpoint / sft_trainer.SCHEDULE_NAME).read_text())["seed"] == 42
+    (checkpoint / sft_trainer.SCHEDULE_NAME).unlink()
+    with pytest.raises(ValueError, match="not a checkpoint of a staged run"):
+        make(**options).train(resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        make(output="other", **options).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_divergence_stops_the_run_and_keeps_the_last_good_adapter(make, what, tiny_llama, tmp_path):
+    class Diverging(LongLoraSFTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            if self.state.global_step == 4:
+                if what == "loss":
+                    return loss * float("nan")
+                loss.register_hook(lambda gradient: gradient * float("inf"))
+            return loss
+
+    trainer = make(callbacks=[Spy()])
+    trainer.__class__ = Diverging
+    with pytest.raises(FloatingPointError, match=rf"{what} of step 5 \(stage 2\).*last-good"):
+        trainer.train()
+    torch.manual_seed(0)
+    kept = PeftModel.from_pretrained(tiny_llama(), str(Path(tmp_path, "out", sft_trainer.LAST_GOOD_NAME)))
+    values = {k: v for k, v in kept.state_dict().items() if "lora" in k or "modules_to_save" in k}
+    assert values and all(v.isfinite().all() for v in values.values())
+    assert any(v.abs().sum() > 0 for k, v in values.items() if "lora_B" in k)
+    assert kept.config.rope_parameters["factor"] == 4.0
+
+
+def test_no_surprising_warnings(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        make().train()
