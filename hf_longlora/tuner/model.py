@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
@@ -20,6 +20,7 @@ from .modules import attention_projections, is_norm, language_modules, walk
 
 # On the base model, so that it outlives the tuner: transformers' own `load_adapter` builds one per adapter.
 _BASE_ROPE = "_longlora_base_rope"
+_FOLLOWER = "_longlora_follower"
 
 
 class LongLoraModel(LoraModel):
@@ -70,6 +71,8 @@ class LongLoraModel(LoraModel):
                 setattr(model, _BASE_ROPE, rope.current_rope(model.config))
             config.resolved = True
             self._sync_rope()
+            if config.rope is not None and not hasattr(model, _FOLLOWER):
+                setattr(model, _FOLLOWER, model.register_forward_pre_hook(_follow_layers))
         except Exception:
             for module, modules in children:
                 module._modules.clear()
@@ -82,7 +85,7 @@ class LongLoraModel(LoraModel):
             vars(config).update(before)
             self.peft_config.pop(adapter_name, None)
             if not self.peft_config:
-                vars(model).pop(_BASE_ROPE, None)
+                _forget(model)
             raise
 
     def _resolve_modules(self, model: nn.Module, config: LongLoraConfig) -> None:
@@ -119,7 +122,7 @@ class LongLoraModel(LoraModel):
         saved = tuple(peft_config.modules_to_save or ())
         get_embedding: Any = getattr(model, "get_input_embeddings", None)
         inside = re.compile(r"\.(modules_to_save\.[^.]+|original_module)$")
-        embedding = get_embedding() if saved and get_embedding is not None else None
+        embedding: Any = get_embedding() if saved and get_embedding is not None else None
         if isinstance(embedding, AuxiliaryTrainingWrapper):
             embedding = embedding.original_module
         name = next((n for n, m in walk(model) if embedding is not None and m is embedding), None)
@@ -194,16 +197,7 @@ class LongLoraModel(LoraModel):
 
     def _sync_rope(self) -> None:
         """Put on the model what its active adapters need: theirs, or the base's without any."""
-        base = getattr(self.model, _BASE_ROPE, None)
-        if base is None:
-            return
-        wanted = base
-        if not self._adapters_off:
-            for name in self.active_adapters:
-                stored = getattr(self.peft_config.get(name), "rope", None)
-                wanted = RopeScaling.from_dict(stored) if stored is not None else wanted
-        if rope.current_rope(self.model.config) != wanted:
-            rope.apply_rope(self.model, wanted)
+        _put_rope(self.model, self.peft_config, [] if self._adapters_off else self.active_adapters)
 
     def set_rope(
         self,
@@ -264,7 +258,7 @@ class LongLoraModel(LoraModel):
         super().delete_adapter(adapter_name)
         self._sync_rope()
         if not self.peft_config:
-            vars(self.model).pop(_BASE_ROPE, None)
+            _forget(self.model)
 
     def _unload_and_optionally_merge(
         self,
@@ -285,7 +279,7 @@ class LongLoraModel(LoraModel):
                     module.set_adapter([])
         self._sync_rope()
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        vars(self.model).pop(_BASE_ROPE, None)
+        _forget(self.model)
         return model
 
     # -- fp32 masters ----------------------------------------------------------------------------------------------
@@ -318,7 +312,9 @@ class LongLoraModel(LoraModel):
             masters.promote(module, masters.base_dtype(wrapper.original_module), self.save_state)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # PEFT calls this after an adapter is added, and again after its weights are loaded.
+        # PEFT calls this after an adapter is added, and again after its weights are loaded. Only a PeftModel does, and
+        # it tells the tuner of every switch.
+        _unfollow(self.model)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         if autocast_adapter_dtype and not self.peft_config[adapter_name].inference_mode:
             self.upcast_masters(adapter_name)
@@ -326,6 +322,40 @@ class LongLoraModel(LoraModel):
         for _, wrapper, module in self._copies(adapter_name):
             if not masters.is_promoted(module):
                 masters.demote(module, masters.base_dtype(wrapper.original_module))
+
+
+def _put_rope(model: nn.Module, configs: dict[str, Any], active: list[str]) -> None:
+    base = getattr(model, _BASE_ROPE, None)
+    if base is None:
+        return
+    wanted = base
+    for name in active:
+        stored = getattr(configs.get(name), "rope", None)
+        wanted = RopeScaling.from_dict(stored) if stored is not None else wanted
+    if rope.current_rope(model.config) != wanted:
+        rope.apply_rope(model, wanted)
+
+
+def _follow_layers(model: nn.Module, args: Any) -> None:
+    """Before a forward: give the model the RoPE its LoRA layers call for.
+
+    transformers' own `load_adapter` throws the tuner away, and its `disable_adapters`, `set_adapter` and
+    `delete_adapter` speak to the layers alone.
+    """
+    layer = next((m for m in model.modules() if isinstance(m, LoraLayer)), None)
+    active = [] if layer is None or layer.disable_adapters else layer.active_adapters
+    _put_rope(model, vars(model).get("peft_config", {}), active)
+
+
+def _unfollow(model: nn.Module) -> None:
+    hook = vars(model).pop(_FOLLOWER, None)
+    if hook is not None:
+        hook.remove()
+
+
+def _forget(model: nn.Module) -> None:
+    vars(model).pop(_BASE_ROPE, None)
+    _unfollow(model)
 
 
 def _has_rope(config: Any) -> bool:

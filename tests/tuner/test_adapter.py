@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -543,3 +545,45 @@ def test_adapted_model_can_be_copied(tied):
         twin.get_input_embeddings().weight.add_(1.0)
     assert not torch.equal(logits(twin), logits(model))
     assert (twin.get_output_embeddings().weight is twin.get_input_embeddings().weight) == tied
+
+
+def test_added_through_transformers(tied, tmp_path):
+    """transformers saves one of two shared weights; with plain LoRA, PEFT then misses the head's (a KeyError)."""
+    model = llama(tied)
+    model.add_adapter(LongLoraConfig(target_length=TARGET))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.1)
+    adapted = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = llama(tied)
+    loaded.load_adapter(tmp_path)
+    assert (logits(loaded) - adapted).abs().max() <= 1e-6
+    loaded = PeftModel.from_pretrained(llama(tied), tmp_path).eval()
+    assert (logits(loaded) - adapted).abs().max() <= 1e-6
+
+
+def test_checkpointing_and_generation(tied):
+    model = get_peft_model(llama(tied), LongLoraConfig(target_length=TARGET))
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model.train()
+    model(ids(32), labels=ids(32)).loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert all(g is not None for g in grads.values())
+    assert grads["base_model.model.model.norm.modules_to_save.default.weight"].abs().max() > 0
+    out = model.eval().generate(ids(80), max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert out.shape == (1, 84)
+
+
+def test_switching_through_transformers(saved):
+    base, adapter, adapted, plain = saved
+    model = by_load_adapter(base, adapter).eval()
+    model.disable_adapters()
+    assert torch.equal(logits(model), plain)
+    for module in model.modules():  # transformers' enable_adapters forgets modules_to_save
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            module.enable_adapters(True)
+    assert (logits(model) - adapted).abs().max() <= 1e-6
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), plain)
+    assert model.config.rope_parameters["rope_type"] == "default"
