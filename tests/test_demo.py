@@ -40,8 +40,8 @@ def test_pretrain_learns_and_is_reproducible():
     config.update({"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "max_position_embeddings": 32})
     config.update({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16})
     documents = [[2 + (start + index) % 7 for index in range(90)] for start in range(20)]
-    model = demo.pretrain(config, documents, steps=30, batch_size=4, progress=False)
-    again = demo.pretrain(config, documents, steps=30, batch_size=4, progress=False)
+    model = demo.pretrain(config, documents, steps=60, batch_size=4, progress=False)
+    again = demo.pretrain(config, documents, steps=60, batch_size=4, progress=False)
     (record,) = perplexity_by_length(model, documents, 32, progress=False)
     assert record["perplexity"] < 2.5  # 7 where nothing was learnt
     assert not model.training
