@@ -17,10 +17,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen3Config,
@@ -587,3 +591,38 @@ def test_switching_through_transformers(saved):
     model.delete_adapter("default")
     assert torch.equal(logits(model), plain)
     assert model.config.rope_parameters["rope_type"] == "default"
+
+
+def test_hub_id_is_checked_before_the_model(tmp_path):
+    snapshot = tmp_path / "models--someone--adapter" / "snapshots" / ("0" * 40)
+    perturbed(llama()).save_pretrained(snapshot)
+    refs = snapshot.parent.parent / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    loaded = PeftModel.from_pretrained(llama(), "someone/adapter", cache_dir=str(tmp_path)).eval()
+    assert loaded.config.rope_parameters["factor"] == 4.0
+    remove(snapshot)
+    model = llama()
+    modules = [n for n, _ in model.named_modules()]
+    with pytest.raises(FileNotFoundError, match="someone/adapter"):
+        PeftModel.from_pretrained(model, "someone/adapter", cache_dir=str(tmp_path))
+    assert [n for n, _ in model.named_modules()] == modules
+
+
+def test_only_the_language_model_of_a_multimodal_model(tmp_path):
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**shape, image_size=8, patch_size=4),
+        text_config=LlamaConfig(**shape, vocab_size=128, max_position_embeddings=LENGTH, pad_token_id=0),
+        image_token_id=127,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    fresh = copy.deepcopy(model)
+    model = perturbed(model)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("language_model" in n for n in trained)
+    assert model.config.text_config.rope_parameters["factor"] == 4.0
+    adapted = logits(model)
+    model.save_pretrained(tmp_path)
+    assert (logits(PeftModel.from_pretrained(fresh, tmp_path).eval()) - adapted).abs().max() <= 1e-6
