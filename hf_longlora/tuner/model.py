@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from collections.abc import Iterator
@@ -158,7 +159,7 @@ class LongLoraModel(LoraModel):
         return rope.current_rope(config) if _has_rope(config) else None
 
     def _resolve_rope(self, model: nn.Module, config: LongLoraConfig, adapter_name: str) -> None:
-        if config.rope is not None:
+        if config.rope is not None or config.base_rope is not None:
             base = self._base_of(model)
             if config.base_rope is not None and RopeScaling.from_dict(config.base_rope) != base:
                 raise ValueError(
@@ -168,6 +169,8 @@ class LongLoraModel(LoraModel):
                     "otherwise extended model is no base for it; load the original one. (A config that has been used "
                     "on one model holds that model's RoPE: make a fresh one for another.)"
                 )
+        elif config.resolved:
+            pass  # on a model without RoPE
         elif config.target_length is not None or config.rope_parameters is not None:
             base = self._base_of(model)
             scaling = rope.scaled_rope(
@@ -179,6 +182,10 @@ class LongLoraModel(LoraModel):
                 base=base,
             )
             config.rope, config.base_rope = scaling.to_dict(), base.to_dict()
+        else:
+            # Nothing to scale; what the adapter is trained on is written down all the same, if it can be read.
+            with contextlib.suppress(ValueError, AttributeError):
+                config.base_rope = self._base_of(model).to_dict()
         if config.rope is not None and not rope.rotary_modules(model):
             raise ValueError(f"{type(model).__name__} has no rotary module: its RoPE can't be scaled.")
         self._refuse_other_rope(config.rope, adapter_name)
@@ -232,7 +239,7 @@ class LongLoraModel(LoraModel):
         if getattr(self.model, _BASE_ROPE, None) is None:
             setattr(self.model, _BASE_ROPE, base)
         previous = config.rope, config.base_rope
-        config.rope, config.base_rope = stored, None if stored is None else base.to_dict()
+        config.rope, config.base_rope = stored, base.to_dict()
         try:
             self._sync_rope()
         except Exception:

@@ -626,3 +626,22 @@ def test_only_the_language_model_of_a_multimodal_model(tmp_path):
     adapted = logits(model)
     model.save_pretrained(tmp_path)
     assert (logits(PeftModel.from_pretrained(fresh, tmp_path).eval()) - adapted).abs().max() <= 1e-6
+
+
+def test_a_stage_on_the_bases_rope_is_what_a_checkpoint_of_it_holds(tmp_path):
+    """The config still says what was asked for at first; what was resolved last counts."""
+    base = llama()
+    plain = current_rope(base.config)
+    model = perturbed(base)
+    model.base_model.set_rope()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert current_rope(loaded.config) == plain
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_an_adapter_without_rope_knows_its_base_too(tmp_path):
+    perturbed(llama(), LongLoraConfig()).save_pretrained(tmp_path)
+    merged = perturbed(llama()).merge_and_unload()
+    with pytest.raises(ValueError, match="another RoPE"):
+        PeftModel.from_pretrained(merged, tmp_path)
