@@ -32,9 +32,8 @@ test-lowest: $(VENV_LOWEST)/.installed ## the default suite with the oldest depe
 	$(VENV_LOWEST)/bin/python -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/.installed ## ruff check, ruff format --check, mypy
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	@status=0; for check in 'ruff check .' 'ruff format --check .' mypy; do \
+		echo "$$check"; $(BIN)/$$check || status=1; done; exit $$status
 
 format: $(VENV)/.installed ## rewrite the code as lint wants it
 	$(BIN)/ruff check --fix .
@@ -51,7 +50,8 @@ define install
 	@[ -x $(@D)/bin/python ] || $(PYTHON) -m venv $(@D)
 	@rm -f $@
 	.ci/install-torch $(@D)/bin/python $(1)
-	$(@D)/bin/python -m pip install -qq --disable-pip-version-check --editable '.[dev]' $(2)
+	$(@D)/bin/python -m pip install -qq --disable-pip-version-check --editable '.[dev]' $(2) || \
+		$(@D)/bin/python -m pip install --editable '.[dev]' $(2) # once more, aloud: quiet, pip names no conflict
 	@printf '%s' "$$TORCH" > $@
 endef
 
