@@ -1,5 +1,6 @@
-"""One test for each bug that another implementation of LongLoRA has or had. Two peers' bugs are tested where they belong:
-the vocabulary that is resized unasked in `trainer/`, the second file of weights in `test_the_adapter_is_one_file` below.
+"""One test for each bug that another implementation of LongLoRA has or had.
+
+One stands elsewhere: that the vocabulary is not resized unasked, in `trainer/test_sft_trainer.py`.
 """
 
 import copy

@@ -178,8 +178,8 @@ class LongLoraSFTTrainer(SFTTrainer):
                 raise ValueError(
                     f"Too few tokens for stage {number} (max_length {stage.max_length:,}): the longest sequence it "
                     f"would see has {tokens:,} tokens, no more than the {known:,} the model knows by then. Give "
-                    'longer documents, set packing=True and packing_strategy="wrapped" (one stream of text, the paper\'s '
-                    "setting), or drop the stage."
+                    'longer documents, set packing=True and packing_strategy="wrapped" (one stream of text, as in the '
+                    "paper), or drop the stage."
                 )
             known = max(known, tokens)
 
