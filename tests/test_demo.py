@@ -49,17 +49,61 @@ def test_pretrain_learns_and_is_reproducible():
 
 
 def test_pretrain_without_a_full_row():
-    with pytest.raises(ValueError, match="5 tokens, fewer than one row of 256"):
+    with pytest.raises(ValueError, match="4 tokens, fewer than one row of 256"):
         demo.pretrain(demo.demo_model_config(64), [[1, 2, 3, 4]])
 
 
-@pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
-def test_muon_updates_are_nearly_orthogonal(shape):
-    torch.manual_seed(0)
-    parameter = torch.nn.Parameter(torch.zeros(shape))
-    parameter.grad = torch.randn(shape)
-    demo.Muon([parameter], lr=1.0).step()
-    scale = max(1.0, shape[0] / shape[1]) ** 0.5
-    values = torch.linalg.svdvals(parameter.detach()) / scale
-    assert values.min() > 0.6 and values.max() < 1.3
-    assert (parameter.detach() * parameter.grad).sum() < 0
+@pytest.fixture
+def small(monkeypatch):
+    """The demo with its numbers cut down; every line of it runs."""
+    train, test = demo.stdlib_documents()
+    few = dict(list(train.items())[:12]), dict(sorted(test.items(), key=lambda item: -len(item[1]))[:3])
+    config = demo.demo_model_config(300)
+    config.update({"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "max_position_embeddings": 32})
+    config.update({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16})
+    pretrain = demo.pretrain
+    monkeypatch.setattr(demo, "stdlib_documents", lambda: few)
+    monkeypatch.setattr(demo, "train_tokenizer", lambda texts, train=demo.train_tokenizer: train(texts, 300))
+    monkeypatch.setattr(demo, "demo_model_config", lambda vocab_size: config)
+    monkeypatch.setattr(demo, "pretrain", lambda *args, **kwargs: pretrain(*args, **kwargs, steps=120, batch_size=2))
+    monkeypatch.setattr(demo, "TARGET_LENGTH", 128)
+    monkeypatch.setattr(demo, "LENGTHS", (32, 128))
+    monkeypatch.setattr(demo, "STAGES", (demo.ContextStage(64, 21), demo.ContextStage(128, 5)))
+    monkeypatch.setattr(demo, "EVALUATION", {"lengths": (32, 128), "stride": 16, "max_windows": 4})
+
+
+class Interrupt(Exception):
+    """Stands for Ctrl-C, which pytest keeps for itself."""
+
+
+def test_demo_runs_and_goes_on_after_interruptions(small, tmp_path, monkeypatch, capsys):
+    whole = demo.run_demo(tmp_path / "whole")
+    printed = capsys.readouterr().out
+    assert list(whole) == ["base", "base + RoPE scaling", *demo.RUNS]
+    assert len({record["perplexity"] for records in whole.values() for record in records}) == 10
+    assert f"{whole[demo.RESULT][-1]['perplexity']:.2f}" in printed and "LongLoraSFTTrainer(" in printed
+    assert (tmp_path / "whole" / "perplexity.png").stat().st_size > 10_000
+
+    def interrupt_after(calls, owner, name):
+        original, left = getattr(owner, name), [calls]
+
+        def method(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Interrupt
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, method)
+        return lambda: monkeypatch.setattr(owner, name, original)
+
+    out = tmp_path / "broken"
+    for calls, owner, name in (
+        (110, torch.optim.Muon, "step"),  # the base, after its checkpoint
+        (23, demo.LongLoraSFTTrainer, "training_step"),  # the first extension, after its checkpoint
+        (3, demo, "perplexity_by_length"),
+    ):
+        undo = interrupt_after(calls, owner, name)
+        with pytest.raises(Interrupt):
+            demo.run_demo(out)
+        undo()
+    assert demo.run_demo(out) == whole
