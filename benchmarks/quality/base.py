@@ -27,7 +27,7 @@ class BaseRun:
     """How the base is trained. It stops at `seconds` or `max_tokens`, whichever comes first."""
 
     seconds: float = 240.0
-    max_tokens: float = 160e6
+    max_tokens: float = 140e6
     batch: int = 128
     optimizer: str = "muon"
     learning_rate: float = 2e-3

@@ -43,7 +43,7 @@ class Run:
     """What one row is. Its name is one of a table's methods; the other fields say what that means.
 
     Args:
-        method: "s2", "dense", or "rope" (RoPE scaled and nothing trained).
+        method: "s2", "dense", "rope" (RoPE scaled and nothing trained) or "base" (nothing done).
         group_size_ratio: As the trainer's.
         dense_every: As the trainer's.
         dense_tail: Share of the steps, at the end, that run dense as a stage of their own.
@@ -145,6 +145,7 @@ def train(run: Run, base: Path, work: Path) -> tuple[Any, dict[str, Any]]:
         model.cuda()
     if run.method == "rope":
         apply_rope(model, scaled_rope(model.config, run.target, run.rope_type))
+    if run.method in ("base", "rope"):
         return model, {}
     stages = run.stages()
     count = run.steps * run.batch
