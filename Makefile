@@ -45,8 +45,8 @@ clean: ## remove the virtual environments, caches and build outputs
 
 # An environment is brought up to date when pyproject.toml or its constraints change, or TORCH names another torch than last time.
 define install
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo 'hf-longlora needs Python 3.11 or newer, and PYTHON=$(PYTHON) is not: make ... PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'hf-longlora needs Python 3.10 or newer, and PYTHON=$(PYTHON) is not: make ... PYTHON=python3.12' >&2; exit 1; }
 	@[ -x $(@D)/bin/python ] || $(PYTHON) -m venv $(@D)
 	@rm -f $@
 	.ci/install-torch $(@D)/bin/python $(1)

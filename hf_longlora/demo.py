@@ -1,7 +1,6 @@
 """The demonstration: a small model, made and extended on this machine, offline.
 
-The text is the source of Python's own standard library. It needs no download, it is long, and its identifiers come
-back far apart, so that a model that reads 2,048 tokens can do better than one that reads 256.
+The text is the source of Python's own standard library: it needs no download, and many of its files are long.
 """
 
 from __future__ import annotations
@@ -135,7 +134,7 @@ def pretrain(
     config: LlamaConfig,
     token_ids: Sequence[Sequence[int]],
     *,
-    steps: int = 800,
+    steps: int = 1000,
     batch_size: int = 8,
     muon_lr: float = 0.03,
     adamw_lr: float = 0.01,
@@ -221,7 +220,12 @@ def pretrain(
 
 BASE_LENGTH, TARGET_LENGTH = 256, 2048
 LENGTHS = (256, 512, 1024, 2048)
-STAGES = (ContextStage(1024, 20), ContextStage(TARGET_LENGTH, 40))
+# YaRN, and not the paper's linear scaling: before any training, perplexity at 2,048 is 15 with it and 34 with that.
+ROPE_TYPE = "yarn"
+STAGES = (
+    ContextStage(1024, 30, rope_type=ROPE_TYPE),
+    ContextStage(TARGET_LENGTH, 70, rope_type=ROPE_TYPE),
+)
 EVALUATION = {"lengths": LENGTHS, "stride": 128, "max_windows": 48, "batch_size": 4}
 RESULT = "LongLoRA, S2 + dense_every=4"
 RUNS: dict[str, dict[str, Any]] = {
@@ -280,13 +284,15 @@ def run_demo(output_dir: str | Path = "longlora-demo", *, seed: int = 0) -> dict
         table.add_row(name, *(f"{row['perplexity']:.2f}" for row in rows))
     console.print(table)
     console.print(f"Reloaded in a fresh process: {again:.2f} at {TARGET_LENGTH:,}, as above.")
-    console.print(f"Base {base}\nAdapter {adapter}\nPlot {plot}\n{time.perf_counter() - started:.0f} s in all\n")
+    files = f"Base {base}\nAdapter {adapter}\nPlot {plot}"
+    console.print(f"{files}\n{time.perf_counter() - started:.0f} s in all\n", highlight=False, soft_wrap=True)
     console.print("[bold]The same for your model[/bold], in your TRL script:")
     console.print(
         "  from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer\n"
         "  args = LongLoraSFTConfig(stages=[ContextStage(8192, 200), ContextStage(32768, 800)], ...)\n"
         "  LongLoraSFTTrainer(model, args, train_dataset=dataset, peft_config=LongLoraConfig()).train()",
         highlight=False,
+        soft_wrap=True,
     )
     return records
 
@@ -340,7 +346,7 @@ def _extend(folder: Path, base: str, dataset: Dataset, tokenizer: Any, stages: l
             packing=True,
             packing_strategy="wrapped",
             per_device_train_batch_size=1,
-            learning_rate=5e-3,  # a tiny model wants far more than the 2e-5 of a large one
+            learning_rate=3e-3,  # a tiny model wants far more than the 2e-5 of a large one
             warmup_steps=5,
             lr_scheduler_type="cosine",
             gradient_checkpointing=False,
@@ -367,7 +373,7 @@ def _evaluate(file: Path, out: Path, base: str, documents: list[list[int]]) -> d
             continue
         model: Any = AutoModelForCausalLM.from_pretrained(base)
         if name == "base + RoPE scaling":
-            apply_rope(model, scaled_rope(model.config, TARGET_LENGTH))
+            apply_rope(model, scaled_rope(model.config, TARGET_LENGTH, ROPE_TYPE))
         elif name in RUNS:
             model = PeftModel.from_pretrained(model, str(_adapter(out, name)))
         if torch.cuda.is_available():

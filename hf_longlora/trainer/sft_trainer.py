@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from torch.utils.data import SequentialSampler
-from transformers import AutoConfig, PreTrainedModel, TrainerCallback
+from transformers import AutoConfig, PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
 
@@ -95,6 +95,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             set_s2_attention(model)
         self._train_source: Dataset | None = train_dataset
         self._stage_examples: list[int] = []
+        set_seed(args.seed)  # TRL before 1.16 leaves the adapter's random start unseeded
         super().__init__(
             model=model,
             args=args,

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
@@ -22,6 +24,7 @@ from .modules import attention_projections, is_norm, language_modules, walk
 # On the base model, so that it outlives the tuner: transformers' own `load_adapter` builds one per adapter.
 _BASE_ROPE = "_longlora_base_rope"
 _FOLLOWER = "_longlora_follower"
+_TRANSFORMERS_KEEPS_ALL = Version(transformers.__version__) >= Version("5.18")
 
 
 class LongLoraModel(LoraModel):
@@ -72,7 +75,7 @@ class LongLoraModel(LoraModel):
                 setattr(model, _BASE_ROPE, rope.current_rope(model.config))
             config.resolved = True
             self._sync_rope()
-            if config.rope is not None and not hasattr(model, _FOLLOWER):
+            if (config.rope is not None or not _TRANSFORMERS_KEEPS_ALL) and not hasattr(model, _FOLLOWER):
                 setattr(model, _FOLLOWER, model.register_forward_pre_hook(_follow_layers))
         except Exception:
             for module, modules in children:
@@ -348,7 +351,16 @@ def _follow_layers(model: nn.Module, args: Any) -> None:
 
     transformers' own `load_adapter` throws the tuner away, and its `disable_adapters`, `set_adapter` and
     `delete_adapter` speak to the layers alone.
+
+    Raises:
+        RuntimeError: this transformers has lost part of the adapter.
     """
+    if not _TRANSFORMERS_KEEPS_ALL:
+        raise RuntimeError(
+            f"transformers {transformers.__version__} drops an adapter's norms and embeddings in its own adapter "
+            "methods, with no more than a line in the log. Put the adapter on a fresh model by get_peft_model or "
+            "PeftModel.from_pretrained, or use transformers 5.18 or newer."
+        )
     layer = next((m for m in model.modules() if isinstance(m, LoraLayer)), None)
     active = [] if layer is None or layer.disable_adapters else layer.active_adapters
     _put_rope(model, vars(model).get("peft_config", {}), active)

@@ -33,6 +33,7 @@ from transformers import (
 
 from hf_longlora.rope import current_rope, scaled_rope
 from hf_longlora.tuner import LongLoraConfig, LongLoraModel, register
+from hf_longlora.tuner import model as model_module
 
 from .helpers import LENGTH, TARGET, ids, llama, logits, perturbed
 
@@ -203,7 +204,10 @@ def by_trainable(base, adapter):
     return PeftModel.from_pretrained(load(base), adapter, is_trainable=True)
 
 
-LOADERS = [by_peft, by_peft_low_memory, by_auto, by_load_adapter, by_transformers, by_trainable]
+# Before 5.18, transformers' own adapter methods lose norms and embeddings: they are refused there.
+keeps_all = pytest.mark.skipif(not model_module._TRANSFORMERS_KEEPS_ALL, reason="refused on this transformers")
+by_transformers_own = [pytest.param(loader, marks=keeps_all) for loader in (by_load_adapter, by_transformers)]
+LOADERS = [by_peft, by_peft_low_memory, by_auto, by_trainable, *by_transformers_own]
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -217,12 +221,23 @@ def test_every_path_gives_the_same_answers(saved, tied, loader):
     assert (inner.get_output_embeddings().weight is inner.get_input_embeddings().weight) == tied
 
 
+@keeps_all
 def test_saved_through_transformers(saved, tmp_path):
     base, adapter, adapted, _ = saved
     model = by_load_adapter(base, adapter)
     model.save_pretrained(tmp_path / "again")
     for loader in (by_peft, by_load_adapter):
         assert (logits(loader(base, str(tmp_path / "again")).eval()) - adapted).abs().max() <= 1e-6
+
+
+def test_a_transformers_that_loses_weights_is_refused(saved, monkeypatch):
+    monkeypatch.setattr(model_module, "_TRANSFORMERS_KEEPS_ALL", False)
+    base, adapter, adapted, _ = saved
+    model = load(base)
+    model.load_adapter(adapter)
+    with pytest.raises(RuntimeError, match="drops an adapter's norms and embeddings"):
+        logits(model)
+    assert (logits(by_peft(base, adapter).eval()) - adapted).abs().max() <= 1e-6
 
 
 def test_tied_weight_is_saved_once(saved):
@@ -439,6 +454,7 @@ def test_second_adapter(tied, tmp_path):
     assert (logits(model) - first).abs().max() <= 1e-6
 
 
+@keeps_all
 def test_second_adapter_through_transformers(tmp_path):
     perturbed(llama()).save_pretrained(tmp_path / "a")
     perturbed(llama(), LongLoraConfig(target_length=2 * TARGET)).save_pretrained(tmp_path / "b")
@@ -551,6 +567,7 @@ def test_adapted_model_can_be_copied(tied):
     assert (twin.get_output_embeddings().weight is twin.get_input_embeddings().weight) == tied
 
 
+@keeps_all
 def test_added_through_transformers(tied, tmp_path):
     """transformers saves one of two shared weights; with plain LoRA, PEFT then misses the head's (a KeyError)."""
     model = llama(tied)
@@ -579,6 +596,7 @@ def test_checkpointing_and_generation(tied):
     assert out.shape == (1, 84)
 
 
+@keeps_all
 def test_switching_through_transformers(saved):
     base, adapter, adapted, plain = saved
     model = by_load_adapter(base, adapter).eval()
