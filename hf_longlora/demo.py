@@ -31,7 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .evaluation import perplexity_by_length
-from .evaluation.plots import plot_perplexity
+from .evaluation.plots import plot_perplexity, require_matplotlib
 from .rope import apply_rope, scaled_rope
 from .trainer import ContextStage, LongLoraSFTConfig, LongLoraSFTTrainer
 from .tuner import LongLoraConfig
@@ -245,8 +245,10 @@ def run_demo(output_dir: str | Path = "longlora-demo", *, seed: int = 0) -> dict
         The records of `perplexity_by_length`, by model.
 
     Raises:
+        ImportError: matplotlib is missing.
         RuntimeError: the reloaded adapter does not give the perplexity that the trained one gave.
     """
+    require_matplotlib()
     console, out, started = Console(), Path(output_dir), time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     train, test = stdlib_documents()

@@ -15,6 +15,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#3
 MARKERS = "osD^vPX"
 
 
+def require_matplotlib() -> None:
+    """Raise the `ImportError` that says what to install: before a long run, and not after it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'hf-longlora[plot]'") from error
+
+
 def plot_perplexity(
     records_by_name: Mapping[str, Sequence[Mapping[str, Any]]],
     path: str | Path,
@@ -42,12 +50,10 @@ def plot_perplexity(
         ImportError: matplotlib is missing (`pip install hf-longlora[plot]`).
         ValueError: there is nothing to draw.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
-    except ImportError as error:
-        raise ImportError("plot_perplexity needs matplotlib: pip install 'hf-longlora[plot]'") from error
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     curves = {
         name: sorted((int(record["length"]), float(record["perplexity"])) for record in records)
