@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 def provenance() -> dict[str, str]:
     """GPU, versions, commit and date. `BENCH_COMMIT` names the commit where the code runs without its repository."""
     row = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "commit": os.environ.get("BENCH_COMMIT") or _commit(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,

@@ -249,7 +249,12 @@ def run_demo(output_dir: str | Path = "longlora-demo", *, seed: int = 0) -> dict
         RuntimeError: the reloaded adapter does not give the perplexity that the trained one gave.
     """
     require_matplotlib()
-    console, out, started = Console(), Path(output_dir), time.perf_counter()
+    with _quiet():
+        return _run(Console(), Path(output_dir), seed)
+
+
+def _run(console: Console, out: Path, seed: int) -> dict[str, list[dict[str, Any]]]:
+    started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     train, test = stdlib_documents()
     console.print(f"[bold]1/4 Base model[/bold]: {len(train)} files of the standard library, {len(test)} held out")
@@ -340,31 +345,30 @@ def _extend(folder: Path, base: str, dataset: Dataset, tokenizer: Any, stages: l
     """Train an adapter, unless it is there already; from its last checkpoint if there is one."""
     if (folder / "adapter_model.safetensors").is_file():
         return
-    with _quiet():
-        args = LongLoraSFTConfig(
-            output_dir=str(folder),
-            stages=stages,
-            seed=seed,
-            packing=True,
-            packing_strategy="wrapped",
-            per_device_train_batch_size=1,
-            learning_rate=3e-3,  # a tiny model wants far more than the 2e-5 of a large one
-            warmup_steps=5,
-            lr_scheduler_type="cosine",
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=not torch.cuda.is_available(),
-            logging_steps=20,
-            save_steps=20,
-            save_total_limit=1,
-            report_to="none",
-        )
-        trainer = LongLoraSFTTrainer(
-            base, args, train_dataset=dataset, processing_class=tokenizer, peft_config=LongLoraConfig(r=8)
-        )
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
+    args = LongLoraSFTConfig(
+        output_dir=str(folder),
+        stages=stages,
+        seed=seed,
+        packing=True,
+        packing_strategy="wrapped",
+        per_device_train_batch_size=1,
+        learning_rate=3e-3,  # a tiny model wants far more than the 2e-5 of a large one
+        warmup_steps=5,
+        lr_scheduler_type="cosine",
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        logging_strategy="no",  # but for the line that ends each stage
+        save_steps=20,
+        save_total_limit=1,
+        report_to="none",
+    )
+    trainer = LongLoraSFTTrainer(
+        base, args, train_dataset=dataset, processing_class=tokenizer, peft_config=LongLoraConfig(r=8)
+    )
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
 
 
 def _evaluate(file: Path, out: Path, base: str, documents: list[list[int]]) -> dict[str, list[dict[str, Any]]]:

@@ -1,12 +1,16 @@
 """What puts a stage on a model: a function of the step, with no state of its own."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
-import torch
+from peft import PeftModel
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-if TYPE_CHECKING:
-    from .sft_trainer import LongLoraSFTTrainer
+from ..attention import set_attention_mode, set_s2_attention
+from ..rope import RopeScaling, apply_rope
+from ..tuner import LongLoraModel
+from .stages import Schedule
 
 
 class ContextStageCallback(TrainerCallback):
@@ -14,39 +18,54 @@ class ContextStageCallback(TrainerCallback):
 
     Keeps nothing between steps: a run resumed anywhere is in the state that an unbroken one would be in. Ends each
     stage with a log, and with a checkpoint unless saving is off.
+
+    Args:
+        schedule: The stages.
+        ropes: The RoPE of each stage; `None` leaves it as it is.
     """
 
-    def __init__(self, trainer: "LongLoraSFTTrainer") -> None:
-        self.trainer = trainer
+    def __init__(self, schedule: Schedule, ropes: Sequence[RopeScaling | None]) -> None:
+        self.schedule = schedule
+        self.ropes = ropes
+
+    def apply(self, model: nn.Module, global_step: int) -> None:
+        """Put `model` in the state in which the optimizer step after `global_step` steps runs."""
+        plan = self.schedule.step(global_step)
+        rope = self.ropes[plan.stage]
+        if rope is not None:
+            tuner = longlora_tuner(model)
+            if tuner is not None:
+                tuner.set_rope(rope)
+            else:
+                apply_rope(model, rope)
+        set_s2_attention(model, self.schedule.attention_config(plan.stage))
+        set_attention_mode(model, plan.mode)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step < self.trainer.schedule.max_steps:  # else: resumed after the last step
-            self.trainer.apply_step(state.global_step)
+        if state.global_step < self.schedule.max_steps:  # else: resumed after the last step
+            self.apply(kwargs["model"], state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.apply_step(state.global_step)
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if args.fp16:  # the loss scaler skips steps with infinite gradients by itself
-            return
-        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
-        if gradients and not torch.nn.utils.get_total_norm(gradients).isfinite():
-            self.trainer.stop_at_divergence("gradient")
+        self.apply(kwargs["model"], state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.trainer.schedule.step(state.global_step - 1).last_of_stage:
+        if self.schedule.step(state.global_step - 1).last_of_stage:
             control.should_log = True
             control.should_save = control.should_save or args.save_strategy != "no"
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.end_schedule()
+        set_attention_mode(kwargs["model"], "auto")  # sparse in training, dense elsewhere; RoPE stays the last stage's
+
+
+def longlora_tuner(model: nn.Module) -> LongLoraModel | None:
+    """The tuner of a model with a LONGLORA adapter."""
+    tuner = model.base_model if isinstance(model, PeftModel) else None
+    return tuner if isinstance(tuner, LongLoraModel) else None

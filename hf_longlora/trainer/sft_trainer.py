@@ -21,9 +21,9 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
 
 from ..attention import set_attention_mode, set_s2_attention
-from ..rope import RopeScaling, apply_rope, current_rope, reach, rope_factor, scaled_rope
+from ..rope import RopeScaling, current_rope, reach, rope_factor, scaled_rope
 from ..tuner import LongLoraConfig, LongLoraModel
-from .callbacks import ContextStageCallback
+from .callbacks import ContextStageCallback, longlora_tuner
 from .config import LongLoraSFTConfig
 from .stages import Schedule
 
@@ -89,6 +89,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         _check_adapter(model, peft_config, self.schedule)
         # All that can be refused is refused here, while the model is as it was.
         self._base_rope, self._ropes = _stage_ropes(model, args, peft_config, self.schedule)
+        stage_callback = ContextStageCallback(self.schedule, self._ropes)
         if isinstance(model, str):
             args.model_init_kwargs = {"attn_implementation": "s2attn"} | _mapping(args.model_init_kwargs)
         else:
@@ -101,42 +102,15 @@ class LongLoraSFTTrainer(SFTTrainer):
             args=args,
             train_dataset=train_dataset,
             peft_config=peft_config,
-            callbacks=[ContextStageCallback(self), *(callbacks or [])],
+            callbacks=[stage_callback, *(callbacks or [])],
             **kwargs,
         )
         self._train_source = None
         self._last_log: tuple[float, int] | None = None
-        if self._tuner is not None:
-            self._tuner.upcast_masters()  # TRL casts what a quantized model trains to bf16, the norms too
-        self.apply_step(0)
-        self.end_schedule()
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # Stages
-
-    @property
-    def _output_dir(self) -> str:
-        return self.args.output_dir or "trainer_output"  # Trainer's own default
-
-    @property
-    def _tuner(self) -> LongLoraModel | None:
-        tuner = self.model.base_model if isinstance(self.model, PeftModel) else None
-        return tuner if isinstance(tuner, LongLoraModel) else None
-
-    def apply_step(self, global_step: int) -> None:
-        """Put the model in the state in which the optimizer step after `global_step` steps runs."""
-        plan = self.schedule.step(global_step)
-        rope = self._ropes[plan.stage]
-        if rope is not None:
-            if self._tuner is not None:
-                self._tuner.set_rope(rope)
-            else:
-                apply_rope(self.model, rope)
-        set_s2_attention(self.model, self.schedule.attention_config(plan.stage))
-        set_attention_mode(self.model, plan.mode)
-
-    def end_schedule(self) -> None:
-        """Give attention back its usual rule, sparse in training and dense elsewhere; RoPE stays as it is."""
+        tuner = longlora_tuner(self.model)
+        if tuner is not None:
+            tuner.upcast_masters()  # TRL casts what a quantized model trains to bf16, the norms too
+        stage_callback.apply(self.model, 0)
         set_attention_mode(self.model, "auto")
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -208,13 +182,18 @@ class LongLoraSFTTrainer(SFTTrainer):
         loss = super().training_step(*args, **kwargs)
         # Alone, a process stops at the loss; several stop together, at the gradients that they share.
         if self.args.world_size == 1 and not loss.isfinite():
-            self.stop_at_divergence("loss")
+            self._stop_at_divergence("loss")
+        # fp16's loss scaler skips steps with infinite gradients by itself.
+        if self.accelerator.sync_gradients and not self.args.fp16:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            if gradients and not torch.nn.utils.get_total_norm(gradients).isfinite():
+                self._stop_at_divergence("gradient")
         return loss
 
-    def stop_at_divergence(self, what: str) -> NoReturn:
+    def _stop_at_divergence(self, what: str) -> NoReturn:
         """Keep the weights, which the step has not touched, and stop the run."""
         plan = self.schedule.step(self.state.global_step)
-        path = os.path.join(self._output_dir, LAST_GOOD_NAME)
+        path = os.path.join(str(self.args.output_dir), LAST_GOOD_NAME)
         self.save_model(path)
         raise FloatingPointError(
             f"The {what} of step {self.state.global_step + 1} (stage {plan.stage + 1}) is not finite. The weights "
@@ -250,7 +229,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             os.makedirs(folder, exist_ok=True)
             Path(folder, SCHEDULE_NAME).write_text(json.dumps(self._signature(), indent=2))
         # A checkpoint holds the fp32 masters, so that a resumed run is the same run; a saved adapter the base's dtype.
-        tuner = self._tuner
+        tuner = longlora_tuner(self.model)
         if tuner is not None:
             tuner.full_precision_state = True
         try:
@@ -273,7 +252,7 @@ class LongLoraSFTTrainer(SFTTrainer):
     def _check_checkpoint(self, resume_from_checkpoint: str | bool) -> str:
         path: str | bool | None = resume_from_checkpoint
         if path is True:
-            directory = self._output_dir
+            directory = str(self.args.output_dir)
             path = get_last_checkpoint(directory) if os.path.isdir(directory) else None
             if path is None:
                 raise ValueError(f"There is no checkpoint in {directory} to resume from; call train() without one.")
@@ -375,9 +354,9 @@ def _stage_ropes(
         config, base = AutoConfig.from_pretrained(model, **options), None
     else:
         config = model.config
-        tuner = model.base_model if isinstance(model, PeftModel) else None
-        base = tuner.base_rope if isinstance(tuner, LongLoraModel) else None
-        if tuner is not None:
+        tuner = longlora_tuner(model)
+        base = tuner.base_rope if tuner is not None else None
+        if isinstance(model, PeftModel):
             peft_config = model.active_peft_config
     base_length = getattr(peft_config, "base_length", None)
     ropes: list[RopeScaling | None] = []
