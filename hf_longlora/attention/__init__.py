@@ -2,6 +2,7 @@
 
 from .config import AttentionMode, S2AttentionConfig
 from .interface import (
+    check_supported,
     get_s2_attention,
     register,
     s2_attention,
@@ -15,6 +16,7 @@ __all__ = [
     "AttentionMode",
     "Documents",
     "S2AttentionConfig",
+    "check_supported",
     "get_s2_attention",
     "register",
     "s2_attention",

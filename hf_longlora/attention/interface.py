@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -316,6 +316,17 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def check_supported(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+    """Raise a `ValueError` if shifted sparse attention can't be used in a model class, saying why."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{model_class.__name__} is an encoder-decoder; shifted sparse attention is for decoders.")
+    if not model_class._can_set_attn_implementation():
+        raise ValueError(
+            f"{model_class.__name__} does not call its attention through transformers' AttentionInterface, so nothing "
+            "can be registered for it. Choose another model family, or ask for the interface upstream."
+        )
+
+
 def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) -> None:
     """Make `model` use shifted sparse attention in training, configured by `config`.
 
@@ -326,13 +337,7 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) 
     """
     register()
     inner = _transformers_model(model)
-    if getattr(inner.config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(inner).__name__} is an encoder-decoder; shifted sparse attention is for decoders.")
-    if not type(inner)._can_set_attn_implementation():
-        raise ValueError(
-            f"{type(inner).__name__} does not call its attention through transformers' AttentionInterface, so nothing "
-            "can be registered for it. Choose another model family, or ask for the interface upstream."
-        )
+    check_supported(type(inner), inner.config)
     modules = [module for _, module in attention_modules(inner)]
     if not modules:
         raise ValueError(f"{type(inner).__name__} has no attention modules.")

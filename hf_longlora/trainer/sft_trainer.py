@@ -16,13 +16,21 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from torch.utils.data import SequentialSampler
-from transformers import AutoConfig, PreTrainedModel, TrainerCallback, set_seed
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
 
-from ..attention import set_attention_mode, set_s2_attention
+from ..attention import check_supported, set_attention_mode, set_s2_attention
 from ..rope import RopeScaling, current_rope, reach, rope_factor, scaled_rope
 from ..tuner import LongLoraConfig, LongLoraModel
+from ..tuner.config import check_weights
 from .callbacks import ContextStageCallback, longlora_tuner
 from .config import LongLoraSFTConfig
 from .stages import Schedule
@@ -88,7 +96,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         _check_dataset(train_dataset, args, kwargs.get("formatting_func"))
         _check_adapter(model, peft_config, self.schedule)
         # All that can be refused is refused here, while the model is as it was.
-        self._base_rope, self._ropes = _stage_ropes(model, args, peft_config, self.schedule)
+        config = _checked_config(model, args)
+        self._base_rope, self._ropes = _stage_ropes(model, config, peft_config, self.schedule)
         stage_callback = ContextStageCallback(self.schedule, self._ropes)
         if isinstance(model, str):
             args.model_init_kwargs = {"attn_implementation": "s2attn"} | _mapping(args.model_init_kwargs)
@@ -170,7 +179,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         """Run all stages; with `resume_from_checkpoint`, from where that checkpoint stands.
 
         Raises:
-            ValueError: if there is no such checkpoint, or it is of another schedule.
+            ValueError: if there is no such checkpoint, it is of another schedule, or its adapter is damaged.
+            FileNotFoundError: if its adapter is missing.
             FloatingPointError: if a loss or a gradient is not finite; the weights before that step are kept.
         """
         if resume_from_checkpoint:
@@ -268,6 +278,8 @@ class LongLoraSFTTrainer(SFTTrainer):
                 + "; ".join(f"{key} was {found.get(key)}, is {own[key]}" for key in differing)
                 + "."
             )
+        if longlora_tuner(self.model) is not None:
+            check_weights(path)
         return path
 
 
@@ -340,24 +352,34 @@ def _check_adapter(model: Any, peft_config: PeftConfig | None, schedule: Schedul
         )
 
 
+def _checked_config(model: Any, args: LongLoraSFTConfig) -> PreTrainedConfig:
+    """The configuration of a model or of a path, if shifted sparse attention can be used in its class."""
+    if isinstance(model, str):
+        init = _mapping(args.model_init_kwargs)
+        options = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
+        config = AutoConfig.from_pretrained(model, **options)
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    else:
+        config = model.config
+        model_class = type(model.get_base_model() if isinstance(model, PeftModel) else model)
+    if isinstance(model_class, type):  # a class of remote code shows itself when it is loaded
+        check_supported(model_class, config)
+    return config
+
+
 def _stage_ropes(
-    model: Any, args: LongLoraSFTConfig, peft_config: PeftConfig | None, schedule: Schedule
+    model: Any, config: PreTrainedConfig, peft_config: PeftConfig | None, schedule: Schedule
 ) -> tuple[RopeScaling | None, list[RopeScaling | None]]:
     """The RoPE of the base and of each stage; `None` where RoPE stays as it is.
 
     Raises:
         ValueError: if a stage's length is one that the base reaches already, or it has no RoPE to scale.
     """
-    if isinstance(model, str):
-        init = _mapping(args.model_init_kwargs)
-        options = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
-        config, base = AutoConfig.from_pretrained(model, **options), None
-    else:
-        config = model.config
+    base = None
+    if isinstance(model, PeftModel):
         tuner = longlora_tuner(model)
         base = tuner.base_rope if tuner is not None else None
-        if isinstance(model, PeftModel):
-            peft_config = model.active_peft_config
+        peft_config = model.active_peft_config
     base_length = getattr(peft_config, "base_length", None)
     ropes: list[RopeScaling | None] = []
     for number, stage in enumerate(schedule.stages, start=1):

@@ -8,7 +8,14 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TrainerCallback,
+)
 from trl import SFTTrainer
 
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
@@ -380,6 +387,34 @@ def test_a_model_without_rope_is_refused_where_rope_is_asked_for(make):
 def test_an_unknown_model_is_one_clear_error(make, tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         make(model=str(tmp_path / "nowhere"))
+
+
+def test_a_model_outside_the_attention_interface_is_refused(make, tmp_path):
+    falcon = FalconForCausalLM(
+        FalconConfig(vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    )
+    falcon.save_pretrained(tmp_path / "falcon")
+    for model in (falcon, str(tmp_path / "falcon")):
+        with pytest.raises(ValueError, match="does not call its attention through"):
+            make(model=model)
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(make, tmp_path):
+    options = dict(save_strategy="steps", save_steps=2)
+    make(callbacks=[Stop(2)], **options).train()
+    file = tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    trainer = make(**options)
+    before = weights(trainer)
+    file.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is truncated"):
+        trainer.train(resume_from_checkpoint=True)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="missing"):
+        trainer.train(resume_from_checkpoint=True)
+    assert all(torch.equal(p, before[name]) for name, p in weights(trainer).items())
+    file.write_bytes(whole)
+    assert trainer.train(resume_from_checkpoint=True).global_step == 6
 
 
 def test_checkpoints_of_another_schedule_are_refused(make, tmp_path):
