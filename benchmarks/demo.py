@@ -7,6 +7,7 @@ import argparse
 import os
 import platform
 import time
+from dataclasses import replace
 
 from hf_longlora import demo
 
@@ -17,7 +18,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", default="longlora-demo")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rope-type", default=demo.ROPE_TYPE, help="in place of the demo's own")
     options = parser.parse_args()
+    demo.ROPE_TYPE = options.rope_type
+    demo.STAGES = tuple(replace(stage, rope_type=options.rope_type) for stage in demo.STAGES)
     started = time.perf_counter()
     records = demo.run_demo(options.output_dir, seed=options.seed)
     seconds = time.perf_counter() - started

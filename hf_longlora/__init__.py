@@ -5,7 +5,7 @@ Importing it registers `attn_implementation="s2attn"` with transformers and the 
 
 from . import attention, tuner
 from .attention import S2AttentionConfig, s2_attention, s2_attention_mode, set_s2_attention
-from .evaluation import loss_by_position, perplexity_by_length
+from .evaluation import loss_by_position, passkey_accuracy, perplexity_by_length
 from .trainer import ContextStage, LongLoraSFTConfig, LongLoraSFTTrainer
 from .tuner import LongLoraConfig, LongLoraModel
 
@@ -22,6 +22,7 @@ __all__ = [
     "LongLoraSFTTrainer",
     "S2AttentionConfig",
     "loss_by_position",
+    "passkey_accuracy",
     "perplexity_by_length",
     "s2_attention",
     "s2_attention_mode",

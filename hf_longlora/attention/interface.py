@@ -365,9 +365,10 @@ def get_s2_attention(model: nn.Module) -> S2State:
             f"{type(inner).__name__} uses attn_implementation={inner.config._attn_implementation!r}, not {NAME!r}: "
             "call hf_longlora.set_s2_attention(model) first."
         )
-    if _state(inner) is None:
-        set_s2_attention(inner)
     state = _state(inner)
+    if state is None or not all(hasattr(module, _ATTRIBUTE) for _, module in attention_modules(inner)):
+        set_s2_attention(inner, None if state is None else state.config)
+        state = _state(inner)
     assert state is not None
     return state
 
@@ -380,7 +381,9 @@ def set_attention_mode(model: nn.Module, mode: AttentionMode) -> None:
     """
     if mode not in get_args(AttentionMode):
         raise ValueError(f"`mode` must be one of {get_args(AttentionMode)}, got {mode!r}.")
-    get_s2_attention(model).mode = mode
+    get_s2_attention(model)
+    for _, module in attention_modules(_transformers_model(model)):
+        getattr(module, _ATTRIBUTE).mode = mode  # usually one object; layers may have been given others
 
 
 @contextmanager

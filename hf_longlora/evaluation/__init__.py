@@ -1,4 +1,4 @@
-"""Does the longer context help? Perplexity by length and by position, and a plot of the first.
+"""Does the longer context help? Perplexity by length and by position, passkey retrieval, and plots.
 
 Everything here works on any causal language model of transformers, wrapped by PEFT or not, and measures the model as
 it stands: to evaluate with the training-time attention, put the call inside `s2_attention_mode(model, "s2")`.
@@ -6,5 +6,6 @@ it stands: to evaluate with the training-time attention, put the call inside `s2
 
 from .perplexity import loss_by_position, perplexity_by_length
 from .plots import plot_perplexity
+from .retrieval import passkey_accuracy, passkey_example
 
-__all__ = ["loss_by_position", "perplexity_by_length", "plot_perplexity"]
+__all__ = ["loss_by_position", "passkey_accuracy", "passkey_example", "perplexity_by_length", "plot_perplexity"]

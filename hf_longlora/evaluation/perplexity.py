@@ -231,12 +231,16 @@ def _autocast(model: nn.Module) -> Any:
     return nullcontext()
 
 
-def _suffix_nll(model: nn.Module, input_ids_BS: torch.Tensor, keep: int) -> torch.Tensor:
-    """Negative log likelihood in nats of the last `keep` tokens of each row: `[B, keep]`, fp32."""
+def _suffix_logits(model: nn.Module, input_ids_BS: torch.Tensor, keep: int) -> torch.Tensor:
+    """The logits that predict the last `keep` tokens of each row: `[B, keep, V]`."""
     # The token before the first target predicts it; the last token's own logits predict nothing here.
     extra = {"logits_to_keep": keep + 1} if _takes_logits_to_keep(model) else {}
-    logits_BKV = model(input_ids=input_ids_BS, use_cache=False, **extra).logits[:, -keep - 1 : -1]
-    return _cross_entropy(logits_BKV, input_ids_BS[:, -keep:])
+    return model(input_ids=input_ids_BS, use_cache=False, **extra).logits[:, -keep - 1 : -1]
+
+
+def _suffix_nll(model: nn.Module, input_ids_BS: torch.Tensor, keep: int) -> torch.Tensor:
+    """Negative log likelihood in nats of the last `keep` tokens of each row: `[B, keep]`, fp32."""
+    return _cross_entropy(_suffix_logits(model, input_ids_BS, keep), input_ids_BS[:, -keep:])
 
 
 def _position_nll(model: nn.Module, input_ids_BS: torch.Tensor, targets_K: torch.Tensor) -> torch.Tensor:
