@@ -21,7 +21,7 @@ class ContextStageCallback(TrainerCallback):
 
     Args:
         schedule: The stages.
-        ropes: The RoPE of each stage; `None` leaves it as it is.
+        ropes: The RoPE of each stage; `None` where it is the one the model comes with.
     """
 
     def __init__(self, schedule: Schedule, ropes: Sequence[RopeScaling | None]) -> None:

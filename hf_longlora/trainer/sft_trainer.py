@@ -158,7 +158,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         known = reach(self._base_rope)[1] if self._base_rope is not None else 0
         stages = zip(self.schedule.stages, self._ropes, longest, strict=True)
         for number, (stage, rope, tokens) in enumerate(stages, start=1):
-            if tokens == 0 or (rope is not None and stage.max_length > known and tokens <= known):
+            stretches = rope is not None and stage.rope_type is not None and stage.max_length > known
+            if tokens == 0 or (stretches and tokens <= known):
                 raise ValueError(
                     f"Too few tokens for stage {number} (max_length {stage.max_length:,}): the longest sequence it "
                     f"would see has {tokens:,} tokens, no more than the {known:,} the model knows by then. Give "
@@ -226,8 +227,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         self._last_log = now, tokens
         logs["stage"] = plan.stage + 1
         logs["context_length"] = stage.max_length
-        rope = self._ropes[plan.stage] or self._base_rope
-        logs["rope_factor"] = rope_factor(rope) if rope is not None else 1.0
+        has_rope = getattr(self.model.config.get_text_config(), "rope_parameters", None)
+        logs["rope_factor"] = rope_factor(current_rope(self.model.config)) if has_rope else 1.0
         logs["peak_memory_gib"] = _peak_memory(self.args.device)
         super().log(logs, start_time)
         last: dict[str, Any] = self.state.log_history[-1]
@@ -370,7 +371,7 @@ def _checked_config(model: Any, args: LongLoraSFTConfig) -> PreTrainedConfig:
 def _stage_ropes(
     model: Any, config: PreTrainedConfig, peft_config: PeftConfig | None, schedule: Schedule
 ) -> tuple[RopeScaling | None, list[RopeScaling | None]]:
-    """The RoPE of the base and of each stage; `None` where RoPE stays as it is.
+    """The RoPE of the base and of each stage; `None` where it is the one the model comes with.
 
     Raises:
         ValueError: if a stage's length is one that the base reaches already, or it has no RoPE to scale.
@@ -384,7 +385,8 @@ def _stage_ropes(
     ropes: list[RopeScaling | None] = []
     for number, stage in enumerate(schedule.stages, start=1):
         if stage.rope_type is None and stage.rope_parameters is None:
-            ropes.append(None)
+            # As the stage before left it, said outright: a run resumed here has not been through that stage.
+            ropes.append(ropes[-1] if ropes else None)
             continue
         base = base or current_rope(config)
         kind, explicit = stage.rope_type or "linear", stage.rope_parameters

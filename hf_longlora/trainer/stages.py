@@ -20,8 +20,8 @@ class ContextStage:
         max_steps: Optimizer steps.
         rope_parameters: Explicit RoPE parameters, as in `config.rope_parameters`; else they follow from `max_length`
             and `rope_type`.
-        rope_type: "linear", "dynamic", "yarn", "llama3" or "longrope"; `None` leaves RoPE as the model has it (for
-            training at a length that the model reaches already).
+        rope_type: "linear", "dynamic", "yarn", "llama3" or "longrope"; `None` keeps the RoPE of the stage before, or
+            the model's (for training at a length that it reaches already).
         group_size: Tokens in a group of shifted sparse attention.
         group_size_ratio: Group size as a share of `max_length`, where `group_size` is not given. With neither, those
             of the trainer's configuration hold.
