@@ -4,8 +4,16 @@ Everything here works on any causal language model of transformers, wrapped by P
 it stands: to evaluate with the training-time attention, put the call inside `s2_attention_mode(model, "s2")`.
 """
 
+from .compare import compare_attention
 from .perplexity import loss_by_position, perplexity_by_length
 from .plots import plot_perplexity
 from .retrieval import passkey_accuracy, passkey_example
 
-__all__ = ["loss_by_position", "passkey_accuracy", "passkey_example", "perplexity_by_length", "plot_perplexity"]
+__all__ = [
+    "compare_attention",
+    "loss_by_position",
+    "passkey_accuracy",
+    "passkey_example",
+    "perplexity_by_length",
+    "plot_perplexity",
+]

@@ -119,6 +119,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         tuner = longlora_tuner(self.model)
         if tuner is not None:
             tuner.upcast_masters()  # TRL casts what a quantized model trains to bf16, the norms too
+            adapter: Any = self.model.active_peft_config
+            adapter.schedule = self.schedule.to_dict()
         stage_callback.apply(self.model, 0)
         set_attention_mode(self.model, "auto")
 

@@ -155,6 +155,7 @@ class Schedule:
             "stages": [asdict(stage) for stage in self.stages],
             "attention": asdict(self.attention),
             "dense_every": self.dense_every,
+            "group_sizes": [self.attention_config(i).group_size for i in range(len(self.stages))],
         }
 
 

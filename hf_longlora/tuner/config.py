@@ -19,8 +19,8 @@ from ..rope import ROPE_TYPES
 class LongLoraConfig(LoraConfig):
     """LoRA on the attention projections, norms and embeddings trained whole, a scaled RoPE (arXiv 2309.12307, 3.3).
 
-    Leave `target_modules` unset for the attention projections, found by module type. `rope`, `base_rope` and
-    `resolved` are written when the adapter is put on a model; leave them alone.
+    Leave `target_modules` unset for the attention projections, found by module type. `rope`, `base_rope`,
+    `schedule` and `resolved` are written for you; leave them alone.
     """
 
     task_type: str | TaskType | None = field(  # type: ignore[assignment]
@@ -61,6 +61,10 @@ class LongLoraConfig(LoraConfig):
     base_rope: dict | None = field(
         default=None,
         metadata={"help": "Resolved: the RoPE of the base, which a base has to have for the adapter to be loaded."},
+    )
+    schedule: dict | None = field(
+        default=None,
+        metadata={"help": "The stages it was trained with, written by LongLoraSFTTrainer; for cards and evaluation."},
     )
     resolved: bool = field(
         default=False,

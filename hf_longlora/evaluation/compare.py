@@ -1,0 +1,74 @@
+"""Dense and as trained, side by side: does what sparse training taught carry over to dense inference?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers.utils import logging
+
+from ..attention import S2AttentionConfig, s2_attention_mode, set_s2_attention
+from .perplexity import perplexity_by_length
+
+logger = logging.get_logger(__name__)
+
+WORSE = 1.01
+"""Dense perplexity above this many times that of the training's pattern is warned of."""
+
+
+def compare_attention(
+    model: nn.Module,
+    documents: Sequence[Any],
+    lengths: int | Sequence[int],
+    *,
+    attention: S2AttentionConfig | None = None,
+    **options: Any,
+) -> dict[str, list[dict[str, Any]]]:
+    """Perplexity by length with dense attention and with the pattern of training (the two columns of Table 6).
+
+    Logs a warning where dense is worse: the model has learned to do without the distances that dense attention shows
+    it, and some dense steps in training (`dense_every`) would have kept it from that.
+
+    Args:
+        model: a causal language model of transformers, wrapped by PEFT or not.
+        documents, lengths, options: as for `perplexity_by_length`.
+        attention: the pattern of training. Default: what the model's LONGLORA adapter was trained with, else groups of
+            a quarter of the longest length. Its group size holds at every length, as it does for the trained model.
+
+    Returns:
+        `perplexity_by_length`'s records as `"dense"` and `"as trained"`.
+
+    Raises:
+        ValueError: as `perplexity_by_length`, or if the model can't use shifted sparse attention.
+    """
+    longest = lengths if isinstance(lengths, int) else max(lengths, default=2)
+    if attention is None:
+        attention = trained_attention(model) or S2AttentionConfig()
+    attention = S2AttentionConfig(group_size=attention.resolve_group_size(longest), kernel=attention.kernel)
+    set_s2_attention(model, attention)
+    records = {"dense": perplexity_by_length(model, documents, lengths, **options)}
+    with s2_attention_mode(model, "s2"):
+        records["as trained"] = perplexity_by_length(model, documents, lengths, **options)
+    worse = [
+        f"{dense['perplexity']:.2f} against {sparse['perplexity']:.2f} at {dense['length']:,}"
+        for dense, sparse in zip(records["dense"], records["as trained"], strict=True)
+        if dense["perplexity"] > WORSE * sparse["perplexity"]
+    ]
+    if worse:
+        logger.warning(
+            f"Dense attention, which is what inference uses, is worse here than the pattern of training (groups of "
+            f"{attention.group_size}): perplexity {', '.join(worse)}. Train with dense steps in between "
+            "(dense_every), or with larger groups."
+        )
+    return records
+
+
+def trained_attention(model: Any) -> S2AttentionConfig | None:
+    """The group size that a model's LONGLORA adapter ended its training with; `None` if it doesn't say."""
+    configs = getattr(model, "peft_config", None) or {}
+    for config in configs.values():
+        schedule = getattr(config, "schedule", None)
+        if schedule:
+            return S2AttentionConfig(group_size=schedule["group_sizes"][-1])
+    return None
