@@ -187,7 +187,10 @@ def _load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     base = name if adapter is None else adapter.base_model_name_or_path
     if base is None:
         raise ValueError(f"the adapter {name} doesn't name its base model (base_model_name_or_path)")
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    except OSError as error:
+        raise OSError(f"the model {base} can't be loaded: {error}") from error
     if adapter is not None:
         model = PeftModel.from_pretrained(model, name)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
