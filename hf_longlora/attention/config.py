@@ -2,10 +2,13 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 AttentionMode = Literal["auto", "s2", "dense"]
 """`"auto"`: sparse in training, dense otherwise. `"s2"` and `"dense"`: always the one named."""
+
+Shift = Literal["heads", "layers", "none", "all"]
+"""Which groups are shifted: those of half of the heads, of every second layer, none, or all (the paper's Table 6)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +19,8 @@ class S2AttentionConfig:
         group_size: Tokens in a group, at least 2. `None`: `group_size_ratio` of the length.
         group_size_ratio: Group size as a share of the longest document, in (0, 1]. The paper's 1/4 by default; not
             used where `group_size` is given.
+        shift: What is shifted by half a group: `"heads"`, the last half of each layer's, is the method; `"layers"`
+            (the odd ones), `"none"` and `"all"` are for comparison.
         kernel: Name of a kernel of `hf_longlora.attention.kernels.KERNELS`, or `"auto"`. A named kernel that can't
             serve a call raises.
 
@@ -25,6 +30,7 @@ class S2AttentionConfig:
 
     group_size: int | None = field(default=None, metadata={"help": "Tokens in a group; None: group_size_ratio."})
     group_size_ratio: float = field(default=0.25, metadata={"help": "Group size as a share of the longest document."})
+    shift: Shift = field(default="heads", metadata={"help": "What is shifted: heads, layers, none or all."})
     kernel: str = field(default="auto", metadata={"help": "Attention kernel: 'auto' or a kernel's name."})
 
     def __post_init__(self) -> None:
@@ -33,6 +39,8 @@ class S2AttentionConfig:
             raise ValueError(
                 f"`group_size_ratio` must be in (0, 1], got {self.group_size_ratio}. The paper's value is 0.25."
             )
+        if self.shift not in get_args(Shift):
+            raise ValueError(f"`shift` must be one of {get_args(Shift)}, got {self.shift!r}.")
         from .kernels import KERNELS  # the table imports torch kernels; the config alone should stay light
 
         if self.kernel != "auto" and self.kernel not in KERNELS:

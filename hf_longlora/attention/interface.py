@@ -9,7 +9,7 @@ It is made once for each forward and shared by the layers, so both are also comp
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from .config import AttentionMode, S2AttentionConfig, check_group_size
+from .config import AttentionMode, S2AttentionConfig, Shift, check_group_size
 from .kernels import select_kernel
 from .segments import Documents
 
@@ -83,15 +83,17 @@ def _attention(
     group_size: int | None,
     kernel: Callable[..., torch.Tensor],
     *,
+    shift: Literal["half", "none", "all"] = "half",
     sinks: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """Split the heads, run the kernel on both parts: `[B, H, S, D]` -> `[B, S, H, D_v]`."""
-    plain = documents.segments(group_size)
+    """Run the kernel on the heads that are shifted and on those that are not: `[B, H, S, D]` -> `[B, S, H, D_v]`."""
     if group_size is None or documents.longest <= group_size:
-        return kernel(query, key, value, plain, sinks=sinks, **options)
-    shifted = documents.segments(group_size, group_size // 2)
+        return kernel(query, key, value, documents.segments(group_size), sinks=sinks, **options)
+    plain, shifted = documents.segments(group_size), documents.segments(group_size, group_size // 2)
     query_heads, kv_heads = query.shape[1], key.shape[1]
+    if shift != "half" or query_heads == 1:  # one head has no half to shift
+        return kernel(query, key, value, shifted if shift == "all" else plain, sinks=sinks, **options)
     if kv_heads > 1:
         kv_split = [kv_heads - kv_heads // 2, kv_heads // 2]
         query_split = [n * (query_heads // kv_heads) for n in kv_split]
@@ -99,8 +101,6 @@ def _attention(
     else:
         query_split = [query_heads - query_heads // 2, query_heads // 2]
         keys, values = (key, key), (value, value)
-    if query_split[1] == 0:  # one query head: nothing to shift
-        return kernel(query, key, value, plain, sinks=sinks, **options)
     queries = query.split(query_split, 1)
     sink_parts = (None, None) if sinks is None else sinks.split(query_split)
     parts = zip(queries, keys, values, (plain, shifted), sink_parts, strict=True)
@@ -263,12 +263,22 @@ def s2_attention_forward(
         documents,
         group_size,
         kernel,
+        shift=_shift(state.config.shift, module),
         scale=scaling,
         dropout_p=dropout if module.training else 0.0,
         softcap=softcap,
         sinks=sinks,
     )
     return out.contiguous(), None
+
+
+def _shift(shift: Shift, module: nn.Module) -> Literal["half", "none", "all"]:
+    """Which heads of a layer are shifted."""
+    if shift == "heads":
+        return "half"
+    if shift == "layers":
+        return "all" if module.layer_idx % 2 else "none"  # type: ignore[operator]
+    return shift
 
 
 def _documents(

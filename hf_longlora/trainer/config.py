@@ -21,6 +21,7 @@ class LongLoraSFTConfig(SFTConfig):
         dense_every: Each how many optimizer steps one runs with dense attention; 0: none.
         group_size: Tokens in a group of shifted sparse attention.
         group_size_ratio: Group size as a share of the stage's `max_length`, where `group_size` is not given.
+        attention_shift: "heads"; "layers", "none" and "all" are for comparison.
         attention_kernel: "auto", or the name of a kernel.
 
     Raises:
@@ -41,6 +42,9 @@ class LongLoraSFTConfig(SFTConfig):
     )
     group_size_ratio: float = field(
         default=0.25, metadata={"help": "Group size as a share of the stage's max_length, in (0, 1]."}
+    )
+    attention_shift: str = field(
+        default="heads", metadata={"help": "What is shifted: heads (the method), layers, none or all."}
     )
     attention_kernel: str = field(default="auto", metadata={"help": "Attention kernel: 'auto' or a kernel's name."})
 
@@ -81,8 +85,12 @@ class LongLoraSFTConfig(SFTConfig):
     def schedule(self) -> Schedule:
         """The stages as a function of the step."""
         assert self.stages is not None
+        shift: Any = self.attention_shift
         attention = S2AttentionConfig(
-            group_size=self.group_size, group_size_ratio=self.group_size_ratio, kernel=self.attention_kernel
+            group_size=self.group_size,
+            group_size_ratio=self.group_size_ratio,
+            shift=shift,
+            kernel=self.attention_kernel,
         )
         return Schedule(tuple(self.stages), attention, self.dense_every)
 

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any, Literal, get_args
 
@@ -109,7 +109,7 @@ class Schedule:
 
     Args:
         stages: In order.
-        attention: Group size, ratio and kernel where a stage names none.
+        attention: Group size and ratio where a stage names none; shift and kernel of all.
         dense_every: Where a stage names none; 0 for never.
 
     Raises:
@@ -140,14 +140,12 @@ class Schedule:
 
     def attention_config(self, stage: int) -> S2AttentionConfig:
         """Attention of a stage, its group size resolved: a ratio is one of the stage's `max_length`."""
-        own, kernel = self.stages[stage], self.attention.kernel
+        own, config = self.stages[stage], self.attention
         if own.group_size is not None:
-            config = S2AttentionConfig(group_size=own.group_size)
+            config = replace(config, group_size=own.group_size)
         elif own.group_size_ratio is not None:
-            config = S2AttentionConfig(group_size_ratio=own.group_size_ratio)
-        else:
-            config = self.attention
-        return S2AttentionConfig(group_size=config.resolve_group_size(own.max_length), kernel=kernel)
+            config = replace(config, group_size=None, group_size_ratio=own.group_size_ratio)
+        return replace(config, group_size=config.resolve_group_size(own.max_length))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, for checkpoints and cards."""

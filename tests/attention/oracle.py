@@ -15,7 +15,7 @@ def visible(length: int, documents: list[tuple[int, int]], group_size: int | Non
     return seen
 
 
-def oracle(query, key, value, rows, group_size, scale=None):
+def oracle(query, key, value, rows, group_size, scale=None, shift="half"):
     """Shifted sparse attention in fp64 by brute force. `[B, H, S, D]` -> `[B, H, S, D_v]`, 0 in padding."""
     batch, heads, length, dim = query.shape
     kv_heads = key.shape[1]
@@ -24,6 +24,8 @@ def oracle(query, key, value, rows, group_size, scale=None):
         shifted = [h // group >= kv_heads - kv_heads // 2 for h in range(heads)]
     else:
         shifted = [h >= heads - heads // 2 for h in range(heads)]
+    if shift != "half":
+        shifted = [shift == "all"] * heads
     scale = dim**-0.5 if scale is None else scale
     out = torch.zeros(batch, heads, length, value.shape[-1], dtype=torch.float64)
     out = out.to(query.device)

@@ -101,11 +101,12 @@ def test_cu_seqlens_are_for_one_row():
         {"group_size_ratio": 0.0},
         {"group_size_ratio": 1.01},
         {"group_size_ratio": -0.25},
+        {"shift": "tokens"},
         {"kernel": "no-such-kernel"},
     ],
 )
 def test_config_refuses(kwargs):
-    with pytest.raises(ValueError, match=r"group_size|Unknown attention kernel"):
+    with pytest.raises(ValueError, match=r"group_size|shift|Unknown attention kernel"):
         S2AttentionConfig(**kwargs)
 
 

@@ -22,6 +22,8 @@ from hf_longlora import S2AttentionConfig, s2_attention_mode, set_s2_attention
 from hf_longlora.attention import get_s2_attention, interface
 from hf_longlora.attention.reference import reference_kernel
 
+from .oracle import oracle
+
 GROUP = 8
 
 
@@ -301,6 +303,28 @@ def test_attention_dropout_runs_in_training_only(tiny_llama):
     model.eval()
     with s2_attention_mode(model, "s2"):
         assert torch.equal(*(model(input_ids=x).logits for _ in range(2)))
+
+
+@pytest.mark.parametrize(
+    ("shift", "layers"),
+    [("heads", ["half", "half"]), ("layers", ["none", "all"]), ("none", ["none"] * 2), ("all", ["all"] * 2)],
+)
+def test_what_is_shifted(models, monkeypatch, shift, layers):
+    model, calls = models[0].train(), []
+    real = interface._attention
+
+    def record(query, key, value, documents, group_size, kernel, **kwargs):
+        out = real(query, key, value, documents, group_size, kernel, **kwargs)
+        rows = [[(0, query.shape[2])]] * query.shape[0]
+        expected = oracle(query, key, value, rows, group_size, kwargs["scale"], kwargs["shift"])
+        assert torch.allclose(out.transpose(1, 2).double(), expected, atol=1e-5)
+        calls.append(kwargs["shift"])
+        return out
+
+    monkeypatch.setattr(interface, "_attention", record)
+    set_s2_attention(model, S2AttentionConfig(group_size=GROUP, shift=shift))
+    model(input_ids=ids())
+    assert calls == layers
 
 
 def test_unsupported_models_are_refused():

@@ -35,6 +35,10 @@ def test_a_stage_overrides_the_run():
     )
     assert [plan.step(i).mode for i in range(6)] == ["auto", "auto", "dense", "dense", "dense", "dense"]
     assert [plan.attention_config(i).group_size for i in range(3)] == [10, 128, 64]
+    kept = schedule(ContextStage(128, 2, group_size=10), ContextStage(256, 2), shift="none", kernel="reference")
+    assert {(kept.attention_config(i).shift, kept.attention_config(i).kernel) for i in range(2)} == {
+        ("none", "reference")
+    }
 
 
 @pytest.mark.parametrize(
@@ -70,6 +74,7 @@ def test_bad_stages_are_refused(fields, message):
         ({"stages": [ContextStage(64, 3)], "group_size": 1}, "group_size"),
         ({"stages": [ContextStage(64, 3)], "group_size_ratio": 0}, "group_size_ratio"),
         ({"stages": [ContextStage(64, 3)], "attention_kernel": "fast"}, "Unknown attention kernel"),
+        ({"stages": [ContextStage(64, 3)], "attention_shift": "tokens"}, "shift"),
     ],
 )
 def test_bad_configurations_are_refused(arguments, message, tmp_path):
