@@ -70,7 +70,7 @@ def _add_evaluate(commands: Any) -> None:
         description=(
             "Measure a model, or an adapter on its base, on long documents: perplexity by context length with dense "
             "attention (what inference uses) beside the pattern of sparse training, with a warning where dense is "
-            "worse; and, if asked for, passkey retrieval by length and depth. Writes evaluation.json and a plot."
+            "worse; and, if asked for, passkey retrieval by length and depth. Writes evaluation.json and plots."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -107,7 +107,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from .attention import S2AttentionConfig
-    from .evaluation import compare_attention, passkey_accuracy, plot_perplexity
+    from .evaluation import compare_attention, passkey_accuracy, plot_perplexity, plot_retrieval
     from .evaluation.plots import require_matplotlib
 
     require_matplotlib()
@@ -144,7 +144,8 @@ def _evaluate(options: argparse.Namespace) -> None:
             found = [row["accuracy"] for row in results["passkey"] if row["length"] == length]
             table.add_row(f"{length:,} tokens", *(f"{share:.0%}" for share in found))
         console.print(table)
-    console.print(f"In {out}: evaluation.json, perplexity.png", highlight=False)
+        plot_retrieval(results["passkey"], out / "passkey.png", title=f"{options.model}: passkey retrieval")
+    console.print(f"In {out}: {', '.join(sorted(path.name for path in out.iterdir()))}", highlight=False)
 
 
 def read_documents(file: Path) -> list[str]:

@@ -59,6 +59,7 @@ def test_evaluate_a_plain_model_with_passkeys(adapter, capsys):
     passkey = json.loads((folder / "out" / "evaluation.json").read_text())["passkey"]
     assert [row["depth"] for row in passkey] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert "450 tokens" in capsys.readouterr().out
+    assert (folder / "out" / "passkey.png").stat().st_size > 5_000
 
 
 @pytest.mark.parametrize(("dense", "warned"), [(2.0, True), (0.5, False), (1.005, False)])

@@ -27,7 +27,7 @@ from hf_longlora import (
     s2_attention_mode,
     set_s2_attention,
 )
-from hf_longlora.attention import S2AttentionConfig, segments
+from hf_longlora.attention import segments
 from hf_longlora.attention.interface import S2State, attention_modules
 from hf_longlora.rope import apply_rope, scaled_rope
 from hf_longlora.trainer.stages import Schedule
@@ -48,6 +48,9 @@ class Run:
         dense_every: As the trainer's.
         dense_tail: Share of the steps, at the end, that run dense as a stage of their own.
         rotate: Each layer runs dense at one step in `rotate`, the layers taking turns; 0: never.
+        shift: What is shifted by half a group, as `S2AttentionConfig` has it (the paper's Table 6).
+        through: How many stages lead to the target, each twice as long as the one before, at equal tokens for each;
+            1: the target alone.
         cut: Share of the steps that are run at all: dense training of equal attention cost.
         full: Train all weights, without an adapter.
     """
@@ -64,6 +67,8 @@ class Run:
     dense_every: int = 0
     dense_tail: float = 0.0
     rotate: int = 0
+    shift: str = "heads"
+    through: int = 1
     cut: float = 1.0
     full: bool = False
     rank: int = 16
@@ -77,7 +82,11 @@ class Run:
         steps = max(1, round(self.steps * self.cut))
         tail = round(steps * self.dense_tail)
         attention: Any = "dense" if self.method == "dense" else "s2attn"
-        stages = [ContextStage(self.target, steps - tail, rope_type=self.rope_type, attention=attention)]
+        stages = []
+        for halvings in reversed(range(self.through)):  # a step of half the length has half the tokens
+            count = max(1, round((steps - tail) * 2**halvings / self.through))
+            length = self.target // 2**halvings
+            stages.append(ContextStage(length, count, rope_type=self.rope_type, attention=attention))
         if tail:
             stages.append(ContextStage(self.target, tail, rope_type=self.rope_type, attention="dense"))
         return stages
@@ -103,17 +112,22 @@ def attention_cost(run: Run, schedule: Schedule) -> float:
     Counted from the segments that the kernels get: half of the heads are shifted, and their outer groups shorter.
     """
     whole = run.target * (run.target + 1) // 2
+    shifted = {"heads": 0.5, "layers": 0.5, "none": 0.0, "all": 1.0}[run.shift]
     total = 0.0
     for step in range(schedule.max_steps):
         plan = schedule.step(step)
+        length = schedule.stages[plan.stage].max_length
         size = schedule.attention_config(plan.stage).group_size
         assert size is not None
-        cuts = [segments([(0, run.target)], size, shift) for shift in (0, size // 2)]
-        pairs = sum((end - start) * (end - start + 1) // 2 for cut in cuts for start, end in cut) / 2
-        share = pairs / whole
+        dense = length * (length + 1) // 2
+        plain, moved = (
+            sum((end - start) * (end - start + 1) // 2 for start, end in segments([(0, length)], size, shift))
+            for shift in (0, size // 2)
+        )
+        pairs = (1 - shifted) * plain + shifted * moved
         if run.rotate:
-            share = share + (1 - share) / run.rotate
-        total += 1.0 if plan.mode == "dense" else share
+            pairs = pairs + (dense - pairs) / run.rotate
+        total += (dense if plan.mode == "dense" else pairs) / whole
     return total / run.steps
 
 
@@ -156,7 +170,10 @@ def train(run: Run, base: Path, work: Path) -> tuple[Any, dict[str, Any]]:
             stages=stages,
             dense_every=run.dense_every,
             group_size_ratio=run.group_size_ratio,
+            attention_shift=run.shift,
             attention_kernel=run.kernel,
+            packing=run.through > 1,  # cuts the target's rows to a shorter stage's, and loses none of their tokens
+            packing_strategy="wrapped",
             per_device_train_batch_size=run.batch,
             learning_rate=run.learning_rate,
             lr_scheduler_type=run.schedule,
@@ -190,11 +207,11 @@ def train(run: Run, base: Path, work: Path) -> tuple[Any, dict[str, Any]]:
         trainer.train()
         seconds = time.perf_counter() - started
     if run.rotate:  # one state for all layers again
-        set_s2_attention(trainer.model, S2AttentionConfig(group_size=trainer.schedule.attention_config(0).group_size))
+        set_s2_attention(trainer.model, trainer.schedule.attention_config(0))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return trainer.model, {
         "attention_cost": attention_cost(run, trainer.schedule),
-        "tokens": trainer.schedule.max_steps * run.batch * run.target,
+        "tokens": sum(stage.max_steps * stage.max_length for stage in stages) * run.batch,
         "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "train_loss": losses[-1] if losses else float("nan"),
         "train_seconds": seconds,

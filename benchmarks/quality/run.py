@@ -66,11 +66,33 @@ SCHEDULE = [
 
 # What is trained (the paper's Table 2), under the schedule that is the trainer's default.
 WHAT_TO_TRAIN = [
-    Run(name="lora r 8", train_norms=False, train_embeddings=False, dense_every=8, rank=8),
+    *(
+        Run(name=f"lora r {rank}", train_norms=False, train_embeddings=False, dense_every=8, rank=rank)
+        for rank in (8, 16, 32, 64, 128, 256)
+    ),
     Run(name="lora r 8 + norm", train_embeddings=False, dense_every=8, rank=8),
     Run(name="lora r 8 + embed", train_norms=False, dense_every=8, rank=8),
     Run(name="lora r 8 + both", dense_every=8, rank=8),
-    Run(name="lora r 64", train_norms=False, train_embeddings=False, dense_every=8, rank=64),
+    Run(name="full", dense_every=8, full=True),
+]
+
+# What is shifted (Table 6), as the paper trained: without dense steps. Read "as trained" beside the target's column.
+PATTERN = [dense(), s2(4), *(s2(4, shift=shift) for shift in ("layers", "none", "all"))]
+
+# How RoPE is scaled, untrained, trained dense and trained as the trainer does by default.
+ROPE = [
+    replace(run, name=f"{run.name} {kind}", rope_type=kind)
+    for kind in ("linear", "dynamic", "yarn", "llama3")
+    for run in (BASE[1], dense(), s2(4, 8))
+]
+
+# One stage against two and three, at equal tokens.
+# The last ones spend on dense steps what shorter stages save.
+STAGES = [
+    *(replace(run, name=f"{run.name} through {n}", through=n) for n in (1, 2, 3) for run in (dense(), s2(4, 8))),
+    s2(8, 4, through=2),
+    s2(16, 2, through=3),
+    s2(16, 3, through=3),
 ]
 
 SIXTEEN_FOLD = [
@@ -78,7 +100,14 @@ SIXTEEN_FOLD = [
     for run in (*BASE, dense(), s2(4), s2(4, 8), s2(8, 8), s2(4, 16), s2(16, 4), s2(8, rotate=8), dense(0.3))
 ]
 
-TABLES = {"schedule": SCHEDULE, "what_to_train": WHAT_TO_TRAIN, "sixteen_fold": SIXTEEN_FOLD}
+TABLES = {
+    "schedule": SCHEDULE,
+    "what_to_train": WHAT_TO_TRAIN,
+    "pattern": PATTERN,
+    "rope": ROPE,
+    "stages": STAGES,
+    "sixteen_fold": SIXTEEN_FOLD,
+}
 
 
 def wanted(tables: list[str], seeds: list[int], overrides: dict[str, Any]) -> Iterator[Run]:

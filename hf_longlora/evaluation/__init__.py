@@ -6,7 +6,7 @@ it stands: to evaluate with the training-time attention, put the call inside `s2
 
 from .compare import compare_attention
 from .perplexity import loss_by_position, perplexity_by_length
-from .plots import plot_perplexity
+from .plots import plot_perplexity, plot_retrieval
 from .retrieval import passkey_accuracy, passkey_example
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "passkey_example",
     "perplexity_by_length",
     "plot_perplexity",
+    "plot_retrieval",
 ]

@@ -1,4 +1,4 @@
-"""The picture of a context extension: perplexity against context length, one line per model."""
+"""The pictures of a context extension: perplexity by context length, and passkey retrieval by length and depth."""
 
 from __future__ import annotations
 
@@ -140,6 +140,51 @@ def plot_perplexity(
     if title:
         axes.set_title(title, fontsize=11, pad=18 if base_length or train_length else 8)
 
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def plot_retrieval(records: Sequence[Mapping[str, Any]], path: str | Path, *, title: str | None = None) -> Path:
+    """Draw passkey accuracy over length and depth as a heat map, and save it.
+
+    Args:
+        records: what `passkey_accuracy` returned: a record for each length and each depth.
+        path: the file to write; the format follows its suffix. Folders are created.
+        title: above the axes.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is missing (`pip install hf-longlora[plot]`).
+        ValueError: there is nothing to draw, or a length lacks a depth that another has.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lengths = sorted({record["length"] for record in records})
+    depths = sorted({record["depth"] for record in records})
+    accuracy = {(record["depth"], record["length"]): record["accuracy"] for record in records}
+    if not lengths or len(accuracy) != len(lengths) * len(depths):
+        raise ValueError("records must hold every depth at every length, and at least one of each")
+    figure = Figure(figsize=(1.6 + 0.75 * len(lengths), 1.6 + 0.42 * len(depths)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    grid = [[accuracy[depth, length] for length in lengths] for depth in depths]
+    image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for row, values in enumerate(grid):
+        for column, value in enumerate(values):
+            ink = "black" if value > 0.5 else "white"
+            axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=8, color=ink)
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set_xlabel("text length (tokens)")
+    axes.set_ylabel("depth of the passkey")
+    axes.set_title(title or "")
+    figure.colorbar(image, ax=axes, format=lambda share, _: f"{share:.0%}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

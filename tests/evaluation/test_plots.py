@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from hf_longlora.evaluation import plot_perplexity
+from hf_longlora.evaluation import plot_perplexity, plot_retrieval
 
 
 def records(*values):
@@ -45,3 +45,17 @@ def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", no_matplotlib)
     with pytest.raises(ImportError, match=r"hf-longlora\[plot\]"):
         plot_perplexity({"base": records(9.0)}, tmp_path / "plot.png")
+
+
+def test_retrieval_heat_map(tmp_path):
+    records = [
+        {"length": length, "depth": depth, "accuracy": depth * 1024 / length, "trials": 4}
+        for length in (1024, 2048, 4096)
+        for depth in (0.0, 0.5, 1.0)
+    ]
+    path = plot_retrieval(records, tmp_path / "new" / "passkey.png", title="passkey")
+    assert path.stat().st_size > 5_000
+    for incomplete in ([], records[:-1]):
+        with pytest.raises(ValueError, match="every depth at every length"):
+            plot_retrieval(incomplete, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
