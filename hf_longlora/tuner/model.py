@@ -248,6 +248,10 @@ class LongLoraModel(LoraModel):
         except Exception:
             config.rope, config.base_rope = previous
             raise
+        # What a person reads in adapter_config.json says the same.
+        config.target_length = None if stored is None else rope.reach(scaling)[1]
+        if scaling.rope_type in rope.ROPE_TYPES:
+            config.rope_type = scaling.rope_type
         after = rope.current_rope(self.model.config)
         if after == before and after.rope_type in rope.WITH_HISTORY:
             rope.apply_rope(self.model, after)

@@ -148,6 +148,12 @@ def test_the_saved_adapter_carries_the_last_rope(make, tiny_llama, tmp_path):
     trainer = make()
     trainer.train()
     trainer.save_model()
+    stored = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (stored["target_length"], stored["rope_type"], stored["schedule"]["group_sizes"]) == (
+        256,
+        "linear",
+        [32, 64],
+    )
     torch.manual_seed(0)
     loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "out"))
     assert loaded.config.rope_parameters["factor"] == 4.0
