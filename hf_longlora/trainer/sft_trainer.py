@@ -16,22 +16,15 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from torch.utils.data import SequentialSampler
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
 
-from ..attention import check_supported, set_attention_mode, set_s2_attention
-from ..rope import RopeScaling, current_rope, reach, rope_factor, scaled_rope
-from ..tuner import LongLoraConfig, LongLoraModel
+from ..attention import set_attention_mode, set_s2_attention
+from ..rope import current_rope, reach, rope_factor
 from ..tuner.config import check_weights
 from .callbacks import ContextStageCallback, longlora_tuner
+from .checks import check_adapter, check_arguments, check_dataset, checked_config, stage_ropes
 from .config import LongLoraSFTConfig
 from .stages import Schedule
 
@@ -92,15 +85,16 @@ class LongLoraSFTTrainer(SFTTrainer):
         if not isinstance(args, LongLoraSFTConfig):
             raise TypeError(f"`args` must be a LongLoraSFTConfig with its stages, got {type(args).__name__}.")
         self.schedule: Schedule = args.schedule
-        _check_arguments(args)
-        _check_dataset(train_dataset, args, kwargs.get("formatting_func"))
-        _check_adapter(model, peft_config, self.schedule)
+        check_arguments(args)
+        check_dataset(train_dataset, args, kwargs.get("formatting_func"))
+        check_adapter(model, peft_config, self.schedule)
         # All that can be refused is refused here, while the model is as it was.
-        config = _checked_config(model, args)
-        self._base_rope, self._ropes = _stage_ropes(model, config, peft_config, self.schedule)
+        config = checked_config(model, args)
+        self._base_rope, self._ropes = stage_ropes(model, config, peft_config, self.schedule)
         stage_callback = ContextStageCallback(self.schedule, self._ropes)
         if isinstance(model, str):
-            args.model_init_kwargs = {"attn_implementation": "s2attn"} | _mapping(args.model_init_kwargs)
+            given: Any = args.model_init_kwargs
+            args.model_init_kwargs = {"attn_implementation": "s2attn"} | dict(given or {})
         else:
             set_s2_attention(model)
         self._train_source: Dataset | None = train_dataset
@@ -287,126 +281,7 @@ class LongLoraSFTTrainer(SFTTrainer):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Before a run
-
-
-def _check_arguments(args: LongLoraSFTConfig) -> None:
-    if args.auto_find_batch_size:
-        raise ValueError("`auto_find_batch_size` would change how many examples a stage sees; set the batch size.")
-    if args.train_sampling_strategy not in ("random", "sequential"):
-        raise ValueError(
-            f"`train_sampling_strategy={args.train_sampling_strategy!r}` would mix the stages; use 'random' (shuffled "
-            "within each stage) or 'sequential'."
-        )
-    if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
-        raise ValueError("`skip_prepare_dataset` leaves no way to cut sequences to each stage's length.")
-
-
-def _check_dataset(dataset: Any, args: LongLoraSFTConfig, formatting_func: Any) -> None:
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"`train_dataset` must be a map-style datasets.Dataset, got {type(dataset).__name__}: stages of different "
-            "lengths need a known number of examples. Materialise a stream, for example by "
-            "Dataset.from_generator(lambda: iter(stream.take(10_000)))."
-        )
-    if len(dataset) == 0:
-        raise ValueError("`train_dataset` is empty.")
-    columns = set(dataset.column_names)
-    if columns & {"image", "images"}:
-        raise ValueError("Datasets with images are not supported: stages cut text to their length.")
-    known = {args.dataset_text_field, "input_ids", "messages", "conversations", "prompt"}
-    if formatting_func is None and not columns & known:
-        raise ValueError(
-            f"`train_dataset` has no text: its columns are {sorted(columns)}, and none is {args.dataset_text_field!r} "
-            "(dataset_text_field), 'messages', 'prompt' or 'input_ids'. Name the column, or pass a formatting_func."
-        )
-
-
-def _check_adapter(model: Any, peft_config: PeftConfig | None, schedule: Schedule) -> None:
-    stretches = any(stage.rope_type is not None or stage.rope_parameters for stage in schedule.stages)
-    if isinstance(model, PeftModel):
-        if stretches and not isinstance(model.base_model, LongLoraModel):
-            raise ValueError(
-                f"An adapter of type {model.active_peft_config.peft_type.value} can't carry the RoPE of the stages. "
-                "Merge it (merge_and_unload) and train a LongLoraConfig adapter on the result."
-            )
-        return
-    if peft_config is None:
-        return
-    if not isinstance(peft_config, LongLoraConfig):
-        if stretches:
-            raise ValueError(
-                f"A {type(peft_config).__name__} adapter is saved without RoPE scaling and would be wrong when "
-                "loaded. Use hf_longlora.LongLoraConfig (it takes the same arguments), or stages with rope_type=None."
-            )
-        return
-    longest = schedule.stages[-1].max_length
-    if peft_config.target_length not in (None, longest):
-        raise ValueError(
-            f"`target_length={peft_config.target_length}` of the adapter contradicts the last stage's max_length "
-            f"{longest}. Leave it out: the stages set it."
-        )
-    if peft_config.rope_parameters is not None or any(
-        peft_config.rope_type not in ("linear", stage.rope_type) for stage in schedule.stages
-    ):
-        raise ValueError(
-            "The adapter's rope_type or rope_parameters contradict the stages'. Set them in ContextStage alone, for "
-            'example ContextStage(8192, 200, rope_type="yarn").'
-        )
-
-
-def _checked_config(model: Any, args: LongLoraSFTConfig) -> PreTrainedConfig:
-    """The configuration of a model or of a path, if shifted sparse attention can be used in its class."""
-    if isinstance(model, str):
-        init = _mapping(args.model_init_kwargs)
-        options = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
-        config = AutoConfig.from_pretrained(model, **options)
-        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    else:
-        config = model.config
-        model_class = type(model.get_base_model() if isinstance(model, PeftModel) else model)
-    if isinstance(model_class, type):  # a class of remote code shows itself when it is loaded
-        check_supported(model_class, config)
-    return config
-
-
-def _stage_ropes(
-    model: Any, config: PreTrainedConfig, peft_config: PeftConfig | None, schedule: Schedule
-) -> tuple[RopeScaling | None, list[RopeScaling | None]]:
-    """The RoPE of the base and of each stage; `None` where it is the one the model comes with.
-
-    Raises:
-        ValueError: if a stage's length is one that the base reaches already, or it has no RoPE to scale.
-    """
-    base = None
-    if isinstance(model, PeftModel):
-        tuner = longlora_tuner(model)
-        base = tuner.base_rope if tuner is not None else None
-        peft_config = model.active_peft_config
-    base_length = getattr(peft_config, "base_length", None)
-    ropes: list[RopeScaling | None] = []
-    for number, stage in enumerate(schedule.stages, start=1):
-        if stage.rope_type is None and stage.rope_parameters is None:
-            # As the stage before left it, said outright: a run resumed here has not been through that stage.
-            ropes.append(ropes[-1] if ropes else None)
-            continue
-        base = base or current_rope(config)
-        kind, explicit = stage.rope_type or "linear", stage.rope_parameters
-        try:
-            ropes.append(scaled_rope(config, stage.max_length, kind, explicit, base_length, base=base))
-        except ValueError as error:
-            raise ValueError(
-                f"Stage {number}: {error} (A stage with rope_type=None trains at a length the model reaches already.)"
-            ) from error
-    return base, ropes
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Helpers
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return dict(value or {})
 
 
 def _with_length(args: LongLoraSFTConfig, max_length: int | None) -> LongLoraSFTConfig:

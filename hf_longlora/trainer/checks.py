@@ -1,0 +1,126 @@
+"""What can be refused before a run starts, each with one error that says what to change."""
+
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+
+from ..attention import check_supported
+from ..rope import RopeScaling, current_rope, scaled_rope
+from ..tuner import LongLoraConfig, LongLoraModel
+from .callbacks import longlora_tuner
+from .config import LongLoraSFTConfig
+from .stages import Schedule
+
+
+def check_arguments(args: LongLoraSFTConfig) -> None:
+    if args.auto_find_batch_size:
+        raise ValueError("`auto_find_batch_size` would change how many examples a stage sees; set the batch size.")
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"`train_sampling_strategy={args.train_sampling_strategy!r}` would mix the stages; use 'random' (shuffled "
+            "within each stage) or 'sequential'."
+        )
+    if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
+        raise ValueError("`skip_prepare_dataset` leaves no way to cut sequences to each stage's length.")
+
+
+def check_dataset(dataset: Any, args: LongLoraSFTConfig, formatting_func: Any) -> None:
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"`train_dataset` must be a map-style datasets.Dataset, got {type(dataset).__name__}: stages of different "
+            "lengths need a known number of examples. Materialise a stream, for example by "
+            "Dataset.from_generator(lambda: iter(stream.take(10_000)))."
+        )
+    if len(dataset) == 0:
+        raise ValueError("`train_dataset` is empty.")
+    columns = set(dataset.column_names)
+    if columns & {"image", "images"}:
+        raise ValueError("Datasets with images are not supported: stages cut text to their length.")
+    known = {args.dataset_text_field, "input_ids", "messages", "conversations", "prompt"}
+    if formatting_func is None and not columns & known:
+        raise ValueError(
+            f"`train_dataset` has no text: its columns are {sorted(columns)}, and none is {args.dataset_text_field!r} "
+            "(dataset_text_field), 'messages', 'prompt' or 'input_ids'. Name the column, or pass a formatting_func."
+        )
+
+
+def check_adapter(model: Any, peft_config: PeftConfig | None, schedule: Schedule) -> None:
+    stretches = any(stage.rope_type is not None or stage.rope_parameters for stage in schedule.stages)
+    if isinstance(model, PeftModel):
+        if stretches and not isinstance(model.base_model, LongLoraModel):
+            raise ValueError(
+                f"An adapter of type {model.active_peft_config.peft_type.value} can't carry the RoPE of the stages. "
+                "Merge it (merge_and_unload) and train a LongLoraConfig adapter on the result."
+            )
+        return
+    if peft_config is None:
+        return
+    if not isinstance(peft_config, LongLoraConfig):
+        if stretches:
+            raise ValueError(
+                f"A {type(peft_config).__name__} adapter is saved without RoPE scaling and would be wrong when "
+                "loaded. Use hf_longlora.LongLoraConfig (it takes the same arguments), or stages with rope_type=None."
+            )
+        return
+    longest = schedule.stages[-1].max_length
+    if peft_config.target_length not in (None, longest):
+        raise ValueError(
+            f"`target_length={peft_config.target_length}` of the adapter contradicts the last stage's max_length "
+            f"{longest}. Leave it out: the stages set it."
+        )
+    if peft_config.rope_parameters is not None or any(
+        peft_config.rope_type not in ("linear", stage.rope_type) for stage in schedule.stages
+    ):
+        raise ValueError(
+            "The adapter's rope_type or rope_parameters contradict the stages'. Set them in ContextStage alone, for "
+            'example ContextStage(8192, 200, rope_type="yarn").'
+        )
+
+
+def checked_config(model: Any, args: LongLoraSFTConfig) -> PreTrainedConfig:
+    """The configuration of a model or of a path, if shifted sparse attention can be used in its class."""
+    if isinstance(model, str):
+        given: Any = args.model_init_kwargs
+        init = dict(given or {})
+        options = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
+        config = AutoConfig.from_pretrained(model, **options)
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    else:
+        config = model.config
+        model_class = type(model.get_base_model() if isinstance(model, PeftModel) else model)
+    if isinstance(model_class, type):  # a class of remote code shows itself when it is loaded
+        check_supported(model_class, config)
+    return config
+
+
+def stage_ropes(
+    model: Any, config: PreTrainedConfig, peft_config: PeftConfig | None, schedule: Schedule
+) -> tuple[RopeScaling | None, list[RopeScaling | None]]:
+    """The RoPE of the base and of each stage; `None` where it is the one the model comes with.
+
+    Raises:
+        ValueError: if a stage's length is one that the base reaches already, or it has no RoPE to scale.
+    """
+    base = None
+    if isinstance(model, PeftModel):
+        tuner = longlora_tuner(model)
+        base = tuner.base_rope if tuner is not None else None
+        peft_config = model.active_peft_config
+    base_length = getattr(peft_config, "base_length", None)
+    ropes: list[RopeScaling | None] = []
+    for number, stage in enumerate(schedule.stages, start=1):
+        if stage.rope_type is None and stage.rope_parameters is None:
+            # As the stage before left it, said outright: a run resumed here has not been through that stage.
+            ropes.append(ropes[-1] if ropes else None)
+            continue
+        base = base or current_rope(config)
+        kind, explicit = stage.rope_type or "linear", stage.rope_parameters
+        try:
+            ropes.append(scaled_rope(config, stage.max_length, kind, explicit, base_length, base=base))
+        except ValueError as error:
+            raise ValueError(
+                f"Stage {number}: {error} (A stage with rope_type=None trains at a length the model reaches already.)"
+            ) from error
+    return base, ropes
