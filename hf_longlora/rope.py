@@ -321,6 +321,9 @@ def _write(config: Any, scaling: RopeScaling) -> None:
     config.max_position_embeddings = scaling.max_position_embeddings
     if scaling.original_max_position_embeddings is not None:
         config.original_max_position_embeddings = scaling.original_max_position_embeddings
+    # For these types transformers multiplies by `head_dim`, set or not (Mixtral's is None): say it outright.
+    if scaling.rope_type in ("dynamic", "yarn", "longrope") and getattr(config, "head_dim", 0) is None:
+        config.head_dim = config.hidden_size // config.num_attention_heads
 
 
 def rotary_modules(model: nn.Module) -> list[nn.Module]:

@@ -29,7 +29,7 @@ MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
     "llama": ({}, "llama3"),
     "mistral": ({"sliding_window": None}, "yarn"),
-    "mixtral": ({"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}, "linear"),
+    "mixtral": ({"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}, "yarn"),
     "qwen2": ({}, "yarn"),
     "qwen3": ({"head_dim": 8}, "yarn"),
     "qwen3_moe": ({"head_dim": 8, **MIXTURE}, "yarn"),
