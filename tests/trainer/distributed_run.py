@@ -1,0 +1,74 @@
+"""A tiny staged run, started by `test_distributed.py` in one process and in two: OUTPUT BATCH_SIZE."""
+
+import os
+import sys
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+
+import json
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
+
+
+def main(output: str, batch_size: int) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=128,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"t{i}": i for i in range(3, 128)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="</s>",
+    )
+    rows = [[3 + (i * 7 + j * j) % 100 for j in range(256)] for i in range(40)]
+    args = LongLoraSFTConfig(
+        output_dir=output,
+        stages=[ContextStage(128, 3), ContextStage(256, 3)],
+        dense_every=2,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        per_device_train_batch_size=batch_size,
+        learning_rate=1e-2,
+        warmup_steps=1,
+        save_strategy="steps",
+        save_steps=4,
+    )
+    trainer = LongLoraSFTTrainer(
+        model,
+        args,
+        train_dataset=Dataset.from_dict({"input_ids": rows}),
+        processing_class=tokenizer,
+        peft_config=LongLoraConfig(r=4),
+    )
+    trainer.train()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        keys = ("loss", "stage", "attention")
+        logs = [{key: log[key] for key in keys} for log in trainer.state.log_history if "stage" in log]
+        Path(output, "logs.json").write_text(json.dumps(logs))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
