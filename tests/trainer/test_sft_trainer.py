@@ -273,6 +273,25 @@ def test_conversations_with_bfd_packing(make, monkeypatch):
     assert all(log["loss"] > 0 for log in trainer.state.log_history if "loss" in log)
 
 
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_packing_strategies(make, monkeypatch, strategy):
+    """Documents are kept apart where TRL keeps them apart, and are one stream where it doesn't."""
+    seen = []
+    real = interface._attention
+
+    def record(query, key, value, docs, *args, **kwargs):
+        seen.append(docs)
+        return real(query, key, value, docs, *args, **kwargs)
+
+    monkeypatch.setattr(interface, "_attention", record)
+    dataset = texts(40, repeat=1)
+    lengths = {"bfd": [128, 128], "bfd_split": [128, 128], "wrapped": [128, 256]}[strategy]
+    make(dataset=dataset, packing_strategy=strategy, stages=[ContextStage(n, 2) for n in lengths]).train()
+    assert all(docs.packed for docs in seen) == (strategy != "wrapped")
+    longest = max(docs.longest for docs in seen)
+    assert longest == 256 if strategy == "wrapped" else 64 < longest <= 128
+
+
 def test_padded_batches_without_packing(make):
     trainer = make(packing=False, dataset=texts(repeat=3))
     trainer.train()
