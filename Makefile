@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest lint format clean FORCE
+.PHONY: help demo test test-lowest test-third-party lint format clean FORCE
 export TORCH
 
 help:
@@ -30,6 +30,18 @@ test: $(VENV)/.installed ## the default suite: CPU, offline (the slow and the th
 
 test-lowest: $(VENV_LOWEST)/.installed ## the default suite with the oldest dependencies we support
 	$(VENV_LOWEST)/bin/python -m pytest -n $(JOBS) $(ARGS)
+
+# PEFT's sdist carries its tests; they are unpacked beside the environment and never committed.
+test-third-party: $(VENV)/.installed ## PEFT's own suite for custom models, with our adapter in the place of LoRA
+	$(BIN)/python -m pip install -qq --disable-pip-version-check parameterized
+	rm -rf $(VENV)/peft && mkdir $(VENV)/peft
+	$(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps --no-build-isolation --no-binary :all: -d $(VENV)/peft \
+		"peft==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("peft"))')"
+	tar -xzf $(VENV)/peft/peft-*.tar.gz -C $(VENV)/peft --strip-components 1
+	touch $(VENV)/peft/tests/__init__.py # the sdist leaves it out
+	cd $(VENV)/peft && PYTHONPATH=$(CURDIR)/tests/third_party HF_HUB_OFFLINE=1 $(CURDIR)/$(BIN)/python -m pytest -o addopts= -q -n $(JOBS) \
+		-p longlora_for_lora -p no:warnings tests/test_custom_models.py \
+		-k "-LoraConfig- or (lora and not Config)" $(ARGS)
 
 lint: $(VENV)/.installed ## ruff check, ruff format --check, mypy
 	@status=0; for check in 'ruff check .' 'ruff format --check .' mypy; do \
