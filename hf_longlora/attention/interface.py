@@ -233,9 +233,10 @@ def s2_attention_forward(
     local = kwargs.get("sliding_window") is not None or (isinstance(attention_mask, S2Mask) and attention_mask.local)
     segmented = (module.training or state.mode == "s2") and causal and not local and query.shape[2] == key.shape[2]
     if not segmented:
-        if sinks is not None:
+        dropped = "attention sinks" if sinks is not None else "softcap" if softcap is not None else None
+        if dropped is not None:
             raise ValueError(
-                f"{type(module).__name__} has attention sinks, which dense attention by sdpa would drop silently. "
+                f"{type(module).__name__} has {dropped}, which dense attention by sdpa lacks, and may drop silently. "
                 'Evaluate it with attn_implementation="eager".'
             )
         dense = attention_mask.dense() if isinstance(attention_mask, S2Mask) else attention_mask
