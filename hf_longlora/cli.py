@@ -184,7 +184,9 @@ def _load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     try:
         adapter = PeftConfig.from_pretrained(name)
     except (ValueError, OSError):
-        adapter = None  # no adapter: a model, or a name that loading will refuse
+        if (Path(name) / "adapter_config.json").is_file():  # an adapter, but a damaged one
+            raise
+        adapter = None  # a model, or a name that loading will refuse
     base = name if adapter is None else adapter.base_model_name_or_path
     if base is None:
         raise ValueError(f"the adapter {name} doesn't name its base model (base_model_name_or_path)")

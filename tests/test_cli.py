@@ -112,3 +112,11 @@ def test_interruption_and_help(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])
     assert stopped.value.code == 0 and "hf-longlora 0" in capsys.readouterr().out
+
+
+def test_a_damaged_adapter_is_not_taken_for_a_model(adapter, capsys):
+    _, folder = adapter
+    (folder / "adapter" / "adapter_config.json").write_text("{")
+    arguments = ["evaluate", str(folder / "adapter"), "--documents", str(folder / "one.txt"), "--lengths", "64"]
+    assert main([*arguments, "--device", "cpu"]) == 1
+    assert "hf-longlora: error:" in capsys.readouterr().err
