@@ -3,6 +3,7 @@
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from hf_longlora import (
 )
 from hf_longlora.attention import segments
 from hf_longlora.attention.interface import S2State, attention_modules
+from hf_longlora.attention.segments import scattered
 from hf_longlora.rope import apply_rope, scaled_rope
 from hf_longlora.trainer.stages import Schedule
 
@@ -49,6 +51,7 @@ class Run:
         dense_tail: Share of the steps, at the end, that run dense as a stage of their own.
         rotate: Each layer runs dense at one step in `rotate`, the layers taking turns; 0: never.
         shift: What is shifted by half a group, as `S2AttentionConfig` has it (the paper's Table 6).
+        scatter: Pieces of a scattered group, in place of shifted ones; 0: none.
         through: How many stages lead to the target, each twice as long as the one before, at equal tokens for each;
             1: the target alone.
         cut: Share of the steps that are run at all: dense training of equal attention cost.
@@ -68,6 +71,7 @@ class Run:
     dense_tail: float = 0.0
     rotate: int = 0
     shift: str = "heads"
+    scatter: int = 0
     through: int = 1
     cut: float = 1.0
     full: bool = False
@@ -120,9 +124,10 @@ def attention_cost(run: Run, schedule: Schedule) -> float:
         size = schedule.attention_config(plan.stage).group_size
         assert size is not None
         dense = length * (length + 1) // 2
+        row = [(0, length)]
+        other = scattered(row, length, size, run.scatter, 0)[1] if run.scatter else segments(row, size, size // 2)
         plain, moved = (
-            sum((end - start) * (end - start + 1) // 2 for start, end in segments([(0, length)], size, shift))
-            for shift in (0, size // 2)
+            sum((end - start) * (end - start + 1) // 2 for start, end in cut) for cut in (segments(row, size), other)
         )
         pairs = (1 - shifted) * plain + shifted * moved
         if run.rotate:
@@ -131,13 +136,15 @@ def attention_cost(run: Run, schedule: Schedule) -> float:
     return total / run.steps
 
 
-def evaluate(model: Any, work: Path, target: int, trained: bool, windows: int, batch: int) -> dict[str, float]:
-    """Dense perplexity by length on both validation splits, and at the target with the pattern of training."""
+def evaluate(
+    model: Any, work: Path, split: str, target: int, trained: bool, windows: int, batch: int
+) -> dict[str, float]:
+    """Dense perplexity by length on a split of both corpora, and at the target with the pattern of training."""
     columns: dict[str, float] = {}
     device = model.device.type
     with torch.autocast(device, dtype=torch.bfloat16):
         for corpus in CORPORA:
-            documents = [ids for ids in load_documents(work, corpus, "validation")]
+            documents = [ids for ids in load_documents(work, corpus, split)]
             lengths = [length for length in LENGTHS if length <= target]
             options: dict[str, Any] = {"batch_size": batch, "max_windows": windows, "progress": False}
             for record in perplexity_by_length(model, documents, lengths, STRIDE, **options):
@@ -171,6 +178,7 @@ def train(run: Run, base: Path, work: Path) -> tuple[Any, dict[str, Any]]:
             dense_every=run.dense_every,
             group_size_ratio=run.group_size_ratio,
             attention_shift=run.shift,
+            attention_scatter=run.scatter,
             attention_kernel=run.kernel,
             packing=run.through > 1,  # cuts the target's rows to a shorter stage's, and loses none of their tokens
             packing_strategy="wrapped",
@@ -219,28 +227,25 @@ def train(run: Run, base: Path, work: Path) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def extend(run: Run, base: Path, work: Path, *, windows: int = 384, batch: int = 16) -> dict[str, Any]:
-    """One row: the run's fields, its cost, its scores."""
+def extend(
+    run: Run, base: Path, work: Path, *, splits: Sequence[str] = ("validation",), windows: int = 384, batch: int = 16
+) -> dict[str, dict[str, Any]]:
+    """A row for each split: the run's fields, its cost, its scores."""
     known = json.loads((base / "base.json").read_text())
     model, cost = train(run, base, work)
-    started = time.perf_counter()
-    sparse = run.method == "s2"
-    scores = evaluate(model, work, run.target, sparse, windows, batch)
     columns = [f"{corpus}_{what}" for corpus in CORPORA for what in (*LENGTHS, "trained")]
-    empty = {
-        "attention_cost": "",
-        "tokens": "",
-        "trainable": "",
-        "train_loss": "",
-        "train_seconds": "",
-        "peak_gib": "",
-    }
-    return {
-        **asdict(run),
-        "base": known["id"],
-        "base_parameters": known["parameters"],
-        **(empty | cost),
-        "eval_seconds": time.perf_counter() - started,
-        "eval_windows": windows,
-        **{column: scores.get(column, "") for column in columns},
-    }
+    costs = ("attention_cost", "tokens", "trainable", "train_loss", "train_seconds", "peak_gib")
+    rows = {}
+    for split in splits:
+        started = time.perf_counter()
+        scores = evaluate(model, work, split, run.target, run.method == "s2", windows, batch)
+        rows[split] = {
+            **asdict(run),
+            "base": known["id"],
+            "base_parameters": known["parameters"],
+            **{name: cost.get(name, "") for name in costs},
+            "eval_seconds": time.perf_counter() - started,
+            "eval_windows": windows,
+            **{column: scores.get(column, "") for column in columns},
+        }
+    return rows

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +95,28 @@ STAGES = [
     s2(16, 3, through=3),
 ]
 
+# Where the goal might be: a RoPE that leaves less to learn, and groups that meet every distance.
+RECIPE = [
+    BASE[0],
+    *(replace(run, name=f"{run.name} {kind}", rope_type=kind) for kind in ("yarn",) for run in (BASE[1], dense())),
+    dense(),
+    s2(16, 4),
+    s2(16, 4, scatter=2),
+    s2(16, 4, rope_type="yarn"),
+    s2(16, 4, rope_type="yarn", scatter=2),
+    s2(4, rope_type="yarn"),
+    s2(16, scatter=2),
+    s2(16, rope_type="yarn", scatter=2),
+    s2(16, 8, rope_type="yarn", scatter=2),
+    s2(16, 8, rope_type="yarn"),
+    s2(4, 8, rope_type="yarn"),
+    s2(16, 4, rope_type="yarn", scatter=4),
+    s2(16, 8, rope_type="yarn", scatter=4),
+    s2(8, 8, rope_type="yarn", scatter=2),
+    s2(8, 6, rope_type="yarn", scatter=2),
+    s2(4, 16, rope_type="yarn", scatter=2),
+]
+
 SIXTEEN_FOLD = [
     replace(run, target=8192, batch=4)
     for run in (*BASE, dense(), s2(4), s2(4, 8), s2(8, 8), s2(4, 16), s2(16, 4), s2(8, rotate=8), dense(0.3))
@@ -106,6 +128,7 @@ TABLES = {
     "pattern": PATTERN,
     "rope": ROPE,
     "stages": STAGES,
+    "recipe": RECIPE,
     "sixteen_fold": SIXTEEN_FOLD,
 }
 
@@ -126,12 +149,15 @@ def key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(row[k]) for k in ("name", "base", "target", "seed", "learning_rate", "steps", "batch", "rank"))
 
 
-def one(run: Run, base: Path, work: Path, windows: int, deadline: float) -> dict[str, Any]:
-    """A row, in a process of the pool; none if the time is up."""
+def one(
+    run: Run, base: Path, work: Path, splits: Sequence[str], windows: int, deadline: float
+) -> dict[str, dict[str, Any]]:
+    """A row for each split, in a process of the pool; none if the time is up."""
     if time.time() > deadline:
         return {}
     try:
-        return {**extend(run, base, work, windows=windows), **provenance()}
+        rows = extend(run, base, work, splits=splits, windows=windows)
+        return {split: {**row, **provenance()} for split, row in rows.items()}
     finally:
         gc.collect()
         if torch.cuda.is_available():
@@ -153,6 +179,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--eval-windows", type=int, default=384)
+    parser.add_argument("--test", action="store_true", help="score on the test splits, too: results/test.csv")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so many seconds")
     args = parser.parse_args()
@@ -175,22 +202,24 @@ def main() -> None:
         if (not args.only or run.name in args.only) and key({**vars(run), "base": base_id}) not in done
     ]
     print(f"{len(runs)} runs to do", flush=True)
+    splits = ("validation", "test") if args.test else ("validation",)
     with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
-        futures = {pool.submit(one, run, base, args.work, args.eval_windows, deadline): run for run in runs}
+        futures = {pool.submit(one, run, base, args.work, splits, args.eval_windows, deadline): run for run in runs}
         for future in as_completed(futures):
             run = futures[future]
             if error := future.exception():  # the next row may well go
                 print(f"FAILED {run.name}", *traceback.format_exception(error), flush=True)
-            elif row := future.result():
-                append_row(args.results, {**row, "processes": args.processes})
-                report(row, time.perf_counter() - started)
+            for split, row in future.result().items() if not error else ():
+                results = args.results if split == "validation" else args.results.with_name(f"{split}.csv")
+                append_row(results, {**row, "processes": args.processes})
+                report(split, row, time.perf_counter() - started)
 
 
-def report(row: dict[str, Any], seconds: float) -> None:
+def report(split: str, row: dict[str, Any], seconds: float) -> None:
     names = [f"{corpus}_{what}" for corpus in ("books", "math") for what in (512, row["target"], "trained")]
     scores = " ".join(f"{name} {row[name]:.2f}" for name in names)
     cost = row["attention_cost"] or 0.0
-    print(f"{seconds:4.0f} s {row['name']:24} seed {row['seed']} cost {cost:.3f} {scores}", flush=True)
+    print(f"{seconds:4.0f} s {split[:4]} {row['name']:24} seed {row['seed']} cost {cost:.3f} {scores}", flush=True)
 
 
 if __name__ == "__main__":
