@@ -137,7 +137,7 @@ def test_merging_writes_rope(tiny_llama, tmp_path):
     model = get_peft_model(tiny_llama(), LongLoraConfig(target_length=256)).merge_and_unload()
     model.save_pretrained(tmp_path)
     rope = AutoModelForCausalLM.from_pretrained(tmp_path).config.rope_parameters
-    assert (rope["rope_type"], rope["factor"]) == ("linear", 4.0)
+    assert (rope["rope_type"], rope["factor"]) == ("yarn", 4.0)
 
 
 def test_rope_scaling_is_cumulative(tiny_llama, tmp_path):

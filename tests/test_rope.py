@@ -229,9 +229,18 @@ def test_gemma3_scales_only_the_global_layers_and_counts_its_factor():
 
 def test_base_length_overrides_the_guess():
     config = llama(max_position_embeddings=128)
-    scaling = scaled_rope(config, 512, base_length=32)
+    scaling = scaled_rope(config, 512, "linear", base_length=32)
     assert scaling.parameters["factor"] == 16.0
     assert scaling.max_position_embeddings == 32
+
+
+def test_auto_is_yarn_or_the_type_the_base_has():
+    assert scaled_rope(llama(), 256).rope_type == "yarn"
+    for kind in ROPE_TYPES:
+        model = LlamaForCausalLM(llama())
+        apply_rope(model, scaled_rope(model.config, 256, kind))
+        assert scaled_rope(model.config, 512) == scaled_rope(model.config, 512, kind)
+    assert scaled_rope(MODELS["phi3"][1](), 256).rope_type == "longrope"  # its config takes no other
 
 
 @pytest.mark.parametrize(

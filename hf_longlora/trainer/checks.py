@@ -7,7 +7,7 @@ from peft import PeftConfig, PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..attention import check_supported
-from ..rope import RopeScaling, current_rope, scaled_rope
+from ..rope import AUTO, RopeScaling, current_rope, scaled_rope
 from ..tuner import LongLoraConfig, LongLoraModel
 from .callbacks import longlora_tuner
 from .config import LongLoraSFTConfig
@@ -71,7 +71,7 @@ def check_adapter(model: Any, peft_config: PeftConfig | None, schedule: Schedule
             f"{longest}. Leave it out: the stages set it."
         )
     if peft_config.rope_parameters is not None or any(
-        peft_config.rope_type not in ("linear", stage.rope_type) for stage in schedule.stages
+        peft_config.rope_type not in (AUTO, stage.rope_type) for stage in schedule.stages
     ):
         raise ValueError(
             "The adapter's rope_type or rope_parameters contradict the stages'. Set them in ContextStage alone, for "
@@ -116,7 +116,7 @@ def stage_ropes(
             ropes.append(ropes[-1] if ropes else None)
             continue
         base = base or current_rope(config)
-        kind, explicit = stage.rope_type or "linear", stage.rope_parameters
+        kind, explicit = stage.rope_type or AUTO, stage.rope_parameters
         try:
             ropes.append(scaled_rope(config, stage.max_length, kind, explicit, base_length, base=base))
         except ValueError as error:

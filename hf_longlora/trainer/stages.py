@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 from typing import Any, Literal, get_args
 
 from ..attention.config import AttentionMode, S2AttentionConfig, check_group_size
+from ..rope import AUTO
 
 StageAttention = Literal["s2attn", "dense"]
 
@@ -20,7 +21,8 @@ class ContextStage:
         max_steps: Optimizer steps.
         rope_parameters: Explicit RoPE parameters, as in `config.rope_parameters`; else they follow from `max_length`
             and `rope_type`.
-        rope_type: "linear", "dynamic", "yarn", "llama3" or "longrope"; `None` keeps the RoPE of the stage before, or
+        rope_type: "linear", "dynamic", "yarn", "llama3" or "longrope"; "auto" is the type that the base is scaled by
+            already, else "yarn" (why: `hf_longlora.rope.natural_type`). `None` keeps the RoPE of the stage before, or
             the model's (for training at a length that it reaches already).
         group_size: Tokens in a group of shifted sparse attention.
         group_size_ratio: Group size as a share of `max_length`, where `group_size` is not given. With neither, those
@@ -36,7 +38,7 @@ class ContextStage:
     max_length: int
     max_steps: int
     rope_parameters: dict[str, Any] | None = None
-    rope_type: str | None = "linear"
+    rope_type: str | None = AUTO
     group_size: int | None = None
     group_size_ratio: float | None = None
     dense_every: int | None = None

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType, TaskType
 from safetensors import SafetensorError, safe_open
 
-from ..rope import ROPE_TYPES
+from ..rope import AUTO, ROPE_TYPES
 
 
 @dataclass
@@ -39,9 +39,9 @@ class LongLoraConfig(LoraConfig):
         metadata={"help": "Scale RoPE to reach this many tokens. None leaves RoPE as the base has it."},
     )
     rope_type: str = field(
-        default="linear",
+        default=AUTO,
         metadata={
-            "help": f"How RoPE is scaled: {', '.join(ROPE_TYPES)}. A base that is scaled already needs its own type."
+            "help": f"How RoPE is scaled: {', '.join(ROPE_TYPES)}; {AUTO}: as the base is scaled already, else yarn."
         },
     )
     rope_parameters: dict | None = field(
@@ -78,8 +78,8 @@ class LongLoraConfig(LoraConfig):
             raise ValueError(f"target_length must be a number of tokens, got {self.target_length!r}.")
         if self.base_length is not None and (not isinstance(self.base_length, int) or self.base_length < 2):
             raise ValueError(f"base_length must be a number of tokens, got {self.base_length!r}.")
-        if self.rope_type not in ROPE_TYPES:
-            raise ValueError(f"unknown rope_type {self.rope_type!r}; supported: {', '.join(ROPE_TYPES)}.")
+        if self.rope_type not in (AUTO, *ROPE_TYPES):
+            raise ValueError(f"unknown rope_type {self.rope_type!r}; supported: {AUTO}, {', '.join(ROPE_TYPES)}.")
         if self.rope_parameters is not None and not isinstance(self.rope_parameters, dict):
             raise ValueError(f"rope_parameters must be a dict, got {type(self.rope_parameters).__name__}.")
         targets = self.target_modules

@@ -215,7 +215,7 @@ class LongLoraModel(LoraModel):
         adapter_name: str | None = None,
         *,
         target_length: int | None = None,
-        rope_type: str = "linear",
+        rope_type: str = rope.AUTO,
         rope_parameters: dict[str, Any] | None = None,
         base_length: int | None = None,
     ) -> RopeScaling:

@@ -151,7 +151,7 @@ def test_the_saved_adapter_carries_the_last_rope(make, tiny_llama, tmp_path):
     stored = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (stored["target_length"], stored["rope_type"], stored["schedule"]["group_sizes"]) == (
         256,
-        "linear",
+        "yarn",
         [32, 64],
     )
     torch.manual_seed(0)
@@ -162,7 +162,7 @@ def test_the_saved_adapter_carries_the_last_rope(make, tiny_llama, tmp_path):
 
 
 RESUMED_STAGES = {
-    "linear": STAGES,
+    "yarn": STAGES,
     "dynamic": [ContextStage(s.max_length, s.max_steps, rope_type="dynamic") for s in STAGES],
     "dense end": [ContextStage(128, 3), ContextStage(128, 3, rope_type=None, attention="dense")],
 }

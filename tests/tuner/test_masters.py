@@ -63,7 +63,7 @@ def test_training_computes_what_the_saved_adapter_will(tied, tmp_path):
     loaded = PeftModel.from_pretrained(llama(tied, dtype=torch.bfloat16), tmp_path).eval()
     there = logits(loaded).float()
     assert {p.dtype for n, p in loaded.named_parameters() if "modules_to_save" in n} == {torch.bfloat16}
-    assert (here - there).abs().mean() < 0.02 * there.abs().mean()
+    assert (here - there).abs().mean() < 0.03 * there.abs().mean()
     merged = loaded.merge_and_unload()
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
 
