@@ -100,8 +100,8 @@ def _summary(config: LongLoraConfig, base_model: str) -> str:
         scaling, base = RopeScaling.from_dict(config.rope), RopeScaling.from_dict(config.base_rope)
         lines.append(
             f"It extends the context from {reach(base)[1]:,} to {reach(scaling)[1]:,} tokens: RoPE type "
-            f"`{scaling.rope_type}`, factor {rope_factor(scaling):g} over the length the base was first trained at. The "
-            "scaling is part of the adapter and comes back when it is loaded."
+            f"`{scaling.rope_type}`, factor {rope_factor(scaling):g} over the length the base was first trained at. "
+            "The scaling is part of the adapter and comes back when it is loaded."
         )
     lines.append(f"Trained: {', '.join(trained)}.")
     return " ".join(lines)
@@ -164,6 +164,6 @@ def _limits(perplexity: Mapping[str, Mapping[str, Records]]) -> str:
             "## Limits\n\nThis adapter has not been evaluated: measure it on text like yours (`hf-longlora evaluate`)."
         )
     return (
-        "## Limits\n\nPerplexity is measured on the texts named above, up to the lengths shown, with the last tokens of "
-        "sliding windows scored. It says little about retrieval, reasoning over long texts, or other domains."
+        "## Limits\n\nPerplexity is measured on the texts named above, up to the lengths shown, with the last tokens "
+        "of sliding windows scored. It says little about retrieval, reasoning over long texts, or other domains."
     )

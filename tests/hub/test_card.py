@@ -20,7 +20,11 @@ RECORDS = {
 def config(tiny_llama, tmp_path):
     model = get_peft_model(tiny_llama(), LongLoraConfig(target_length=256))
     args = LongLoraSFTConfig(
-        output_dir=str(tmp_path), stages=[ContextStage(128, 2), ContextStage(256, 3, attention="dense")], dense_every=4
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        stages=[ContextStage(128, 2), ContextStage(256, 3, attention="dense")],
+        dense_every=4,
     )
     config = model.peft_config["default"]
     config.schedule = json.loads(json.dumps(args.schedule.to_dict()))
