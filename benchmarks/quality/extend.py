@@ -30,7 +30,6 @@ from hf_longlora import (
 )
 from hf_longlora.attention import segments
 from hf_longlora.attention.interface import S2State, attention_modules
-from hf_longlora.attention.segments import scattered
 from hf_longlora.rope import apply_rope, scaled_rope
 from hf_longlora.trainer.stages import Schedule
 
@@ -51,7 +50,6 @@ class Run:
         dense_tail: Share of the steps, at the end, that run dense as a stage of their own.
         rotate: Each layer runs dense at one step in `rotate`, the layers taking turns; 0: never.
         shift: What is shifted by half a group, as `S2AttentionConfig` has it (the paper's Table 6).
-        scatter: Pieces of a scattered group, in place of shifted ones; 0: none.
         through: How many stages lead to the target, each twice as long as the one before, at equal tokens for each;
             1: the target alone.
         cut: Share of the steps that are run at all: dense training of equal attention cost.
@@ -63,7 +61,7 @@ class Run:
     target: int = 4096
     steps: int = 160
     batch: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     schedule: str = "cosine"
     warmup: int = 16
     group_size_ratio: float = 0.25
@@ -71,14 +69,13 @@ class Run:
     dense_tail: float = 0.0
     rotate: int = 0
     shift: str = "heads"
-    scatter: int = 0
     through: int = 1
     cut: float = 1.0
     full: bool = False
     rank: int = 16
     train_norms: bool = True
     train_embeddings: bool = True
-    rope_type: str = "linear"
+    rope_type: str = "yarn"
     kernel: str = "auto"
     seed: int = 0
 
@@ -124,10 +121,9 @@ def attention_cost(run: Run, schedule: Schedule) -> float:
         size = schedule.attention_config(plan.stage).group_size
         assert size is not None
         dense = length * (length + 1) // 2
-        row = [(0, length)]
-        other = scattered(row, length, size, run.scatter, 0)[1] if run.scatter else segments(row, size, size // 2)
         plain, moved = (
-            sum((end - start) * (end - start + 1) // 2 for start, end in cut) for cut in (segments(row, size), other)
+            sum((end - start) * (end - start + 1) // 2 for start, end in segments([(0, length)], size, shift))
+            for shift in (0, size // 2)
         )
         pairs = (1 - shifted) * plain + shifted * moved
         if run.rotate:
@@ -178,7 +174,6 @@ def train(run: Run, base: Path, work: Path) -> tuple[Any, dict[str, Any]]:
             dense_every=run.dense_every,
             group_size_ratio=run.group_size_ratio,
             attention_shift=run.shift,
-            attention_scatter=run.scatter,
             attention_kernel=run.kernel,
             packing=run.through > 1,  # cuts the target's rows to a shorter stage's, and loses none of their tokens
             packing_strategy="wrapped",

@@ -27,9 +27,10 @@ from .extend import Run, extend
 from .prepare import prepare
 
 
-def s2(ratio: int, every: int = 0, **more: Any) -> Run:
-    label = f"s2 1/{ratio}" + (f" dense_every {every}" if every else "")
-    label += "".join(f" {key} {value}" for key, value in more.items())
+def s2(ratio: int, every: int = 0, label: str = "", **more: Any) -> Run:
+    if not label:
+        label = f"s2 1/{ratio}" + (f" dense_every {every}" if every else "")
+        label += "".join(f" {key} {value}" for key, value in more.items())
     return Run(name=label, group_size_ratio=1 / ratio, dense_every=every, **more)
 
 
@@ -43,23 +44,24 @@ BASE = [Run(name="base", method="base", steps=0), Run(name="rope only", method="
 SCHEDULE = [
     *BASE,
     dense(),
+    s2(16, 4),
     s2(4),
     s2(4, 8),
-    s2(4, 16),
-    s2(8, 8),
-    s2(4, 4),
-    s2(16, 4),
-    s2(8, 4),
-    s2(4, 10),
-    s2(4, dense_tail=0.1),
-    dense(0.3),
-    s2(8, rotate=8),
-    s2(8, dense_tail=0.2),
     s2(16, 8),
+    s2(8, 4),
     s2(32, 4),
-    s2(4, rotate=12),
-    s2(8, 6),
+    dense(0.3),
+    s2(16),
+    s2(8, 8),
+    s2(4, 16),
+    s2(4, 4),
     s2(16, rotate=4),
+    s2(16, dense_tail=0.25),
+    s2(8),
+    s2(2),
+    s2(32),
+    s2(16, 16),
+    s2(16, 3),
     dense(0.2),
     dense(0.1),
 ]
@@ -67,13 +69,13 @@ SCHEDULE = [
 # What is trained (the paper's Table 2), under the schedule that is the trainer's default.
 WHAT_TO_TRAIN = [
     *(
-        Run(name=f"lora r {rank}", train_norms=False, train_embeddings=False, dense_every=8, rank=rank)
+        s2(16, 4, label=f"lora r {rank}", train_norms=False, train_embeddings=False, rank=rank)
         for rank in (8, 16, 32, 64, 128, 256)
     ),
-    Run(name="lora r 8 + norm", train_embeddings=False, dense_every=8, rank=8),
-    Run(name="lora r 8 + embed", train_norms=False, dense_every=8, rank=8),
-    Run(name="lora r 8 + both", dense_every=8, rank=8),
-    Run(name="full", dense_every=8, full=True),
+    s2(16, 4, label="lora r 8 + norm", train_embeddings=False, rank=8),
+    s2(16, 4, label="lora r 8 + embed", train_norms=False, rank=8),
+    s2(16, 4, label="lora r 8 + both", rank=8),
+    s2(16, 4, label="full", full=True),
 ]
 
 # What is shifted (Table 6), as the paper trained: without dense steps. Read "as trained" beside the target's column.
@@ -81,45 +83,34 @@ PATTERN = [dense(), s2(4), *(s2(4, shift=shift) for shift in ("layers", "none", 
 
 # How RoPE is scaled, untrained, trained dense and trained as the trainer does by default.
 ROPE = [
-    replace(run, name=f"{run.name} {kind}", rope_type=kind)
-    for kind in ("linear", "dynamic", "yarn", "llama3")
-    for run in (BASE[1], dense(), s2(4, 8))
+    replace(run, rope_type=kind)
+    for kind in ("yarn", "linear", "dynamic", "llama3")
+    for run in (BASE[1], dense(), s2(16, 4))
 ]
 
 # One stage against two and three, at equal tokens.
 # The last ones spend on dense steps what shorter stages save.
 STAGES = [
-    *(replace(run, name=f"{run.name} through {n}", through=n) for n in (1, 2, 3) for run in (dense(), s2(4, 8))),
-    s2(8, 4, through=2),
+    *(replace(run, name=f"{run.name} through {n}", through=n) for n in (2, 3) for run in (dense(), s2(16, 4))),
+    s2(16, 3, through=2),
     s2(16, 2, through=3),
-    s2(16, 3, through=3),
-]
-
-# Where the goal might be: a RoPE that leaves less to learn, and groups that meet every distance.
-RECIPE = [
-    BASE[0],
-    *(replace(run, name=f"{run.name} {kind}", rope_type=kind) for kind in ("yarn",) for run in (BASE[1], dense())),
-    dense(),
-    s2(16, 4),
-    s2(16, 4, scatter=2),
-    s2(16, 4, rope_type="yarn"),
-    s2(16, 4, rope_type="yarn", scatter=2),
-    s2(4, rope_type="yarn"),
-    s2(16, scatter=2),
-    s2(16, rope_type="yarn", scatter=2),
-    s2(16, 8, rope_type="yarn", scatter=2),
-    s2(16, 8, rope_type="yarn"),
-    s2(4, 8, rope_type="yarn"),
-    s2(16, 4, rope_type="yarn", scatter=4),
-    s2(16, 8, rope_type="yarn", scatter=4),
-    s2(8, 8, rope_type="yarn", scatter=2),
-    s2(8, 6, rope_type="yarn", scatter=2),
-    s2(4, 16, rope_type="yarn", scatter=2),
 ]
 
 SIXTEEN_FOLD = [
     replace(run, target=8192, batch=4)
-    for run in (*BASE, dense(), s2(4), s2(4, 8), s2(8, 8), s2(4, 16), s2(16, 4), s2(8, rotate=8), dense(0.3))
+    for run in (
+        *BASE,
+        dense(),
+        s2(16, 4),
+        s2(16, 3, through=2),
+        s2(32, 4),
+        s2(4, 8),
+        s2(16, 8),
+        s2(4),
+        s2(16, 2, through=3),
+        s2(16, 4, through=2),
+        dense(0.3),
+    )
 ]
 
 TABLES = {
@@ -128,7 +119,6 @@ TABLES = {
     "pattern": PATTERN,
     "rope": ROPE,
     "stages": STAGES,
-    "recipe": RECIPE,
     "sixteen_fold": SIXTEEN_FOLD,
 }
 
@@ -146,7 +136,9 @@ def wanted(tables: list[str], seeds: list[int], overrides: dict[str, Any]) -> It
 
 def key(row: dict[str, Any]) -> tuple[str, ...]:
     """What makes a row the same row."""
-    return tuple(str(row[k]) for k in ("name", "base", "target", "seed", "learning_rate", "steps", "batch", "rank"))
+    return tuple(
+        str(row[k]) for k in ("name", "base", "target", "rope_type", "seed", "learning_rate", "steps", "batch")
+    )
 
 
 def one(

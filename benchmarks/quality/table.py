@@ -14,8 +14,8 @@ Row = dict[str, str]
 
 
 def group(row: Row) -> tuple[str, ...]:
-    """Rows of one group may be compared."""
-    return tuple(row[k] for k in ("base", "target", "seed", "learning_rate", "eval_windows"))
+    """Rows of one group may be compared: their differences are the methods'."""
+    return tuple(row[k] for k in ("base", "target", "rope_type", "seed", "learning_rate", "eval_windows"))
 
 
 def excess(rows: list[Row]) -> list[tuple[Row, dict[str, float]]]:

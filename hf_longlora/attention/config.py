@@ -21,8 +21,6 @@ class S2AttentionConfig:
             used where `group_size` is given.
         shift: What is shifted by half a group: `"heads"`, the last half of each layer's, is the method; `"layers"`
             (the odd ones), `"none"` and `"all"` are for comparison.
-        scatter: 0, or of how many pieces a group of the heads that would be shifted is made up instead: pieces drawn
-            from the whole document, anew at each step and in each layer (`segments.scattered`). Not in the paper.
         kernel: Name of a kernel of `hf_longlora.attention.kernels.KERNELS`, or `"auto"`. A named kernel that can't
             serve a call raises.
 
@@ -33,7 +31,6 @@ class S2AttentionConfig:
     group_size: int | None = field(default=None, metadata={"help": "Tokens in a group; None: group_size_ratio."})
     group_size_ratio: float = field(default=0.25, metadata={"help": "Group size as a share of the longest document."})
     shift: Shift = field(default="heads", metadata={"help": "What is shifted: heads, layers, none or all."})
-    scatter: int = field(default=0, metadata={"help": "Pieces of a scattered group; 0: shifted groups."})
     kernel: str = field(default="auto", metadata={"help": "Attention kernel: 'auto' or a kernel's name."})
 
     def __post_init__(self) -> None:
@@ -44,8 +41,6 @@ class S2AttentionConfig:
             )
         if self.shift not in get_args(Shift):
             raise ValueError(f"`shift` must be one of {get_args(Shift)}, got {self.shift!r}.")
-        if self.scatter and (self.scatter < 2 or self.shift != "heads"):
-            raise ValueError(f"`scatter` must be 0 or at least 2, with shift='heads', got {self.scatter}.")
         from .kernels import KERNELS  # the table imports torch kernels; the config alone should stay light
 
         if self.kernel != "auto" and self.kernel not in KERNELS:

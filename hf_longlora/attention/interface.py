@@ -84,8 +84,6 @@ def _attention(
     kernel: Callable[..., torch.Tensor],
     *,
     shift: Literal["half", "none", "all"] = "half",
-    scatter: int = 0,
-    seed: int = 0,
     sinks: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
@@ -104,24 +102,9 @@ def _attention(
         query_split = [query_heads - query_heads // 2, query_heads // 2]
         keys, values = (key, key), (value, value)
     queries = query.split(query_split, 1)
-    if scatter:
-        order, shifted = documents.scattered(group_size, scatter, seed, query.device)
-        queries, keys, values = (
-            (x[0], _take(x[1].transpose(1, 2), order).transpose(1, 2)) for x in (queries, keys, values)
-        )
     sink_parts = (None, None) if sinks is None else sinks.split(query_split)
     parts = zip(queries, keys, values, (plain, shifted), sink_parts, strict=True)
-    outs = [kernel(q, k, v, rows, sinks=sink, **options) for q, k, v, rows, sink in parts]
-    if scatter:
-        outs[1] = _take(outs[1], order.argsort(-1))
-    return torch.cat(outs, dim=2)
-
-
-def _take(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """The tokens of `x` `[B, S, H, D]` in another order: `[1, S]` for all rows, or `[B, S]`."""
-    if order.shape[0] == 1:
-        return x.index_select(1, order[0])
-    return x.gather(1, order[:, :, None, None].expand_as(x))
+    return torch.cat([kernel(q, k, v, rows, sinks=sink, **options) for q, k, v, rows, sink in parts], dim=2)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -214,7 +197,6 @@ class S2State:
 
     config: S2AttentionConfig = field(default_factory=S2AttentionConfig)
     mode: AttentionMode = "auto"
-    step: int = 0  # of training: what scattered groups are drawn from
 
 
 _ATTRIBUTE = "s2_attention_state"  # plain attributes of modules survive PEFT's wrapping and stay out of config.json
@@ -283,8 +265,6 @@ def s2_attention_forward(
         group_size,
         kernel,
         shift=_shift(state.config.shift, module),
-        scatter=state.config.scatter,
-        seed=state.step * 1009 + (getattr(module, "layer_idx", None) or 0) if state.config.scatter else 0,
         scale=scaling,
         dropout_p=dropout if module.training else 0.0,
         softcap=softcap,
@@ -358,11 +338,10 @@ def check_supported(model_class: type[PreTrainedModel], config: PreTrainedConfig
         )
 
 
-def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None, *, step: int = 0) -> None:
+def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) -> None:
     """Make `model` use shifted sparse attention in training, configured by `config`.
 
-    Switches a model of another attention implementation to `"s2attn"`. Call it again to change the configuration, or
-    to draw other scattered groups, by another `step`.
+    Switches a model of another attention implementation to `"s2attn"`. Call it again to change the configuration.
 
     Raises:
         ValueError: if the model is not from transformers, or its attention does not go through `AttentionInterface`.
@@ -376,7 +355,7 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None, 
     if inner.config._attn_implementation != NAME:
         inner.set_attn_implementation(NAME)
     state = _state(inner)
-    state = S2State(config or S2AttentionConfig(), state.mode if state is not None else "auto", step)
+    state = S2State(config or S2AttentionConfig(), state.mode if state is not None else "auto")
     for module in modules:
         setattr(module, _ATTRIBUTE, state)
 

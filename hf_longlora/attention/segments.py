@@ -5,7 +5,6 @@ row. Padding belongs to no document. A *segment* is a run of tokens that do see 
 attends to token `j` iff both lie in the same segment and `j <= i`. Both are half-open spans `(start, end)` of a row.
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,55 +38,6 @@ def segments(documents: Sequence[Span], group_size: int | None, shift: int = 0) 
     return tuple(cut)
 
 
-def scattered(
-    documents: Sequence[Span], length: int, group_size: int, pieces: int, seed: int
-) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
-    """Groups of pieces drawn at random from all over their document, in place of shifted groups.
-
-    A document of more than `group_size` tokens is cut into pieces of `group_size // pieces`. Each `pieces` of them,
-    drawn at random, make a group: its tokens see each other, causally, whatever lies between. So heads meet every
-    distance of the document at the cost of groups. A group keeps its pieces in order: nothing sees what comes later.
-
-    Args:
-        documents: Spans of a row, ascending and disjoint.
-        length: Tokens in the row, padding included.
-        group_size: Tokens in a group.
-        pieces: Pieces in a group, at least 2.
-        seed: Of the draw.
-
-    Returns:
-        The row's spans in the order in which the groups have them (they cover it, padding included), and the segments
-        of the row so ordered.
-    """
-    draw = random.Random(seed)
-    order: list[Span] = []
-    cut: list[Span] = []
-    at = 0
-    for start, end in documents:
-        if start > at:
-            order.append((at, start))
-        at = end
-        if end - start <= group_size:
-            order.append((start, end))
-            cut.append((start, end))
-            continue
-        size = max(1, group_size // pieces)
-        spans = [(a, min(a + size, end)) for a in range(start, end, size)]
-        draw.shuffle(spans)
-        last = next(i for i, span in enumerate(spans) if span[1] == end)  # the one that may be shorter, to the end:
-        spans[last], spans[-1] = spans[-1], spans[last]  # the groups before it are all of one length
-        placed = start
-        for first in range(0, len(spans), pieces):
-            group = sorted(spans[first : first + pieces])
-            order.extend(group)
-            tokens = sum(b - a for a, b in group)
-            cut.append((placed, placed + tokens))
-            placed += tokens
-    if at < length:
-        order.append((at, length))
-    return tuple(order), tuple(cut)
-
-
 @dataclass(frozen=True)
 class Documents:
     """The documents of a batch, held on the host: read off the device once for each forward, not for each layer.
@@ -119,17 +69,6 @@ class Documents:
         if key not in self._cuts:
             self._cuts[key] = tuple(segments(row, group_size, shift) for row in self.rows)
         return self._cuts[key]
-
-    def scattered(
-        self, group_size: int, pieces: int, seed: int, device: torch.device
-    ) -> tuple[torch.Tensor, tuple[tuple[Span, ...], ...]]:
-        """`scattered` of each row: the order as indices `[1 or rows, length]`, and the segments of the rows."""
-        alike = all(row == self.rows[0] for row in self.rows[1:])
-        rows = self.rows[:1] if alike else self.rows
-        found = [scattered(row, self.length, group_size, pieces, seed) for row in rows]
-        order = torch.stack([torch.cat([torch.arange(a, b) for a, b in spans]) for spans, _ in found])
-        cuts = tuple(cut for _, cut in found)
-        return order.to(device, non_blocking=True), cuts * len(self.rows) if alike else cuts
 
     @classmethod
     def find(

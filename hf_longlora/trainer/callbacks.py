@@ -38,7 +38,7 @@ class ContextStageCallback(TrainerCallback):
                 tuner.set_rope(rope)
             else:
                 apply_rope(model, rope)
-        set_s2_attention(model, self.schedule.attention_config(plan.stage), step=global_step)
+        set_s2_attention(model, self.schedule.attention_config(plan.stage))
         set_attention_mode(model, plan.mode)
 
     def on_train_begin(

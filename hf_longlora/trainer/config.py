@@ -22,7 +22,6 @@ class LongLoraSFTConfig(SFTConfig):
         group_size: Tokens in a group of shifted sparse attention.
         group_size_ratio: Group size as a share of the stage's `max_length`, where `group_size` is not given.
         attention_shift: "heads"; "layers", "none" and "all" are for comparison.
-        attention_scatter: 0, or the pieces of which a scattered group is made up.
         attention_kernel: "auto", or the name of a kernel.
 
     Raises:
@@ -46,9 +45,6 @@ class LongLoraSFTConfig(SFTConfig):
     )
     attention_shift: str = field(
         default="heads", metadata={"help": "What is shifted: heads (the method), layers, none or all."}
-    )
-    attention_scatter: int = field(
-        default=0, metadata={"help": "Pieces of a scattered group, drawn anew at each step; 0: shifted groups."}
     )
     attention_kernel: str = field(default="auto", metadata={"help": "Attention kernel: 'auto' or a kernel's name."})
 
@@ -94,7 +90,6 @@ class LongLoraSFTConfig(SFTConfig):
             group_size=self.group_size,
             group_size_ratio=self.group_size_ratio,
             shift=shift,
-            scatter=self.attention_scatter,
             kernel=self.attention_kernel,
         )
         return Schedule(tuple(self.stages), attention, self.dense_every)

@@ -8,12 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hf_longlora import s2_attention
-from hf_longlora.attention import Documents
-from hf_longlora.attention.interface import _attention
 from hf_longlora.attention.kernels import KERNELS, PREFERENCE, select_kernel
-from hf_longlora.attention.segments import scattered
 
-from .oracle import oracle, visible
+from .oracle import oracle
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 HEADS = [(4, 4), (4, 2), (6, 3), (3, 3), (5, 1), (1, 1), (8, 2)]
@@ -155,46 +152,6 @@ def test_documents_do_not_see_each_other():
     value[:, :, :11] += 1.0
     after = s2_attention(query, key, value, group_size=4, cu_seqlens=cu_seqlens)
     assert torch.equal(before[:, :, 11:], after[:, :, 11:])
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
-@pytest.mark.parametrize("heads", [(4, 2), (5, 1)], ids=str)
-@pytest.mark.parametrize("packed", [False, True])
-def test_scattered_groups(kernel, heads, packed, device):
-    """Outputs and gradients against a mask built from the groups, padding and packing included."""
-    length, group_size, pieces, seed, batch = 37, 8, 2, 5, 1 if packed else 3
-    cu_seqlens = torch.tensor([0, 5, 30, 37]) if packed else None
-    mask = None
-    if not packed:
-        mask = torch.ones(batch, length, dtype=torch.long)
-        mask[1, :6] = 0
-        mask[2, -11:] = 0
-    documents = Documents.find(batch, length, cu_seqlens=cu_seqlens, attention_mask=mask)
-    tensors = draw(*heads, length, batch, device=device)
-    function = select_kernel(kernel, torch.device(device))
-    out = _attention(*tensors, documents, group_size, function, scatter=pieces, seed=seed)
-    weight = torch.randn_like(out)
-    gradients = torch.autograd.grad((out * weight).sum(), tensors)
-
-    query, key, value = (x.detach().double().cpu().requires_grad_() for x in tensors)
-    plain = torch.stack([visible(length, row, group_size, 0) for row in documents.rows])
-    far = torch.zeros_like(plain)
-    for b, row in enumerate(documents.rows):
-        order, cut = scattered(row, length, group_size, pieces, seed)
-        tokens = torch.tensor([i for span in order for i in range(*span)])
-        for start, end in cut:
-            far[b, tokens[start:end, None], tokens[None, start:end]] = True
-    far &= torch.ones(length, length, dtype=torch.bool).tril()
-    n, n_kv = heads
-    moved = [h // (n // n_kv) >= n_kv - n_kv // 2 if n_kv > 1 else h >= n - n // 2 for h in range(n)]
-    seen = torch.stack([far if m else plain for m in moved], 1)
-    scores = query @ key.repeat_interleave(n // n_kv, 1).mT * query.shape[-1] ** -0.5
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
-    expected = (weights @ value.repeat_interleave(n // n_kv, 1)).transpose(1, 2)
-    wanted = torch.autograd.grad((expected * weight.double().cpu()).sum(), (query, key, value))
-    for got, want in zip((out, *gradients), (expected, *wanted), strict=True):
-        assert (got.double().cpu() - want).norm() / want.norm() < 1e-5
 
 
 def test_second_derivatives():

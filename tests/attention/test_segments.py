@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 
 from hf_longlora import S2AttentionConfig
 from hf_longlora.attention import Documents, segments
-from hf_longlora.attention.segments import scattered
 
 from .oracle import visible
 
@@ -27,39 +26,6 @@ def test_segments_are_the_formula(lengths, group_size, shifted):
         assert end > start
         seen[start:end, start:end] = True
     assert torch.equal(seen.tril(), visible(at, documents, group_size, shift))
-
-
-@given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
-    group_size=st.integers(2, 20),
-    pieces=st.integers(2, 5),
-    seed=st.integers(0, 99),
-)
-def test_scattered_groups_cover_each_document_once_in_order(lengths, group_size, pieces, seed):
-    documents, at = [], 0
-    for index, length in enumerate(lengths):
-        if length and index % 3 != 2:  # every third is padding
-            documents.append((at, at + length))
-        at += length
-    order, cut = scattered(documents, at, group_size, pieces, seed)
-    tokens = [i for a, b in order for i in range(a, b)]
-    assert sorted(tokens) == list(range(at))
-    assert sum(b - a for a, b in cut) == sum(b - a for a, b in documents)
-    owner = {i: d for d, span in enumerate(documents) for i in range(*span)}
-    for start, end in cut:
-        group = tokens[start:end]
-        assert group == sorted(group)  # so that what is causal in the group is causal
-        assert len({owner[i] for i in group}) == 1
-        span = documents[owner[group[0]]]
-        whole = span[1] - span[0] <= group_size
-        assert len(group) <= (span[1] - span[0] if whole else max(1, group_size // pieces) * pieces)
-
-
-def test_scattered_groups_change_with_the_seed_and_reach_far():
-    cuts = {scattered([(0, 64)], 64, 8, 2, seed)[0] for seed in range(8)}
-    assert len(cuts) == 8
-    spans = scattered([(0, 64)], 64, 8, 2, 0)[0]
-    assert max(b[0] - a[0] for a, b in zip(spans[::2], spans[1::2], strict=True)) > 16
 
 
 def test_dense_segments_are_the_documents():
