@@ -42,7 +42,7 @@ def test_the_card_says_what_happened(config, tmp_path):
     )
     text = str(card)
     assert "from 64 to 256 tokens: RoPE type `yarn`, factor 4 over" in text
-    assert "| 1 | 128 | 2 | shifted sparse | 32 | 4 |" in text
+    assert "| 1 | 128 | 2 | shifted sparse | 8 | 4 |" in text
     assert "| 2 | 256 | 3 | dense | - | - |" in text
     assert "| dense | 12.50 | 11.25 |" in text
     assert "| as trained |  | 11.75 |" in text
