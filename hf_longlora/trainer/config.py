@@ -34,8 +34,8 @@ class LongLoraSFTConfig(SFTConfig):
     )
     # Small groups with more dense steps beat the paper's groups of 1/4 at equal cost. 512 -> 4,096 tokens, YaRN,
     # perplexity against dense training: 1/16 with each 4th step dense, at 0.30 of its attention cost, -0.7% (books)
-    # and +0.4% (math); 1/4 with each 8th, at 0.33, -0.4% and +0.5%; 1/4 with none, at 0.23, +0.0% and +1.2%; with linear
-    # RoPE +0.9% and +1.4%, +1.6% and +1.7%, +50% and +43% (benchmarks/results/quality.csv, seed 0).
+    # and +0.4% (math); 1/4 with each 8th, at 0.33, -0.4% and +0.5%; 1/4 with none, at 0.23, +0.0% and +1.2%; with
+    # linear RoPE +0.9% and +1.4%, +1.6% and +1.7%, +50% and +43% (benchmarks/results/quality.csv, seed 0).
     dense_every: int = field(
         default=4, metadata={"help": "Each how many optimizer steps one runs with dense attention; 0: none."}
     )
