@@ -47,7 +47,8 @@ class Run:
         method: "s2", "dense", "rope" (RoPE scaled and nothing trained) or "base" (nothing done).
         group_size_ratio: As the trainer's.
         dense_every: As the trainer's.
-        dense_tail: Share of the steps, at the end, that run dense as a stage of their own.
+        dense_tail: Share of the steps, at the end, that are a stage of their own, with more dense steps.
+        tail_every: Each so many steps of that stage are dense; 1: all of them.
         rotate: Each layer runs dense at one step in `rotate`, the layers taking turns; 0: never.
         shift: What is shifted by half a group, as `S2AttentionConfig` has it (the paper's Table 6).
         through: How many stages lead to the target, each twice as long as the one before, at equal tokens for each;
@@ -67,6 +68,7 @@ class Run:
     group_size_ratio: float = 0.25
     dense_every: int = 0
     dense_tail: float = 0.0
+    tail_every: int = 1
     rotate: int = 0
     shift: str = "heads"
     through: int = 1
@@ -89,7 +91,7 @@ class Run:
             length = self.target // 2**halvings
             stages.append(ContextStage(length, count, rope_type=self.rope_type, attention=attention))
         if tail:
-            stages.append(ContextStage(self.target, tail, rope_type=self.rope_type, attention="dense"))
+            stages.append(ContextStage(self.target, tail, rope_type=self.rope_type, dense_every=self.tail_every))
         return stages
 
 

@@ -57,6 +57,7 @@ SCHEDULE = [
     s2(4, 4),
     s2(16, rotate=4),
     s2(16, dense_tail=0.25),
+    s2(16, 8, dense_tail=0.3, tail_every=2),
     s2(8),
     s2(2),
     s2(32),
@@ -93,7 +94,7 @@ ROPE = [
 STAGES = [
     *(replace(run, name=f"{run.name} through {n}", through=n) for n in (2, 3) for run in (dense(), s2(16, 4))),
     s2(16, 3, through=2),
-    s2(16, 2, through=3),
+    s2(32, 2, through=3),
 ]
 
 SIXTEEN_FOLD = [
@@ -103,12 +104,12 @@ SIXTEEN_FOLD = [
         dense(),
         s2(16, 4),
         s2(16, 3, through=2),
+        s2(16, 8, dense_tail=0.3, tail_every=2),
+        s2(8, 5),
         s2(32, 4),
-        s2(4, 8),
+        s2(32, 2, through=3),
         s2(16, 8),
         s2(4),
-        s2(16, 2, through=3),
-        s2(16, 4, through=2),
         dense(0.3),
     )
 ]
