@@ -114,7 +114,35 @@ SIXTEEN_FOLD = [
     )
 ]
 
+TRIAL = [
+    replace(run, target=8192, batch=4)
+    for run in (
+        s2(16, 4, kernel="tempered 0.613"),
+        s2(16, 4, kernel="tempered 0.783"),
+        s2(16, 4, label="lora r 64", train_norms=False, train_embeddings=False, rank=64),
+        replace(dense(), name="dense lora r 64", train_norms=False, train_embeddings=False, rank=64),
+        s2(
+            16,
+            4,
+            label="lora r 64 tempered",
+            train_norms=False,
+            train_embeddings=False,
+            rank=64,
+            kernel="tempered 0.783",
+        ),
+    )
+]
+
+# What is scored on the test splits, too: once, when the recipe was settled.
+FINAL = [
+    replace(run, target=target, batch=batch)
+    for target, batch in ((4096, 8), (8192, 4))
+    for run in (dense(), s2(16, 4))
+]
+
 TABLES = {
+    "final": FINAL,
+    "trial": TRIAL,
     "schedule": SCHEDULE,
     "what_to_train": WHAT_TO_TRAIN,
     "pattern": PATTERN,
@@ -142,14 +170,19 @@ def key(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def folder(run: Run) -> str:
+    """Name of the folder that a run's model is saved in."""
+    return f"{run.name} {run.target} seed {run.seed}".replace("/", "of").replace(" ", "-")
+
+
 def one(
-    run: Run, base: Path, work: Path, splits: Sequence[str], windows: int, deadline: float
+    run: Run, base: Path, work: Path, splits: Sequence[str], windows: int, save: Path | None, deadline: float
 ) -> dict[str, dict[str, Any]]:
     """A row for each split, in a process of the pool; none if the time is up."""
     if time.time() > deadline:
         return {}
     try:
-        rows = extend(run, base, work, splits=splits, windows=windows)
+        rows = extend(run, base, work, splits=splits, windows=windows, save=save and save / folder(run))
         return {split: {**row, **provenance()} for split, row in rows.items()}
     finally:
         gc.collect()
@@ -173,6 +206,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--eval-windows", type=int, default=384)
     parser.add_argument("--test", action="store_true", help="score on the test splits, too: results/test.csv")
+    parser.add_argument("--save", type=Path, help="save the models that are trained in this folder, a folder each")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so many seconds")
     args = parser.parse_args()
@@ -188,23 +222,27 @@ def main() -> None:
         trainer.join()
     base_id = json.loads((base / "base.json").read_text())["id"]
     overrides = {k: v for k in ("target", "learning_rate", "steps", "batch") if (v := getattr(args, k)) is not None}
-    done = {key(row) for row in read_rows(args.results)}
+    results = {"validation": args.results}
+    if args.test:
+        results["test"] = args.results.with_name("test.csv")
+    done = {split: {key(row) for row in read_rows(path)} for split, path in results.items()}
     runs = [
         run
         for run in wanted(args.tables, args.seeds, overrides)
-        if (not args.only or run.name in args.only) and key({**vars(run), "base": base_id}) not in done
+        if (not args.only or run.name in args.only)
+        and any(key({**vars(run), "base": base_id}) not in keys for keys in done.values())
     ]
     print(f"{len(runs)} runs to do", flush=True)
-    splits = ("validation", "test") if args.test else ("validation",)
     with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
-        futures = {pool.submit(one, run, base, args.work, splits, args.eval_windows, deadline): run for run in runs}
+        options = (base, args.work, list(results), args.eval_windows, args.save, deadline)
+        futures = {pool.submit(one, run, *options): run for run in runs}
         for future in as_completed(futures):
             run = futures[future]
             if error := future.exception():  # the next row may well go
                 print(f"FAILED {run.name}", *traceback.format_exception(error), flush=True)
             for split, row in future.result().items() if not error else ():
-                results = args.results if split == "validation" else args.results.with_name(f"{split}.csv")
-                append_row(results, {**row, "processes": args.processes})
+                if key(row) not in done[split]:
+                    append_row(results[split], {**row, "processes": args.processes})
                 report(split, row, time.perf_counter() - started)
 
 
