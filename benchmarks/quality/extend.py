@@ -4,7 +4,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from hf_longlora import (
 )
 from hf_longlora.attention import segments
 from hf_longlora.attention.interface import S2State, attention_modules
-from hf_longlora.attention.kernels import KERNELS
 from hf_longlora.rope import apply_rope, scaled_rope
 from hf_longlora.trainer.stages import Schedule
 
@@ -94,20 +93,6 @@ class Run:
         if tail:
             stages.append(ContextStage(self.target, tail, rope_type=self.rope_type, dense_every=self.tail_every))
         return stages
-
-
-def temper(factor: float) -> str:
-    """A kernel whose scores are multiplied by `factor` where attention is sparse: its name."""
-    sdpa = KERNELS["sdpa"].function
-
-    def tempered(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Any, **options: Any) -> Any:
-        if max(end - start for start, end in rows[0]) < query.shape[2]:
-            options["scale"] = (options.get("scale") or query.shape[-1] ** -0.5) * factor
-        return sdpa(query, key, value, rows, **options)
-
-    name = f"tempered {factor}"
-    KERNELS[name] = replace(KERNELS["sdpa"], function=tempered)
-    return name
 
 
 class RotatingDenseLayers(TrainerCallback):
@@ -174,8 +159,6 @@ def train(run: Run, base: Path, work: Path) -> tuple[Any, dict[str, Any]]:
     """Extend the base as `run` says: the model, and what the run cost."""
     dtype = torch.float32 if run.full else torch.bfloat16
     set_seed(run.seed)
-    if run.kernel.startswith("tempered "):
-        temper(float(run.kernel.split()[1]))
     model = LlamaForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="s2attn")
     if torch.cuda.is_available():
         model.cuda()

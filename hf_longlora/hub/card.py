@@ -123,7 +123,7 @@ def _schedule(schedule: Mapping[str, Any] | None) -> str:
 def _perplexity(dataset: str, records: Mapping[str, Records]) -> str:
     lengths = sorted({record["length"] for rows in records.values() for record in rows})
     lines = [f"## Perplexity on {dataset}", ""]
-    lines.append("| attention | " + " | ".join(f"{length:,} tokens" for length in lengths) + " |")
+    lines.append("| model | " + " | ".join(f"{length:,} tokens" for length in lengths) + " |")
     lines.append("|---" * (len(lengths) + 1) + "|")
     for name, rows in records.items():
         found = {row["length"]: f"{row['perplexity']:.2f}" for row in rows}
