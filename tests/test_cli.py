@@ -25,7 +25,7 @@ def adapter(tiny_llama, tiny_tokenizer, tmp_path):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.active_peft_config.schedule = {"group_sizes": [16, 32]}
+    model.active_peft_config.schedule = {"group_sizes": [16, 32], "attention": {"shift": "all"}}
     model.save_pretrained(tmp_path / "adapter")
     lines = [json.dumps({"text": f"{i} " + TEXT * 12, "title": "kept out"}) for i in range(3)]
     (tmp_path / "documents.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
@@ -43,7 +43,7 @@ def test_evaluate(adapter, tiny_tokenizer, capsys):
     documents = [document for file in files for document in read_documents(type(folder)(file))]
     assert len(documents) == 4
     options = dict(tokenizer=tiny_tokenizer, progress=False)
-    set_s2_attention(model, S2AttentionConfig(group_size=32))  # the size that the last stage ended with
+    set_s2_attention(model, S2AttentionConfig(group_size=32, shift="all"))  # as the last stage ended
     assert results["perplexity"]["dense"] == perplexity_by_length(model, documents, [64, 256], **options)
     with s2_attention_mode(model, "s2"):
         assert results["perplexity"]["as trained"] == perplexity_by_length(model, documents, [64, 256], **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -45,7 +46,7 @@ def compare_attention(
     longest = lengths if isinstance(lengths, int) else max(lengths, default=2)
     if attention is None:
         attention = trained_attention(model) or S2AttentionConfig()
-    attention = S2AttentionConfig(group_size=attention.resolve_group_size(longest), kernel=attention.kernel)
+    attention = replace(attention, group_size=attention.resolve_group_size(longest))
     set_s2_attention(model, attention)
     records = {"dense": perplexity_by_length(model, documents, lengths, **options)}
     with s2_attention_mode(model, "s2"):
@@ -65,10 +66,10 @@ def compare_attention(
 
 
 def trained_attention(model: Any) -> S2AttentionConfig | None:
-    """The group size that a model's LONGLORA adapter ended its training with; `None` if it doesn't say."""
+    """The pattern that a model's LONGLORA adapter ended its training with; `None` if it doesn't say."""
     configs = getattr(model, "peft_config", None) or {}
     for config in configs.values():
         schedule = getattr(config, "schedule", None)
         if schedule:
-            return S2AttentionConfig(group_size=schedule["group_sizes"][-1])
+            return S2AttentionConfig(group_size=schedule["group_sizes"][-1], shift=schedule["attention"]["shift"])
     return None
