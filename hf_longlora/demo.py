@@ -27,13 +27,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .evaluation import perplexity_by_length
 from .evaluation.plots import plot_perplexity, require_matplotlib
 from .rope import apply_rope, scaled_rope
-from .trainer import ContextStage, LongLoraSFTConfig, LongLoraSFTTrainer
+from .trainer import ContextStage, LongLoraSFTConfig, LongLoraSFTTrainer, last_checkpoint
 from .tuner import LongLoraConfig
 
 EOS_TOKEN = "<|endoftext|>"
@@ -366,8 +365,7 @@ def _extend(folder: Path, base: str, dataset: Dataset, tokenizer: Any, stages: l
     trainer = LongLoraSFTTrainer(
         base, args, train_dataset=dataset, processing_class=tokenizer, peft_config=LongLoraConfig(r=8)
     )
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     trainer.save_model()
 
 

@@ -1,7 +1,7 @@
 """Context extension in stages: stage -> callback -> model."""
 
 from .config import LongLoraSFTConfig
-from .sft_trainer import LongLoraSFTTrainer
+from .sft_trainer import LongLoraSFTTrainer, last_checkpoint
 from .stages import ContextStage, Schedule
 
-__all__ = ["ContextStage", "LongLoraSFTConfig", "LongLoraSFTTrainer", "Schedule"]
+__all__ = ["ContextStage", "LongLoraSFTConfig", "LongLoraSFTTrainer", "Schedule", "last_checkpoint"]

@@ -17,7 +17,9 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback, set_seed
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 from trl import SFTTrainer
 
 from ..attention import set_attention_mode, set_s2_attention
@@ -27,6 +29,8 @@ from .callbacks import ContextStageCallback, longlora_tuner
 from .checks import check_adapter, check_arguments, check_dataset, checked_config, stage_ropes
 from .config import LongLoraSFTConfig
 from .stages import Schedule
+
+logger = logging.get_logger(__name__)
 
 SCHEDULE_NAME = "context_schedule.json"
 LAST_GOOD_NAME = "last-good"
@@ -234,6 +238,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
             os.makedirs(folder, exist_ok=True)
+            Path(folder, TRAINER_STATE_NAME).unlink(missing_ok=True)  # not whole any more, if it was
             Path(folder, SCHEDULE_NAME).write_text(json.dumps(self._signature(), indent=2))
         # A checkpoint holds the fp32 masters, so that a resumed run is the same run; a saved adapter the base's dtype.
         tuner = longlora_tuner(self.model)
@@ -244,6 +249,10 @@ class LongLoraSFTTrainer(SFTTrainer):
         finally:
             if tuner is not None:
                 tuner.full_precision_state = False
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the trainer's state is written next, and says that all else is there
 
     def _signature(self) -> dict[str, Any]:
         """What makes a run this run: a checkpoint of another one can't be resumed."""
@@ -260,9 +269,11 @@ class LongLoraSFTTrainer(SFTTrainer):
         path: str | bool | None = resume_from_checkpoint
         if path is True:
             directory = str(self.args.output_dir)
-            path = get_last_checkpoint(directory) if os.path.isdir(directory) else None
+            path = last_checkpoint(directory)
             if path is None:
-                raise ValueError(f"There is no checkpoint in {directory} to resume from; call train() without one.")
+                raise ValueError(
+                    f"There is no whole checkpoint in {directory} to resume from; call train() without one."
+                )
         assert isinstance(path, str)
         file = Path(path, SCHEDULE_NAME)
         if not file.is_file():
@@ -282,6 +293,23 @@ class LongLoraSFTTrainer(SFTTrainer):
 
 # --------------------------------------------------------------------------------------------------------------------
 # Helpers
+
+
+def last_checkpoint(directory: str | Path) -> str | None:
+    """The newest whole checkpoint in a run's output directory; `None` if there is none.
+
+    A checkpoint is whole if the trainer's state, the last file written, is there and can be read. One that a kill or a
+    full disk has left in part is passed over, with a warning.
+    """
+    found = [(int(path.name.rpartition("-")[2]), path) for path in Path(directory).glob("checkpoint-[0-9]*")]
+    for _, path in sorted(found, reverse=True):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text())
+        except (OSError, ValueError):
+            logger.warning(f"{path} was not written to its end and is passed over.")
+        else:
+            return str(path)
+    return None
 
 
 def _with_length(args: LongLoraSFTConfig, max_length: int | None) -> LongLoraSFTConfig:

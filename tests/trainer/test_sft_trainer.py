@@ -467,7 +467,7 @@ def test_checkpoints_of_another_schedule_are_refused(make, tmp_path):
     (checkpoint / sft_trainer.SCHEDULE_NAME).unlink()
     with pytest.raises(ValueError, match="not a checkpoint of a staged run"):
         make(**options).train(resume_from_checkpoint=str(checkpoint))
-    with pytest.raises(ValueError, match="no checkpoint in"):
+    with pytest.raises(ValueError, match="no whole checkpoint in"):
         make(output="other", **options).train(resume_from_checkpoint=True)
 
 
