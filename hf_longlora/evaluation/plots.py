@@ -191,6 +191,46 @@ def plot_retrieval(records: Sequence[Mapping[str, Any]], path: str | Path, *, ti
     return path
 
 
+def plot_history(
+    curves: Mapping[str, Sequence[tuple[int, float]]], path: str | Path, *, ylabel: str, title: str | None = None
+) -> Path:
+    """Draw what a run logged by optimizer step, one line per name, and save it.
+
+    Args:
+        curves: (step, value) pairs by the name to show, in drawing order.
+        path: the file to write; the format follows its suffix. Folders are created.
+        ylabel: what the values are.
+        title: above the axes.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is missing (`pip install hf-longlora[plot]`).
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for index, (name, points) in enumerate(curves.items()):
+        marker = MARKERS[index % len(MARKERS)] if len(points) < 3 else None
+        axes.plot(*zip(*points, strict=True), color=COLOURS[index % len(COLOURS)], marker=marker, label=name)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(ylabel)
+    axes.set_title(title or "")
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
 def _label_ends(axes: Any, curves: Mapping[str, list[tuple[int, float]]], ceiling: float) -> None:
     """Write each curve's name and last value right of the axes in the curve's colour, moved apart where they touch."""
     ends = []

@@ -5,7 +5,8 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..attention import set_attention_mode, set_s2_attention
 from ..rope import RopeScaling, apply_rope
@@ -63,6 +64,86 @@ class ContextStageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         set_attention_mode(kwargs["model"], "auto")  # sparse in training, dense elsewhere; RoPE stays the last stage's
+
+
+class StageProgressCallback(ProgressCallback):
+    """One line a stage: progress, loss, tokens a second, memory, and the time left to the end of all stages.
+
+    Args:
+        schedule: The stages.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.training_bar = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or self.training_bar is not None:
+            return
+        number, stages = self.schedule.step(state.global_step).stage, self.schedule.stages
+        before = sum(stage.max_steps for stage in stages[:number])
+        self.training_bar = tqdm(
+            total=stages[number].max_steps,
+            initial=state.global_step - before,  # a resumed stage goes on where it was
+            desc=f"stage {number + 1}/{len(stages)}, {stages[number].max_length:,} tokens",
+            unit="step",
+            dynamic_ncols=True,
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.training_bar is not None:
+            self.training_bar.update(1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is None or not logs:
+            return
+        if "tokens_per_second" in logs:
+            speed = float(logs["tokens_per_second"])
+            # Tokens tell the time left better than steps: the stages' steps differ in length.
+            left = self._tokens_left(state.global_step) * args.train_batch_size * args.gradient_accumulation_steps
+            self.training_bar.set_postfix_str(
+                f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s, {float(logs['peak_memory_gib']):.1f} GiB, "
+                f"all done in {tqdm.format_interval(left * args.world_size / max(speed, 1e-9))}"
+            )
+        elif (evaluated := logs.get("eval_loss")) is not None:
+            self.training_bar.write(f"step {state.global_step}: evaluation loss {float(evaluated):.3f}")
+        if self.schedule.step(state.global_step - 1).last_of_stage:
+            self._close()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
+    def _tokens_left(self, global_step: int) -> int:
+        """Tokens of one sequence a step, from `global_step` to the end."""
+        left = 0
+        for stage in self.schedule.stages:
+            done = min(global_step, stage.max_steps)
+            global_step -= done
+            left += (stage.max_steps - done) * stage.max_length
+        return left
 
 
 def longlora_tuner(model: nn.Module) -> LongLoraModel | None:

@@ -7,7 +7,7 @@ from peft import PeftConfig, PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..attention import check_supported
-from ..rope import AUTO, RopeScaling, current_rope, scaled_rope
+from ..rope import AUTO, RopeScaling, current_rope, reach, scaled_rope
 from ..tuner import LongLoraConfig, LongLoraModel
 from .callbacks import longlora_tuner
 from .config import LongLoraSFTConfig
@@ -93,6 +93,14 @@ def checked_config(model: Any, args: LongLoraSFTConfig) -> PreTrainedConfig:
     if isinstance(model_class, type):  # a class of remote code shows itself when it is loaded
         check_supported(model_class, config)
     return config
+
+
+def known_length(config: PreTrainedConfig) -> int:
+    """Tokens that a model reaches as it is; 0 if it has no RoPE to scale."""
+    try:
+        return reach(current_rope(config))[1]
+    except ValueError:
+        return 0
 
 
 def stage_ropes(

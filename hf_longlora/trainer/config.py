@@ -1,12 +1,13 @@
 """Configuration of the staged trainer."""
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trl import SFTConfig
 
 from ..attention import S2AttentionConfig
-from .stages import ContextStage, Schedule, check_dense_every, check_stages
+from .stages import AUTO_STAGES, ContextStage, Schedule, auto_stages, check_dense_every, check_stages
 
 
 @dataclass
@@ -17,20 +18,26 @@ class LongLoraSFTConfig(SFTConfig):
     rate 2e-5, constant after 20 steps of warm-up. `max_steps` and `max_length` follow from the stages.
 
     Args:
-        stages: The stages, in order; mappings of their fields will do (YAML, JSON).
+        stages: The stages, in order; mappings of their fields will do (YAML), and so will a JSON list of those. Or
+            "auto" (a quarter of the target first) or "doubling", which the trainer turns into stages from the model's
+            length to `max_length`, of `max_steps` in all.
         dense_every: Each how many optimizer steps one runs with dense attention; 0: none.
         group_size: Tokens in a group of shifted sparse attention.
         group_size_ratio: Group size as a share of the stage's `max_length`, where `group_size` is not given.
         attention_shift: "heads"; "layers", "none" and "all" are for comparison.
         attention_kernel: "auto", or the name of a kernel.
+        report: Whether a run ends with `report.html` in its output directory.
 
     Raises:
         ValueError: if there is no stage, the stages shrink, or `max_steps` or `max_length` contradict them.
     """
 
-    stages: list[ContextStage] | None = field(
+    stages: list[ContextStage] | str | None = field(
         default=None,
-        metadata={"help": "Context stages, each with max_length and max_steps (a list of mappings in YAML)."},
+        metadata={
+            "help": "Context stages, each with max_length and max_steps: a list of mappings (YAML, JSON); or 'auto' "
+            "or 'doubling', with max_length and max_steps."
+        },
     )
     # Small groups with more dense steps beat the paper's groups of 1/4 at equal cost. 512 -> 4,096 tokens, YaRN,
     # perplexity against dense training: 1/16 with each 4th step dense, at 0.30 of its attention cost, -0.7% (books)
@@ -49,6 +56,7 @@ class LongLoraSFTConfig(SFTConfig):
         default="heads", metadata={"help": "What is shifted: heads (the method), layers, none or all."}
     )
     attention_kernel: str = field(default="auto", metadata={"help": "Attention kernel: 'auto' or a kernel's name."})
+    report: bool = field(default=True, metadata={"help": "End a run with report.html in its output directory."})
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(
@@ -58,14 +66,24 @@ class LongLoraSFTConfig(SFTConfig):
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
 
     def __post_init__(self) -> None:
-        if self.stages is None or isinstance(self.stages, (str, dict, ContextStage)):
+        check_dense_every(self.dense_every)
+        if isinstance(self.stages, str) and self.stages not in AUTO_STAGES:
+            try:
+                self.stages = json.loads(self.stages)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"`stages` must be one of {AUTO_STAGES} or a JSON list of stages, got {self.stages!r}."
+                ) from error
+        if isinstance(self.stages, str):
+            auto_stages(self.stages, 0, self.max_length or 0, self.max_steps)  # raises, but for the model's length
+            return super().__post_init__()
+        if not isinstance(self.stages, (list, tuple)):
             raise ValueError(
-                "`stages` must be a list of stages, for example [ContextStage(max_length=8192, max_steps=200)], got "
-                f"{self.stages!r}."
+                "`stages` must be a list of stages, for example [ContextStage(max_length=8192, max_steps=200)], or "
+                f"one of {AUTO_STAGES}, got {self.stages!r}."
             )
         self.stages = [ContextStage.of(stage) for stage in self.stages]
         check_stages(self.stages)
-        check_dense_every(self.dense_every)
         schedule = self.schedule
         if self.max_steps > 0 and self.max_steps != schedule.max_steps:
             raise ValueError(
@@ -83,10 +101,19 @@ class LongLoraSFTConfig(SFTConfig):
         self.max_length = longest
         super().__post_init__()
 
+    def resolve_stages(self, base_length: int) -> None:
+        """Put a list in the place of "auto" or "doubling", for a model that reaches `base_length` tokens.
+
+        Raises:
+            ValueError: if it reaches `max_length` already.
+        """
+        if isinstance(self.stages, str):
+            self.stages = auto_stages(self.stages, base_length, self.max_length or 0, self.max_steps)
+
     @property
     def schedule(self) -> Schedule:
-        """The stages as a function of the step."""
-        assert self.stages is not None
+        """The stages as a function of the step; to be asked for once they are a list."""
+        assert isinstance(self.stages, list)
         shift: Any = self.attention_shift
         attention = S2AttentionConfig(
             group_size=self.group_size,
@@ -99,5 +126,6 @@ class LongLoraSFTConfig(SFTConfig):
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: the stages as mappings."""
         values = super().to_dict()
-        values["stages"] = [asdict(stage) for stage in self.stages or []]
+        if isinstance(self.stages, list):
+            values["stages"] = [asdict(stage) for stage in self.stages]
         return values

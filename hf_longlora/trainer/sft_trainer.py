@@ -17,7 +17,7 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 from trl import SFTTrainer
@@ -25,9 +25,10 @@ from trl import SFTTrainer
 from ..attention import set_attention_mode, set_s2_attention
 from ..rope import current_rope, reach, rope_factor
 from ..tuner.config import check_weights
-from .callbacks import ContextStageCallback, longlora_tuner
-from .checks import check_adapter, check_arguments, check_dataset, checked_config, stage_ropes
+from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
+from .checks import check_adapter, check_arguments, check_dataset, checked_config, known_length, stage_ropes
 from .config import LongLoraSFTConfig
+from .report import write_report
 from .stages import Schedule
 
 logger = logging.get_logger(__name__)
@@ -88,12 +89,13 @@ class LongLoraSFTTrainer(SFTTrainer):
     ) -> None:
         if not isinstance(args, LongLoraSFTConfig):
             raise TypeError(f"`args` must be a LongLoraSFTConfig with its stages, got {type(args).__name__}.")
-        self.schedule: Schedule = args.schedule
+        # All that can be refused is refused here, while the model is as it was.
         check_arguments(args)
         check_dataset(train_dataset, args, kwargs.get("formatting_func"))
-        check_adapter(model, peft_config, self.schedule)
-        # All that can be refused is refused here, while the model is as it was.
         config = checked_config(model, args)
+        args.resolve_stages(known_length(config))
+        self.schedule: Schedule = args.schedule
+        check_adapter(model, peft_config, self.schedule)
         self._base_rope, self._ropes = stage_ropes(model, config, peft_config, self.schedule)
         stage_callback = ContextStageCallback(self.schedule, self._ropes)
         if isinstance(model, str):
@@ -114,6 +116,9 @@ class LongLoraSFTTrainer(SFTTrainer):
         )
         self._train_source = None
         self._last_log: tuple[float, int] | None = None
+        self._last_loss = math.inf
+        if self.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:
+            self.add_callback(StageProgressCallback(self.schedule))
         tuner = longlora_tuner(self.model)
         if tuner is not None:
             tuner.upcast_masters()  # TRL casts what a quantized model trains to bf16, the norms too
@@ -182,33 +187,82 @@ class LongLoraSFTTrainer(SFTTrainer):
         Raises:
             ValueError: if there is no such checkpoint, it is of another schedule, or its adapter is damaged.
             FileNotFoundError: if its adapter is missing.
-            FloatingPointError: if a loss or a gradient is not finite; the weights before that step are kept.
+            FloatingPointError: if a loss or a gradient is not finite (the weights before that step are kept), or the
+                loss has grown beyond that of a uniform guess.
+            torch.OutOfMemoryError: with what would help.
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self._check_checkpoint(resume_from_checkpoint)
         self._last_log = (time.perf_counter(), self._total_train_tokens)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(self._out_of_memory()) from error
+        if self.args.report and self.is_world_process_zero():
+            write_report(Path(str(self.args.output_dir)), self.state.log_history, self.schedule)
+        return output
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
         # Alone, a process stops at the loss; several stop together, at the gradients that they share.
         if self.args.world_size == 1 and not loss.isfinite():
-            self._stop_at_divergence("loss")
+            self._stop_at_divergence("loss", inputs)
         # fp16's loss scaler skips steps with infinite gradients by itself.
         if self.accelerator.sync_gradients and not self.args.fp16:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             if gradients and not torch.nn.utils.get_total_norm(gradients).isfinite():
-                self._stop_at_divergence("gradient")
+                self._stop_at_divergence("gradient", inputs)
         return loss
 
-    def _stop_at_divergence(self, what: str) -> NoReturn:
+    def _stop_at_divergence(self, what: str, inputs: dict[str, Any]) -> NoReturn:
         """Keep the weights, which the step has not touched, and stop the run."""
         plan = self.schedule.step(self.state.global_step)
         path = os.path.join(str(self.args.output_dir), LAST_GOOD_NAME)
         self.save_model(path)
         raise FloatingPointError(
             f"The {what} of step {self.state.global_step + 1} (stage {plan.stage + 1}) is not finite. The weights "
-            f"before it are in {path}. Lower the learning rate, clip gradients (max_grad_norm), or look at the data."
+            f"before it are in {path}. The last batch begins with {beginnings(inputs, self.processing_class)}. Lower "
+            "the learning rate, clip gradients (max_grad_norm), or look at the data."
+        )
+
+    def _check_loss(self, loss: float) -> None:
+        """Raise a `FloatingPointError` if a model that had learned something is worse than a uniform guess, twice.
+
+        It comes from the log, which all processes have alike.
+        """
+        vocabulary = self.model.config.get_text_config().vocab_size
+        worst, before = math.log(vocabulary), self._last_loss
+        self._last_loss = loss
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        if loss > worst < before < math.inf and any(earlier < worst - 1 for earlier in losses):
+            checkpoint = last_checkpoint(str(self.args.output_dir))
+            raise FloatingPointError(
+                f"The run has diverged: the loss is {loss:.2f} at step {self.state.global_step}, above the "
+                f"{worst:.2f} of a uniform guess over {vocabulary:,} tokens, and was {min(losses):.2f}. Lower the "
+                "learning rate. "
+                + (f"The last checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet.")
+            )
+
+    def _out_of_memory(self) -> str:
+        """What to do about it, in the order of what it costs."""
+        args, plan = self.args, self.schedule.step(min(self.state.global_step, self.schedule.max_steps - 1))
+        advice = [
+            (
+                args.per_device_train_batch_size > 1,
+                f"per_device_train_batch_size=1 and {args.per_device_train_batch_size} times the "
+                "gradient_accumulation_steps",
+            ),
+            (not args.gradient_checkpointing, "gradient_checkpointing=True"),
+            (not args.activation_offloading, "activation_offloading=True"),
+            (not getattr(self.model, "is_quantized", False), "a base quantized to 4 bits (QLoRA)"),
+            (True, "shorter stages"),
+        ]
+        length = self.schedule.stages[plan.stage].max_length
+        return (
+            f"Out of memory in step {self.state.global_step + 1} (stage {plan.stage + 1}: {length:,} tokens in a "
+            f"sequence, {args.per_device_train_batch_size} in a batch; peak {_peak_memory(args.device):.1f} GiB). "
+            f"What helps: {'; '.join(words for useful, words in advice if useful)}. "
+            "A run that has saved a checkpoint goes on from it (resume_from_checkpoint=True)."
         )
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
@@ -218,6 +272,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         """
         if "loss" not in logs or not self.model.training:
             return super().log(logs, start_time)
+        self._check_loss(float(logs["loss"]))
         plan = self.schedule.step(max(self.state.global_step - 1, 0))
         stage = self.schedule.stages[plan.stage]
         now, tokens = time.perf_counter(), self._total_train_tokens
@@ -293,6 +348,17 @@ class LongLoraSFTTrainer(SFTTrainer):
 
 # --------------------------------------------------------------------------------------------------------------------
 # Helpers
+
+
+def beginnings(inputs: dict[str, Any], tokenizer: Any, documents: int = 4, tokens: int = 12) -> str:
+    """How the first documents of a batch begin: the rows, and where positions restart the documents packed in them."""
+    ids, positions = inputs["input_ids"], inputs.get("position_ids")
+    starts = torch.zeros_like(ids, dtype=torch.bool) if positions is None else positions == 0
+    starts[:, 0] = True
+    found = [ids[row, at : at + tokens].tolist() for row, at in starts.nonzero()[:documents].tolist()]
+    texts = [str(tokenizer.decode(part)) if tokenizer is not None else str(part) for part in found]
+    more = int(starts.sum()) - len(found)
+    return ", ".join(map(repr, texts)) + (f" and {more} more documents" if more > 0 else "")
 
 
 def last_checkpoint(directory: str | Path) -> str | None:

@@ -159,6 +159,48 @@ class Schedule:
         }
 
 
+AUTO_STAGES = ("auto", "doubling")
+"""What may stand in place of a list of stages: `auto_stages` makes one, when the base's length is known."""
+
+FIRST_SHARE = 0.2
+"""Of the steps, what an `auto_stages` plan spends before the target's length: tokens are spent less well there."""
+
+
+def auto_stages(kind: str, base_length: int, max_length: int, max_steps: int) -> list[ContextStage]:
+    """Stages from the base's length to `max_length`, all of `rope_type="auto"`.
+
+    A fifth of the steps goes to the lengths before the target's, which is a twentieth of the tokens or less: on our
+    bench each token spent at a shorter length is worth less (`benchmarks/README.md`), but the first steps are cheap
+    there, and a run that goes wrong does so early.
+
+    Args:
+        kind: "auto": a stage at a quarter of the target, where that is longer than the base, then the target;
+            "doubling": each doubling of the base's length on the way.
+        base_length: Tokens that the model reaches as it is.
+        max_length: Tokens that it shall reach.
+        max_steps: Optimizer steps in all.
+
+    Raises:
+        ValueError: if there is nothing to extend, or no step to take.
+    """
+    if kind not in AUTO_STAGES:
+        raise ValueError(f"`stages` must be a list of stages or one of {AUTO_STAGES}, got {kind!r}.")
+    if max_steps < 1:
+        raise ValueError(f"`stages={kind!r}` needs `max_steps`, the optimizer steps of all stages.")
+    if max_length <= base_length:
+        raise ValueError(
+            f"`stages={kind!r}` extends to `max_length={max_length}`, and the model reaches {base_length} tokens as "
+            "it is. Set `max_length` to the target."
+        )
+    lengths = [max_length // 4] if kind == "auto" else [base_length * 2**i for i in range(1, 64)]
+    lengths = [length for length in lengths if base_length < length < max_length]
+    each = round(FIRST_SHARE * max_steps / max(len(lengths), 1))
+    if each == 0:
+        lengths = []
+    before = [ContextStage(length, each) for length in lengths]
+    return [*before, ContextStage(max_length, max_steps - each * len(lengths))]
+
+
 def check_stages(stages: Sequence[ContextStage]) -> None:
     """Raise a `ValueError` if there is no stage, or a stage is shorter than the one before it."""
     if not stages:
