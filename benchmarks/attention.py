@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_longlora import s2_attention
 from hf_longlora.attention import segments
-from hf_longlora.attention.kernels import KERNELS
+from hf_longlora.attention.kernels import KERNELS, flash
 
 from .provenance import RESULTS, append_row, provenance
 
@@ -46,6 +46,14 @@ class Method(NamedTuple):
 
 def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def dense_flash4(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """FlashAttention 4, from its own package."""
+    from flash_attn.cute import flash_attn_func
+
+    out = flash_attn_func(*(x.transpose(1, 2) for x in (query, key, value)), causal=True)
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
 
 def repeat_heads(x: torch.Tensor) -> torch.Tensor:
@@ -105,15 +113,18 @@ def _causal(varlen_attn: Callable[..., Any]) -> dict[str, Any]:
 
 
 def methods(length: int, groups: list[int]) -> Iterator[Method]:
-    for backend in BACKENDS:
-        yield Method(f"dense {backend}", "dense", backend, 0, dense)
+    plain = {backend: dense for backend in BACKENDS} | ({"flash4": dense_flash4} if flash.version() == 4 else {})
+    for backend, call in plain.items():
+        yield Method(f"dense {backend}", "dense", backend, 0, call)
     for group in groups:
+        for backend, call in plain.items():
+            yield Method(f"contiguous batch {backend}", "ceiling", backend, group, call)
         for backend in BACKENDS:
-            yield Method(f"contiguous batch {backend}", "ceiling", backend, group, dense)
             yield Method(f"s2 sdpa {backend}", "s2", backend, group, _ours(group, "sdpa"))
         for kernel in ("auto", *KERNELS):
-            if kernel not in ("sdpa", "reference"):
-                yield Method(f"s2 {kernel}", "s2", "", group, _ours(group, kernel))
+            if kernel not in ("sdpa", "reference") and (kernel == "auto" or KERNELS[kernel].missing() is None):
+                backend = {"varlen": "flash", "flash": f"flash{flash.version()}"}.get(kernel, "")
+                yield Method(f"s2 {kernel}", "s2", backend, group, _ours(group, kernel))
         yield Method("published flash layout", "published", "flash", group, published_flash(group))
         yield Method("published roll layout", "published", "flash", group, published_roll(group))
 
@@ -188,7 +199,7 @@ def measure(method: Method, length: int, seconds: float) -> dict[str, float]:
 
 
 def _backend(name: str) -> AbstractContextManager[Any]:
-    return sdpa_kernel(BACKENDS[name]) if name else nullcontext()
+    return sdpa_kernel(BACKENDS[name]) if name in BACKENDS else nullcontext()
 
 
 def check(length: int = 2048, group: int = 512) -> None:
@@ -219,9 +230,14 @@ def ratios(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         text = f"n {row['length']:7} G {row['group']:6} {row['method']:26} {row['ms_p50']:9.2f} ms"
         text += f" {row['tflops']:5.0f} TFLOP/s  memory {row['peak_over_least']:.2f}"
-        ceiling = times.get((f"contiguous batch {row['backend']}", row["group"]))
-        if row["kind"] == "s2" and ceiling:
-            text += f"  / ceiling {row['ms_p50'] / ceiling:.3f}"
+        same = times.get((f"contiguous batch {row['backend']}", row["group"]))
+        best = min(
+            (t for (name, group), t in times.items() if "contiguous" in name and group == row["group"]), default=0
+        )
+        if row["kind"] == "s2" and same:
+            text += f"  / ceiling {row['ms_p50'] / same:.3f}"
+        if row["kind"] == "s2" and best:
+            text += f"  / best ceiling {row['ms_p50'] / best:.3f}"
         if row["group"]:
             text += f"  best dense / this {best_dense / row['ms_p50']:.2f}"
         print(text, flush=True)
@@ -231,6 +247,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 131072])
     parser.add_argument("--seconds", type=float, default=0.5, help="timed per method, five repeats at least")
+    parser.add_argument("--only", nargs="*", help="methods whose names contain one of these words")
     parser.add_argument("--results", type=Path, default=RESULTS / "attention.csv")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -240,6 +257,8 @@ def main() -> None:
     for length in args.lengths:
         rows = []
         for method in methods(length, sorted({length // 4, 2048}, reverse=True)):
+            if args.only and not any(word in method.name for word in args.only):
+                continue
             try:
                 measured = measure(method, length, args.seconds)
             except Exception as error:  # a method that this machine lacks must not cost the others their rows

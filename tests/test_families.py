@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_longlora import LongLoraConfig, S2AttentionConfig, s2_attention_mode, set_s2_attention
-from hf_longlora.attention import interface
+from hf_longlora.attention import Documents
 
 COMMON: dict[str, Any] = {
     "vocab_size": 128,
@@ -152,13 +152,13 @@ def test_attention(family, monkeypatch):
     assert torch.equal(s2.generate(x, **options), sdpa.generate(x, **options))
 
     sparse_layers = []
-    real_attention = interface._attention
+    parts = Documents.parts
 
-    def record(query, key, value, documents, group_size, *args, **kwargs):
+    def record(documents, heads, kv_heads, group_size, *args):
         sparse_layers.append(group_size)
-        return real_attention(query, key, value, documents, group_size, *args, **kwargs)
+        return parts(documents, heads, kv_heads, group_size, *args)
 
-    monkeypatch.setattr(interface, "_attention", record)
+    monkeypatch.setattr(Documents, "parts", record)
     trained, by_reference = (logits(model.train(), x, attention_mask=mask) for model in (s2, reference))
     full = [kind for kind in getattr(sdpa.config, "layer_types", None) or [] if kind == "full_attention"]
     hybrid = 1 if family == "jamba" else 2

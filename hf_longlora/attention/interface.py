@@ -71,40 +71,8 @@ def s2_attention(
     documents = Documents.find(
         query.shape[0], query.shape[2], cu_seqlens=cu_seqlens, attention_mask=attention_mask, position_ids=None
     )
-    out = _attention(query, key, value, documents, group_size, select_kernel(kernel, query.device), scale=scale)
-    return out.transpose(1, 2)
-
-
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    documents: Documents,
-    group_size: int | None,
-    kernel: Callable[..., torch.Tensor],
-    *,
-    shift: Literal["half", "none", "all"] = "half",
-    sinks: torch.Tensor | None = None,
-    **options: Any,
-) -> torch.Tensor:
-    """Run the kernel on the heads that are shifted and on those that are not: `[B, H, S, D]` -> `[B, S, H, D_v]`."""
-    if group_size is None or documents.longest <= group_size:
-        return kernel(query, key, value, documents.segments(group_size), sinks=sinks, **options)
-    plain, shifted = documents.segments(group_size), documents.segments(group_size, group_size // 2)
-    query_heads, kv_heads = query.shape[1], key.shape[1]
-    if shift != "half" or query_heads == 1:  # one head has no half to shift
-        return kernel(query, key, value, shifted if shift == "all" else plain, sinks=sinks, **options)
-    if kv_heads > 1:
-        kv_split = [kv_heads - kv_heads // 2, kv_heads // 2]
-        query_split = [n * (query_heads // kv_heads) for n in kv_split]
-        keys, values = key.split(kv_split, 1), value.split(kv_split, 1)
-    else:
-        query_split = [query_heads - query_heads // 2, query_heads // 2]
-        keys, values = (key, key), (value, value)
-    queries = query.split(query_split, 1)
-    sink_parts = (None, None) if sinks is None else sinks.split(query_split)
-    parts = zip(queries, keys, values, (plain, shifted), sink_parts, strict=True)
-    return torch.cat([kernel(q, k, v, rows, sinks=sink, **options) for q, k, v, rows, sink in parts], dim=2)
+    parts = documents.parts(query.shape[1], key.shape[1], group_size)
+    return select_kernel(kernel, query, value)(query, key, value, parts, scale=scale).transpose(1, 2)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -136,8 +104,11 @@ class S2Mask:
     @property
     def causal(self) -> bool:
         """Whether nothing but causality, padding and packing shapes it."""
-        plain = self.arguments["mask_function"] is causal_mask_function
-        return plain or (self._documents is not None and self._documents.packed and not self.arguments["use_vmap"])
+        if self.arguments["mask_function"] is causal_mask_function:
+            return True
+        # Compiled, transformers can't look whether a row is packed, and makes the mask as if each were.
+        packed = torch.compiler.is_compiling() or (self._documents is not None and self._documents.packed)
+        return packed and not self.arguments["use_vmap"]  # what others shape a mask by comes as a function to vmap
 
     def dense(self) -> torch.Tensor | None:
         """The mask of `attn_implementation="sdpa"`: `[B, 1, S, S]`, or `None` where causality says it all."""
@@ -252,19 +223,18 @@ def s2_attention_forward(
     group_size = None if state.mode == "dense" else state.config.resolve_group_size(documents.longest)
     kernel = select_kernel(
         state.config.kernel,
-        query.device,
-        dropout=dropout > 0,
+        query,
+        value,
+        dropout=module.training and dropout > 0,
         softcap=softcap is not None,
         sinks=sinks is not None,
     )
-    out = _attention(
+    parts = documents.parts(query.shape[1], key.shape[1], group_size, _shift(state.config.shift, module))
+    out = kernel(
         query,
         key,
         value,
-        documents,
-        group_size,
-        kernel,
-        shift=_shift(state.config.shift, module),
+        parts,
         scale=scaling,
         dropout_p=dropout if module.training else 0.0,
         softcap=softcap,

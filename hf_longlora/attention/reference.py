@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .segments import Span
+from .segments import Part, Span
 
 
 def segment_mask(rows: Sequence[Sequence[Span]], length: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -22,25 +22,26 @@ def reference_kernel(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    rows: Sequence[Sequence[Span]],
+    parts: Sequence[Part],
     *,
     scale: float | None = None,
     dropout_p: float = 0.0,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention within segments; shapes as in `hf_longlora.attention.kernels.sdpa`. Queries in no segment give 0.
+    """Attention within segments; shapes as in `hf_longlora.attention.kernels`. Queries in no segment give 0.
 
     `softcap` bounds the scores by `softcap * tanh(scores / softcap)` (Gemma 2); `sinks` `[H]` adds one score for each
     head that takes weight and gives nothing (gpt-oss).
     """
     heads, length = query.shape[1], query.shape[2]
-    groups = heads // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1).float() for x in (key, value))
+    # Each query head's own keys and values: with one key/value head the parts share it, else the heads divide evenly.
+    key, value = (x.repeat_interleave(heads // key.shape[1], dim=1).float() for x in (key, value))
     scores = query.float() @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    visible = segment_mask(rows, length, query.device)[:, None]
+    masks = [segment_mask(part.rows, length, query.device)[:, None] for part in parts]
+    visible = torch.cat([m.expand(-1, b - a, -1, -1) for m, ((a, b), _, _) in zip(masks, parts, strict=True)], dim=1)
     scores = scores.masked_fill(~visible, float("-inf"))
     # A row without a visible key has no softmax; let it see itself, and drop what it gives.
     alone = ~visible.any(-1, keepdim=True)

@@ -9,10 +9,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import torch
 
 Span = tuple[int, int]
+
+
+class Part(NamedTuple):
+    """Heads that are cut alike.
+
+    Args:
+        heads: Query heads, half-open.
+        kv_heads: Their key/value heads.
+        rows: For each row of the batch, its segments.
+    """
+
+    heads: Span
+    kv_heads: Span
+    rows: tuple[tuple[Span, ...], ...]
 
 
 def segments(documents: Sequence[Span], group_size: int | None, shift: int = 0) -> tuple[Span, ...]:
@@ -70,7 +85,35 @@ class Documents:
             self._cuts[key] = tuple(segments(row, group_size, shift) for row in self.rows)
         return self._cuts[key]
 
+    def parts(
+        self, heads: int, kv_heads: int, group_size: int | None, shift: Literal["half", "none", "all"] = "half"
+    ) -> tuple[Part, ...]:
+        """Which heads are cut where; the whole pattern of a call, as kernels read it.
+
+        Shifted are the last half of the key/value heads with all their query heads; with a single key/value head, the
+        last half of the query heads. The parts of a call cover every query head once.
+
+        Args:
+            heads: Query heads, a multiple of `kv_heads`.
+            kv_heads: Key/value heads.
+            group_size: Tokens in a group; `None` for dense.
+            shift: `"half"` of the heads is the method, `"none"` and `"all"` are for comparison.
+        """
+        whole = (0, heads), (0, kv_heads)
+        if group_size is None or self.longest <= group_size:
+            return (Part(*whole, self.segments(group_size)),)
+        plain, shifted = self.segments(group_size), self.segments(group_size, group_size // 2)
+        if shift != "half" or heads == 1:  # one head has no half to shift
+            return (Part(*whole, shifted if shift == "all" else plain),)
+        if kv_heads == 1:
+            at = heads - heads // 2
+            return Part((0, at), (0, 1), plain), Part((at, heads), (0, 1), shifted)
+        at = kv_heads - kv_heads // 2
+        query_at = at * (heads // kv_heads)
+        return Part((0, query_at), (0, at), plain), Part((query_at, heads), (at, kv_heads), shifted)
+
     @classmethod
+    @torch.compiler.disable  # data to numbers: outside of the graph, once for each forward
     def find(
         cls,
         batch_size: int,

@@ -8,11 +8,21 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hf_longlora import s2_attention
-from hf_longlora.attention.kernels import KERNELS, PREFERENCE, select_kernel
+from hf_longlora.attention.kernels import KERNELS, ragged, sdpa, select_kernel
 
 from .oracle import oracle
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+ANYWHERE = [name for name, kernel in KERNELS.items() if kernel.devices is None]
+# (kernel, device, dtype) of all that this machine can run; kernels of half precision alone are tested in that
+RUNS = [
+    (name, device, dtype)
+    for device in DEVICES
+    for name, kernel in KERNELS.items()
+    if (kernel.devices is None or device in kernel.devices) and kernel.missing() is None
+    for dtype in [torch.float32 if kernel.dtypes is None else torch.bfloat16]
+]
+every_kernel = pytest.mark.parametrize(("kernel", "device", "dtype"), RUNS, ids=lambda x: str(x))
 HEADS = [(4, 4), (4, 2), (6, 3), (3, 3), (5, 1), (1, 1), (8, 2)]
 # relative error of the norm, outputs and gradients
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
@@ -63,27 +73,24 @@ def check(tensors, group_size, kernel, mask=None, cu_seqlens=None, scale=None):
     return out
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@every_kernel
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 23, 33])
-def test_against_oracle(kernel, heads, length, device):
+def test_against_oracle(kernel, heads, length, device, dtype):
     for batch, layout in ((1, "bhsd"), (2, "bshd"), (3, "bhsd")):
-        check(draw(*heads, length, batch, device=device, layout=layout), 8, kernel)
+        check(draw(*heads, length, batch, dim=32, dtype=dtype, device=device, layout=layout), 8, kernel)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_kernel
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("group_size", [2, 3, 8, 64, None])
-def test_half_precision_and_group_sizes(kernel, dtype, group_size, device):
-    check(draw(4, 2, 29, 2, dim=32, dtype=dtype, device=device), group_size, kernel)
+def test_half_precision_and_group_sizes(kernel, dtype, half, group_size, device):
+    check(draw(4, 2, 29, 2, dim=32, dtype=half, device=device), group_size, kernel)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@every_kernel
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_padding_of_each_row_by_another_amount(kernel, side, device):
+def test_padding_of_each_row_by_another_amount(kernel, side, device, dtype):
     length = 27
     mask = torch.ones(4, length, dtype=torch.long, device=device)
     for row, pads in enumerate((0, 5, 14, length)):
@@ -91,19 +98,28 @@ def test_padding_of_each_row_by_another_amount(kernel, side, device):
             mask[row, :pads] = 0
         if side in ("right", "both") and pads:
             mask[row, -max(1, pads // 2 if side == "both" else pads) :] = 0
-    tensors = draw(4, 2, length, 4, device=device)
-    out = check(tensors, 6, kernel, mask=mask)
-    assert (out.transpose(1, 2)[mask == 0] == 0).all()
+    for heads in ((4, 2), (5, 1)):
+        tensors = draw(*heads, length, 4, dim=32, dtype=dtype, device=device)
+        out = check(tensors, 6, kernel, mask=mask)
+        assert (out.transpose(1, 2)[mask == 0] == 0).all()
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
-def test_packed_documents(kernel, device):
+@every_kernel
+def test_packed_documents(kernel, device, dtype):
     cu_seqlens = torch.tensor([0, 3, 3, 11, 12, 40, 56], device=device)
-    check(draw(6, 3, 56, device=device), 8, kernel, cu_seqlens=cu_seqlens)
+    check(draw(6, 3, 56, dim=32, dtype=dtype, device=device), 8, kernel, cu_seqlens=cu_seqlens)
 
 
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@every_kernel
+def test_many_tokens_take_several_launches(kernel, device, dtype, monkeypatch):
+    for module in (sdpa, ragged):
+        monkeypatch.setattr(module, "LAUNCH_TOKENS", 20)
+    for batch in (1, 3):
+        check(draw(4, 2, 61, batch, dim=32, dtype=dtype, device=device), 8, kernel)
+        check(draw(4, 2, 64, batch, dim=32, dtype=dtype, device=device), 8, kernel)
+
+
+@pytest.mark.parametrize("kernel", ANYWHERE)
 def test_value_dim_and_scale(kernel):
     check(draw(4, 2, 21, 2, dim=24, dim_v=16), 8, kernel, scale=0.3)
 
@@ -125,14 +141,14 @@ def test_random_shapes(heads, batch, length, group_size, pads, layout):
         if right:
             mask[row, -right:] = 0
     assume(mask.any())
-    for kernel in PREFERENCE:
+    for kernel in ("sdpa",):
         check(draw(*heads, length, batch, dim=8, layout=layout), group_size, kernel, mask=mask)
 
 
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
-def test_no_earlier_output_moves_with_a_later_token(kernel):
+@every_kernel
+def test_no_earlier_output_moves_with_a_later_token(kernel, device, dtype):
     """The causality probe: what the published no-flash path and LLaMA-Factory's version would fail."""
-    query, key, value = (x.detach() for x in draw(4, 2, 33))
+    query, key, value = (x.detach() for x in draw(4, 2, 33, dim=32, dtype=dtype, device=device))
     before = s2_attention(query, key, value, group_size=8, kernel=kernel)
     for token in range(33):
         moved = [x.clone() for x in (query, key, value)]
@@ -170,8 +186,11 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_a_named_kernel_that_cannot_serve_raises():
+    query, _, value = draw(4, 2, 8)
     with pytest.raises(ValueError, match=r"'sdpa' lacks softcap.*reference"):
-        select_kernel("sdpa", torch.device("cpu"), softcap=True)
+        select_kernel("sdpa", query, value, softcap=True)
     with pytest.raises(ValueError, match="lacks attention sinks"):
-        select_kernel("auto", torch.device("cpu"), sinks=True)
-    assert select_kernel("reference", torch.device("cpu"), sinks=True) is KERNELS["reference"].function
+        select_kernel("auto", query, value, sinks=True)
+    with pytest.raises(ValueError, match=r"'varlen' lacks device 'cpu'"):
+        select_kernel("varlen", query, value)
+    assert select_kernel("reference", query, value, sinks=True) is KERNELS["reference"].function

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 
 from hf_longlora import S2AttentionConfig, s2_attention_mode, set_s2_attention
-from hf_longlora.attention import get_s2_attention, interface
+from hf_longlora.attention import Documents, get_s2_attention, interface
 from hf_longlora.attention.reference import reference_kernel
 
 from .oracle import oracle
@@ -51,13 +51,13 @@ def left_padded(batch=2, length=37):
 def spy(monkeypatch):
     """Record, for each call of the attention core, the group size that it ran with."""
     calls = []
-    real = interface._attention
+    real = Documents.parts
 
-    def record(query, key, value, documents, group_size, *args, **kwargs):
+    def record(documents, heads, kv_heads, group_size, *args):
         calls.append((documents, group_size))
-        return real(query, key, value, documents, group_size, *args, **kwargs)
+        return real(documents, heads, kv_heads, group_size, *args)
 
-    monkeypatch.setattr(interface, "_attention", record)
+    monkeypatch.setattr(Documents, "parts", record)
     return calls
 
 
@@ -289,8 +289,8 @@ def test_what_no_kernel_honours_is_refused(models):
         interface.s2_attention_forward(module, q, kv, kv, None, position_ids=torch.zeros(3, 1, 16))
     set_s2_attention(model, S2AttentionConfig(group_size=4, kernel="reference"))
     out, _ = interface.s2_attention_forward(module, q, kv, kv, None, softcap=30.0, s_aux=torch.zeros(4))
-    documents = interface.Documents.find(1, 16)
-    half = reference_kernel(q[:, :2], kv[:, :1], kv[:, :1], documents.segments(4), softcap=30.0, sinks=torch.zeros(2))
+    plain = Documents.find(1, 16).parts(2, 1, 4, "none")
+    half = reference_kernel(q[:, :2], kv[:, :1], kv[:, :1], plain, softcap=30.0, sinks=torch.zeros(2))
     assert torch.equal(out[:, :, :2], half)
 
 
@@ -311,17 +311,26 @@ def test_attention_dropout_runs_in_training_only(tiny_llama):
 )
 def test_what_is_shifted(models, monkeypatch, shift, layers):
     model, calls = models[0].train(), []
-    real = interface._attention
+    parts, select = Documents.parts, interface.select_kernel
 
-    def record(query, key, value, documents, group_size, kernel, **kwargs):
-        out = real(query, key, value, documents, group_size, kernel, **kwargs)
-        rows = [[(0, query.shape[2])]] * query.shape[0]
-        expected = oracle(query, key, value, rows, group_size, kwargs["scale"], kwargs["shift"])
-        assert torch.allclose(out.transpose(1, 2).double(), expected, atol=1e-5)
-        calls.append(kwargs["shift"])
-        return out
+    def record(documents, heads, kv_heads, group_size, how):
+        calls.append(how)
+        return parts(documents, heads, kv_heads, group_size, how)
 
-    monkeypatch.setattr(interface, "_attention", record)
+    def checked(*args, **kwargs):
+        kernel = select(*args, **kwargs)
+
+        def run(query, key, value, found, *, scale, **options):
+            out = kernel(query, key, value, found, scale=scale, **options)
+            rows = [[(0, query.shape[2])]] * query.shape[0]
+            expected = oracle(query, key, value, rows, GROUP, scale, calls[-1])
+            assert torch.allclose(out.transpose(1, 2).double(), expected, atol=1e-5)
+            return out
+
+        return run
+
+    monkeypatch.setattr(Documents, "parts", record)
+    monkeypatch.setattr(interface, "select_kernel", checked)
     set_s2_attention(model, S2AttentionConfig(group_size=GROUP, shift=shift))
     model(input_ids=ids())
     assert calls == layers

@@ -1,69 +1,135 @@
 """The kernels, one a file, all of one signature, and the table of what each supports.
 
 A kernel takes `query` `[B, H, S, D]`, `key` and `value` `[B, H_kv, S, D]` (`H` a multiple of `H_kv`; value's `D` may
-differ), the segments of each row and `scale`, `dropout_p`, `softcap`, `sinks`; it returns `[B, S, H, D_v]`, 0 where a
-query lies in no segment. To add one: write its file, add its row to `KERNELS`, and the tests run over it.
+differ), the `parts` of `Documents.parts` (which heads are cut where) and `scale`, `dropout_p`, `softcap`, `sinks`; it
+returns `[B, S, H, D_v]`, 0 where a query lies in no segment. To add one: write its file, add its row to `KERNELS`, and
+the tests run over it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+from transformers.utils import logging
 
 from ..reference import reference_kernel
-from .sdpa import sdpa_kernel
+from ..segments import Part
+from . import flash, flex, sdpa, varlen
+
+logger = logging.get_logger(__name__)
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """A row of the support table."""
+    """A row of the support table.
+
+    Args:
+        function: The kernel.
+        missing: What this machine lacks for it, in words; `None` if nothing.
+        devices: Device types; `None`: any.
+        dtypes: Of queries; `None`: any.
+        head_dim: The largest; `None`: any.
+        value_dim: Whether values may have another width than keys.
+        dropout: Whether it drops attention weights.
+        softcap: Whether it bounds scores.
+        sinks: Whether it has attention sinks.
+        linear_memory: Whether its memory grows with the length and not with its square.
+        compiles: Whether `torch.compile(fullgraph=True)` takes it.
+    """
 
     function: Callable[..., torch.Tensor]
-    devices: tuple[str, ...] | None = None  # None: any
+    missing: Callable[[], str | None] = lambda: None
+    devices: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    head_dim: int | None = None
+    value_dim: bool = True
     dropout: bool = True
     softcap: bool = False
     sinks: bool = False
     linear_memory: bool = True
+    compiles: bool = True
 
-    def lacks(self, device: torch.device, *, dropout: bool, softcap: bool, sinks: bool) -> str | None:
+    def lacks(
+        self, query: torch.Tensor, value: torch.Tensor, *, dropout: bool, softcap: bool, sinks: bool
+    ) -> str | None:
         """What a call needs and this kernel has not, in words; `None` if it can serve."""
-        if self.devices is not None and device.type not in self.devices:
-            return f"device {device.type!r}"
-        wanted = {"attention dropout": (dropout, self.dropout), "softcap": (softcap, self.softcap)}
-        wanted["attention sinks"] = (sinks, self.sinks)
-        return next((name for name, (asked, able) in wanted.items() if asked and not able), None)
+        device, dtype = query.device.type, query.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        wanted = {
+            f"device {device!r}": self.devices is not None and device not in self.devices,
+            f"{dtype}": self.dtypes is not None and dtype not in self.dtypes,
+            f"heads of {query.shape[-1]}": self.head_dim is not None and query.shape[-1] > self.head_dim,
+            "values of another width than keys": not self.value_dim and query.shape[-1] != value.shape[-1],
+            "attention dropout": dropout and not self.dropout,
+            "softcap": softcap and not self.softcap,
+            "attention sinks": sinks and not self.sinks,
+        }
+        return next((name for name, lacking in wanted.items() if lacking), None) or self.missing()
 
 
 KERNELS: dict[str, Kernel] = {
-    "sdpa": Kernel(function=sdpa_kernel),
+    "sdpa": Kernel(function=sdpa.sdpa_kernel),
+    "varlen": Kernel(
+        function=varlen.varlen_kernel, devices=("cuda",), dtypes=HALF, head_dim=256, value_dim=False, dropout=False
+    ),
+    "flash": Kernel(
+        function=flash.flash_kernel,
+        missing=flash.missing,
+        devices=("cuda",),
+        dtypes=HALF,
+        head_dim=256,
+        value_dim=False,
+        dropout=False,
+        compiles=False,
+    ),
+    "flex": Kernel(function=flex.flex_kernel, devices=("cuda",), dropout=False, softcap=True, sinks=True),
     "reference": Kernel(function=reference_kernel, softcap=True, sinks=True, linear_memory=False),
 }
-PREFERENCE = ("sdpa",)
+PREFERENCE = ("sdpa", "flex")
 """What `"auto"` tries, in order. The reference is never chosen unasked: its memory grows with the square of length."""
 
 
 def select_kernel(
-    name: str, device: torch.device, *, dropout: bool = False, softcap: bool = False, sinks: bool = False
+    name: str,
+    query: torch.Tensor,
+    value: torch.Tensor,
+    parts: Sequence[Part] = (),
+    *,
+    dropout: bool = False,
+    softcap: bool = False,
+    sinks: bool = False,
 ) -> Callable[..., torch.Tensor]:
     """The kernel called `name`, or for `"auto"` the first of `PREFERENCE` that can serve.
 
     Raises:
         ValueError: if the named kernel, or for `"auto"` every kernel, lacks what the call needs.
     """
+    needs = {"dropout": dropout, "softcap": softcap, "sinks": sinks}
     candidates = PREFERENCE if name == "auto" else (name,)
     reasons = {}
     for candidate in candidates:
-        lack = KERNELS[candidate].lacks(device, dropout=dropout, softcap=softcap, sinks=sinks)
+        lack = KERNELS[candidate].lacks(query, value, **needs)
         if lack is None:
+            if name == "auto" and not torch.compiler.is_compiling():
+                _say(candidate)
             return KERNELS[candidate].function
         reasons[candidate] = lack
-    able = [
-        other
-        for other, kernel in KERNELS.items()
-        if kernel.lacks(device, dropout=dropout, softcap=softcap, sinks=sinks) is None
-    ]
+    able = [other for other, kernel in KERNELS.items() if kernel.lacks(query, value, **needs) is None]
     raise ValueError(
         "No attention kernel for this model: "
         + ", ".join(f"{kernel!r} lacks {lack}" for kernel, lack in reasons.items())
-        + (f". S2AttentionConfig(kernel=...) can be one of {able} (memory grows with n^2)." if able else ".")
+        + (
+            f". S2AttentionConfig(kernel=...) can be one of {able} (the reference's memory grows with n^2)."
+            if able
+            else "."
+        )
     )
+
+
+@cache
+def _say(kernel: str) -> None:
+    """Log a choice of `"auto"`, once."""
+    logger.info(f"s2attn uses the kernel {kernel!r}.")

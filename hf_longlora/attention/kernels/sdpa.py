@@ -1,16 +1,245 @@
 """Segments folded into the batch of `torch.nn.functional.scaled_dot_product_attention`, by views.
 
-Neighbouring segments of equal length become one call: `[B, H, c * L, D]` seen as `[B * c, H, L, D]`. A row of `n`
-tokens takes two calls at most for heads that are not shifted (whole groups, the rest), three for those that are.
+Segments of equal length at equal distances become one launch: `[B, H, c * L, D]` seen as `[B * c, H, L, D]`. A
+document of `n` tokens takes two launches for heads that are not shifted (whole groups, the rest), and two or three for
+those that are: whole groups, and the shorter first and last one, together if they are of one length.
+
+The launches are those of torch's operators for cuDNN, FlashAttention or the CPU, whichever the function would take,
+written in place (`in_place`). What these can't do (attention dropout, odd widths, fp32 on a GPU) goes through the
+function itself, and autograd puts the pieces together.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
-from ..segments import Span
+from ..segments import Part, Span
+from .in_place import ENGINES, Engine, attend_in_place, heads_of
+
+LAUNCH_TOKENS = 32_768
+"""Tokens in a launch, or one segment if that is longer. A launch's pieces, and the fp32 gradients of queries that
+kernels add up in, are freed before the next; at 131,072 tokens more in one launch is no faster."""
+
+
+class Launch(NamedTuple):
+    """`times` segments of `length` tokens, `gap` tokens apart, the first at `start`, in each of `rows` rows."""
+
+    heads: Span
+    kv_heads: Span
+    row: int
+    rows: int
+    start: int
+    gap: int
+    times: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.times * self.length
+
+
+def sdpa_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    parts: Sequence[Part],
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention within segments: `[B, H, S, D]`, `[B, H_kv, S, D]` -> `[B, S, H, D_v]`, 0 in padding."""
+    if softcap is not None or sinks is not None:
+        raise ValueError("The sdpa kernel has neither softcap nor sinks.")
+    if dropout_p == 0.0 and _has_operators(query, value):
+        # Rows fold into one batch by views where they follow one another in memory, as in [B, S, H, D].
+        follow = all(x.stride(0) == x.shape[2] * x.stride(2) for x in (query, key, value))
+        return attend_in_place(
+            "sdpa", query, key, value, plan(tuple(parts), query.shape[2], follow, LAUNCH_TOKENS), scale
+        )
+    outs = []
+    for heads, kv_heads, rows in parts:
+        q, k, v = heads_of(query, heads), heads_of(key, kv_heads), heads_of(value, kv_heads)
+        outs.append(_by_autograd(q, k, v, rows, scale, dropout_p))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# In place, by torch's operators
+
+
+def _has_operators(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch has the operators for a call, without padding it first."""
+    width = query.shape[-1]
+    if width != value.shape[-1]:
+        return False
+    if query.device.type == "cpu":
+        return True
+    if query.device.type != "cuda" or torch.cuda.get_device_capability(query.device) < (8, 0):
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    return (
+        dtype in (torch.float16, torch.bfloat16)
+        and width % 8 == 0
+        and width <= 128  # wider heads: FlashAttention's backward has them on some devices only
+        and (torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.cudnn_sdp_enabled())
+    )
+
+
+@lru_cache(maxsize=64)
+def plan(parts: tuple[Part, ...], length: int, rows_follow: bool, limit: int) -> list[int]:
+    """The launches of a call as a flat list, for the operator takes numbers only.
+
+    Args:
+        parts: What is cut where.
+        length: Tokens in a row.
+        rows_follow: Whether each row begins where the one before it ends, in memory.
+        limit: Tokens in a launch.
+    """
+    found = []
+    for heads, kv_heads, rows in parts:
+        row = 0
+        while row < len(rows):
+            alike = next((n for n in range(row, len(rows)) if rows[n] != rows[row]), len(rows)) - row
+            for start, gap, count, size in progressions(rows[row]):
+                # Whole rows fold into one batch, and so does one segment of each row; else each row by itself.
+                whole = rows_follow and gap == size and count * size == length
+                together = alike if count == 1 or whole else 1
+                for first in range(row, row + alike, together):
+                    found += list(_cut(Launch(heads, kv_heads, first, together, start, gap, count, size), limit))
+            row += alike
+    return [number for launch in found for number in chain(launch.heads, launch.kv_heads, launch[2:])]
+
+
+def _cut(launch: Launch, limit: int) -> Iterator[Launch]:
+    """Launches of `limit` tokens at most, or of one segment."""
+    many = max(1, limit // launch.length)
+    if launch.rows > 1:
+        per_row = max(1, many // launch.times)
+        for row in range(0, launch.rows, per_row):
+            yield launch._replace(row=launch.row + row, rows=min(per_row, launch.rows - row))
+        return
+    for first in range(0, launch.times, many):
+        times = min(many, launch.times - first)
+        yield launch._replace(start=launch.start + first * launch.gap, times=times)
+
+
+def progressions(spans: Sequence[Span]) -> list[tuple[int, int, int, int]]:
+    """Spans of equal length at equal distances: `(start, gap, count, length)` for each such run.
+
+    Neighbours first; then the leftover spans of equal length two by two, such as the ends of a shifted document.
+    """
+    runs: list[tuple[int, int, int, int]] = []
+    for start, end in spans:
+        if runs:
+            first, _, count, length = runs[-1]
+            if end - start == length and start == first + count * length:
+                runs[-1] = (first, length, count + 1, length)
+                continue
+        runs.append((start, end - start, 1, end - start))
+    single: dict[int, int] = {}  # length -> index of a run of one
+    merged: list[tuple[int, int, int, int]] = []
+    for run in runs:
+        start, _, count, length = run
+        if count == 1 and length in single:
+            at = single.pop(length)
+            merged[at] = (merged[at][0], start - merged[at][0], 2, length)
+            continue
+        if count == 1:
+            single[length] = len(merged)
+        merged.append(run)
+    return merged
+
+
+def _launches(numbers: Sequence[int]) -> Iterator[Launch]:
+    for at in range(0, len(numbers), 10):
+        a, b, c, d, *rest = numbers[at : at + 10]
+        yield Launch((a, b), (c, d), *rest)
+
+
+def _fold(x: torch.Tensor, heads: Span, launch: Launch) -> torch.Tensor:
+    """The segments of a launch as a batch, a view: `[B, H, S, D]` -> `[rows * count, h, length, D]`."""
+    at_row, at_head, at_token, at_width = x.stride()
+    first = x[launch.row :, heads[0] : heads[1], launch.start :]
+    step = launch.gap * at_token if launch.times > 1 else at_row
+    size = (launch.rows * launch.times, heads[1] - heads[0], launch.length, x.shape[-1])
+    return first.as_strided(size, (step, at_head, at_token, at_width), first.storage_offset())
+
+
+def _cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `scaled_dot_product_attention` would take cuDNN here, and not FlashAttention."""
+    choice = torch._fused_sdp_choice(query, key, value, is_causal=True, enable_gqa=True)
+    return choice == SDPBackend.CUDNN_ATTENTION.value
+
+
+def _forward(
+    launch: Launch,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> None:
+    q, k, v = _fold(query, launch.heads, launch), *(_fold(x, launch.kv_heads, launch) for x in (key, value))
+    if q.device.type == "cpu":
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    elif _cudnn(q, k, v):
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=scale)
+    else:
+        found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)
+    _fold(out, launch.heads, launch).copy_(found[0])
+    lse.view(q.shape[:3]).copy_(found[1].view(q.shape[:3]))
+
+
+def _backward(
+    launch: Launch,
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    scale: float,
+    add: bool,
+) -> None:
+    q, k, v = _fold(query, launch.heads, launch), *(_fold(x, launch.kv_heads, launch) for x in (key, value))
+    do, o = _fold(grad, launch.heads, launch), _fold(out, launch.heads, launch)
+    lse, length = lse.view(q.shape[:3]), launch.length
+    if q.device.type == "cpu":
+        pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            do, q, k, v, o, lse, 0.0, True, scale=scale
+        )
+    elif _cudnn(q, k, v):
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout, which there is none of
+        pieces = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            do, q, k, v, o, lse[..., None], seed, seed, None, None, None, length, length, 0.0, True, scale=scale
+        )
+    else:
+        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        pieces = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            do, q, k, v, o, lse, None, None, length, length, 0.0, True, seed, seed[:0], scale=scale
+        )
+    _fold(dq, launch.heads, launch).copy_(pieces[0])
+    for whole, piece in ((dk, pieces[1]), (dv, pieces[2])):
+        part = _fold(whole, launch.kv_heads, launch)
+        _ = part.add_(piece) if add else part.copy_(piece)
+
+
+ENGINES["sdpa"] = Engine(_launches, _forward, _backward)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# By autograd
 
 
 class Run(NamedTuple):
@@ -40,27 +269,22 @@ def runs(spans: Sequence[Span], length: int) -> Iterator[Run]:
         yield Run(0, length - at)
 
 
-def sdpa_kernel(
+def _by_autograd(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     rows: Sequence[Sequence[Span]],
-    *,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    scale: float | None,
+    dropout_p: float,
 ) -> torch.Tensor:
-    """Attention within segments: `[B, H, S, D]`, `[B, H_kv, S, D]` -> `[B, S, H, D_v]`, 0 in padding."""
-    if softcap is not None or sinks is not None:
-        raise ValueError("The sdpa kernel has neither softcap nor sinks.")
+    """Heads that are cut alike: `[B, h, S, D]` -> `[B, S, h, D_v]`."""
     batch, length = query.shape[0], query.shape[2]
     plan = list(runs(rows[0], length))
     alike = all(row == rows[0] for row in rows[1:])
     # Several rows fold into one call by views only where a run is a single segment or spans the whole row.
     if batch > 1 and not (alike and all(run.segments <= 1 or run.tokens == length for run in plan)):
         by_row = zip(query.split(1), key.split(1), value.split(1), rows, strict=True)
-        return torch.cat([sdpa_kernel(q, k, v, [row], scale=scale, dropout_p=dropout_p) for q, k, v, row in by_row])
+        return torch.cat([_by_autograd(q, k, v, [row], scale, dropout_p) for q, k, v, row in by_row])
 
     # `split` and not slices: its backward is one concatenation, that of a slice a zero-filled tensor of full size.
     sizes = [run.tokens for run in plan]

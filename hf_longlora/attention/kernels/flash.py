@@ -1,0 +1,165 @@
+"""The flash-attn packages: FlashAttention 4, which writes in place; else 3 or 2, as transformers imports them.
+
+Any segments in one launch for each part, as `varlen` does with what torch has built in.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import modeling_flash_attention_utils
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+from ..segments import Part
+from . import ragged
+from .in_place import ENGINES
+from .ragged import Launch, attend_ragged, engine
+
+
+@lru_cache(maxsize=1)
+def version() -> int:
+    """The newest FlashAttention that can be imported: 4, 3 or 2; 0: none."""
+    if find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None:
+        return 4
+    return 3 if is_flash_attn_3_available() else 2 if is_flash_attn_2_available() else 0
+
+
+def missing() -> str | None:
+    """What this machine lacks, in words."""
+    return None if version() else "the package flash-attn-4 or flash-attn (pip install flash-attn-4)"
+
+
+def flash_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    parts: Sequence[Part],
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention within segments: `[B, H, S, D]`, `[B, H_kv, S, D]` -> `[B, S, H, D]`, 0 in padding."""
+    if dropout_p or softcap is not None or sinks is not None:
+        raise ValueError("The flash kernel has neither dropout nor softcap nor sinks.")
+    if version() == 4:
+        return attend_ragged("flash4", query, key, value, parts, scale)
+    return _by_autograd(query, key, value, parts, scale)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# FlashAttention 4, in place
+
+
+def _interface() -> Any:
+    from flash_attn.cute import interface
+
+    return interface
+
+
+def _forward(
+    launch: Launch,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> None:
+    q, k, v = launch.of(query, launch.heads), launch.of(key, launch.kv_heads), launch.of(value, launch.kv_heads)
+    o, edges, longest = launch.of(out, launch.heads), launch.edges(q.device), max(launch.lengths)
+    _interface()._flash_attn_fwd(
+        q,
+        k,
+        v,
+        cu_seqlens_q=edges,
+        cu_seqlens_k=edges,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=scale,
+        causal=True,
+        return_lse=True,
+        out=o,
+        lse=lse.view(q.shape[1], q.shape[0]),
+    )
+    launch.clear(o)
+
+
+def _backward(
+    launch: Launch,
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    scale: float,
+    add: bool,
+) -> None:
+    q, k, v = launch.of(query, launch.heads), launch.of(key, launch.kv_heads), launch.of(value, launch.kv_heads)
+    edges, longest = launch.edges(q.device), max(launch.lengths)
+    wholes = launch.of(dq, launch.heads), launch.of(dk, launch.kv_heads), launch.of(dv, launch.kv_heads)
+    pieces = (wholes[0], *(torch.empty_like(x) if add else x for x in wholes[1:]))
+    _interface()._flash_attn_bwd(
+        q,
+        k,
+        v,
+        launch.of(out, launch.heads),
+        launch.of(grad, launch.heads),
+        lse.view(q.shape[1], q.shape[0]),
+        softmax_scale=scale,
+        causal=True,
+        cu_seqlens_q=edges,
+        cu_seqlens_k=edges,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        dq=pieces[0],
+        dk=pieces[1],
+        dv=pieces[2],
+    )
+    launch.clear(*pieces)
+    if add:
+        for whole, piece in zip(wholes[1:], pieces[1:], strict=True):
+            whole.add_(piece)
+
+
+ENGINES["flash4"] = engine(_forward, _backward)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# FlashAttention 3 and 2
+
+
+def _by_autograd(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[Part], scale: float | None
+) -> torch.Tensor:
+    batch, _, length, _ = query.shape
+    (_, attend, *_), _ = modeling_flash_attention_utils.lazy_import_flash_attention(f"flash_attention_{version()}")
+    outs = []
+    for launch in ragged.launches(ragged.plan(tuple(parts), length, math.inf)):
+        q, k, v = launch.of(query, launch.heads), launch.of(key, launch.kv_heads), launch.of(value, launch.kv_heads)
+        edges, longest = launch.edges(q.device), max(launch.lengths)
+        out = attend(
+            q,
+            k,
+            v,
+            cu_seqlens_q=edges,
+            cu_seqlens_k=edges,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            softmax_scale=scale,
+            causal=True,
+        )
+        out = out[0] if isinstance(out, tuple) else out  # version 3 gives the normaliser, too
+        if launch.padding:
+            out = out.clone()
+            launch.clear(out)
+        outs.append(out.unflatten(0, (batch, length)))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)

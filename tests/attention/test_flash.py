@@ -1,0 +1,125 @@
+"""The flash kernel without a GPU: a stand-in for its package, of the same signatures, that writes where it is told.
+
+What the package itself computes is tested where it is installed (`test_kernels.py`). Here: that every launch gets the
+right heads, tokens and edges, and that what it writes ends in the right place.
+"""
+
+import itertools
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_longlora.attention import kernels
+from hf_longlora.attention.kernels import KERNELS, flash, ragged
+
+from .test_kernels import HEADS, check, draw
+
+
+def attend(q, k, v, edges, scale):
+    """`[T, H, D]`, causal within the edges."""
+    outs = []
+    for a, b in itertools.pairwise(edges.tolist()):
+        part = (x[a:b].transpose(0, 1) for x in (q, k, v))
+        outs.append(
+            F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=True).transpose(0, 1)
+        )
+    return torch.cat(outs)
+
+
+def flash_attn_fwd(
+    q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, return_lse, out, lse
+):
+    assert causal and return_lse and cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q[-1] == len(q) == len(k)
+    assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
+    assert out.shape == (*q.shape[:2], v.shape[-1]) and lse.shape == (q.shape[1], q.shape[0])
+    out.copy_(attend(q, k, v, cu_seqlens_q, softmax_scale))
+    lse.fill_(1.0)
+
+
+def flash_attn_bwd(
+    q,
+    k,
+    v,
+    out,
+    dout,
+    lse,
+    *,
+    softmax_scale,
+    causal,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dq,
+    dk,
+    dv,
+):
+    assert causal and (lse == 1).all()
+    group = q.shape[1] // k.shape[1]
+    for a, b in itertools.pairwise(cu_seqlens_q.tolist()):
+        query, grad, *shared = (x[a:b].transpose(0, 1) for x in (q, dout, k, v))
+        keys, values = (x.repeat_interleave(group, dim=0) for x in shared)
+        hidden = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
+        weights = (query @ keys.mT * softmax_scale).masked_fill(hidden, float("-inf")).softmax(-1)
+        inner = grad @ values.mT
+        scores = weights * (inner - (weights * inner).sum(-1, keepdim=True)) * softmax_scale
+        dq[a:b] = (scores @ keys).transpose(0, 1)
+        for into, each in ((dk, scores.mT @ query), (dv, weights.mT @ grad)):
+            into[a:b] = each.unflatten(0, (-1, group)).sum(1).transpose(0, 1)
+
+
+def flash_attn_varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
+    assert causal and max_seqlen_q == cu_seqlens_q.diff().max()
+    return attend(q, k, v, cu_seqlens_q, softmax_scale)
+
+
+@pytest.fixture(params=[4, 2])
+def stand_in(request, monkeypatch):
+    """The flash kernel as if its package were installed, on any device and in any precision."""
+    monkeypatch.setattr(flash, "version", lambda: request.param)
+    if request.param == 4:
+        package = ModuleType("flash_attn.cute")
+        package.interface = SimpleNamespace(_flash_attn_fwd=flash_attn_fwd, _flash_attn_bwd=flash_attn_bwd)
+        monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+        monkeypatch.setitem(sys.modules, "flash_attn.cute", package)
+    else:
+        utils = flash.modeling_flash_attention_utils
+        functions = (None, flash_attn_varlen, None, None, None)
+        monkeypatch.setattr(utils, "lazy_import_flash_attention", lambda name: (functions, None))
+    monkeypatch.setitem(kernels.KERNELS, "flash", kernels.Kernel(function=flash.flash_kernel))
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("length", [1, 8, 23, 33])
+def test_against_oracle(stand_in, heads, length):
+    for batch, layout in ((1, "bhsd"), (2, "bshd"), (3, "bhsd")):
+        check(draw(*heads, length, batch, layout=layout), 8, "flash")
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (5, 1)], ids=str)
+def test_padding(stand_in, heads):
+    mask = torch.ones(4, 27)
+    mask[1, :5], mask[2, -14:], mask[3] = 0, 0, 0
+    out = check(draw(*heads, 27, 4), 6, "flash", mask=mask)
+    assert (out.transpose(1, 2)[mask == 0] == 0).all()
+
+
+def test_packing(stand_in):
+    check(draw(6, 3, 56), 8, "flash", cu_seqlens=torch.tensor([0, 3, 3, 11, 12, 40, 56]))
+
+
+def test_launches_are_cut_between_segments(stand_in, monkeypatch):
+    monkeypatch.setattr(ragged, "LAUNCH_TOKENS", 20)
+    check(draw(4, 2, 61, 3), 8, "flash")
+
+
+def test_without_a_package_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(flash, "version", lambda: 0)
+    query, _, value = draw(4, 2, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"'flash' lacks (device 'cpu'|the package flash-attn-4)"):
+        kernels.select_kernel("flash", query, value)
+    assert "pip install flash-attn-4" in flash.missing()
+    assert KERNELS["flash"].missing is flash.missing
