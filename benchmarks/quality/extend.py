@@ -34,6 +34,7 @@ from hf_longlora.rope import apply_rope, scaled_rope
 from hf_longlora.trainer.stages import Schedule
 
 from .data import CORPORA, load_documents, load_tokenizer, train_windows
+from .trial import TrialCallback, prefix_pairs, register
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 STRIDE = 256
@@ -55,6 +56,7 @@ class Run:
             1: the target alone.
         cut: Share of the steps that are run at all: dense training of equal attention cost.
         full: Train all weights, without an adapter.
+        trial: What else is tried, in the words of `trial`.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Run:
     train_embeddings: bool = True
     rope_type: str = "yarn"
     kernel: str = "auto"
+    trial: str = ""
     seed: int = 0
 
     def stages(self) -> list[ContextStage]:
@@ -120,12 +123,11 @@ def attention_cost(run: Run, schedule: Schedule) -> float:
     for step in range(schedule.max_steps):
         plan = schedule.step(step)
         length = schedule.stages[plan.stage].max_length
-        size = schedule.attention_config(plan.stage).group_size
-        assert size is not None
+        size = TrialCallback(run.trial, schedule).attention(step).group_size
         dense = length * (length + 1) // 2
         plain, moved = (
-            sum((end - start) * (end - start + 1) // 2 for start, end in segments([(0, length)], size, shift))
-            for shift in (0, size // 2)
+            sum((end - start) * (end - start + 1) // 2 for start, end in cut) + prefix_pairs(run.trial, length, cut)
+            for cut in (segments([(0, length)], size, shift) for shift in (0, size // 2))
         )
         pairs = (1 - shifted) * plain + shifted * moved
         if run.rotate:
@@ -176,7 +178,7 @@ def train(run: Run, base: Path, work: Path) -> tuple[Any, dict[str, Any]]:
             dense_every=run.dense_every,
             group_size_ratio=run.group_size_ratio,
             attention_shift=run.shift,
-            attention_kernel=run.kernel,
+            attention_kernel=register(run.trial) or run.kernel,
             packing=run.through > 1,  # cuts the target's rows to a shorter stage's, and loses none of their tokens
             packing_strategy="wrapped",
             per_device_train_batch_size=run.batch,
@@ -204,14 +206,14 @@ def train(run: Run, base: Path, work: Path) -> tuple[Any, dict[str, Any]]:
             train_dataset=dataset,
             processing_class=load_tokenizer(work),
             peft_config=None if run.full else config,
-            callbacks=[RotatingDenseLayers(run.rotate)] if run.rotate else None,
+            callbacks=[RotatingDenseLayers(run.rotate)] if run.rotate else [TrialCallback(run.trial, args.schedule)],
         )
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
-    if run.rotate:  # one state for all layers again
+    if run.rotate or run.trial:  # one state for all layers again
         set_s2_attention(trainer.model, trainer.schedule.attention_config(0))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return trainer.model, {

@@ -121,25 +121,22 @@ SIXTEEN_FOLD = [
     )
 ]
 
+
+def tried(run: Run, trial: str, **more: Any) -> Run:
+    return replace(run, name=f"{run.name} {trial}", trial=trial, **more)
+
+
+IDEAS = ("prefix 16", "prefix 64", "freeze q_proj k_proj", "prefix 64, freeze q_proj k_proj", "sparse_lr 0.3")
 TRIAL = [
     replace(run, target=8192, batch=4)
     for run in (
-        s2(16, 4, kernel="tempered 0.613"),
-        s2(16, 4, kernel="tempered 0.783"),
-        s2(16, 4, label="lora r 64", train_norms=False, train_embeddings=False, rank=64),
-        replace(dense(), name="dense lora r 64", train_norms=False, train_embeddings=False, rank=64),
-        s2(
-            16,
-            4,
-            label="lora r 64 tempered",
-            train_norms=False,
-            train_embeddings=False,
-            rank=64,
-            kernel="tempered 0.783",
-        ),
+        *(tried(s2(16, 4), idea) for idea in IDEAS),
+        *(tried(lora(s2(16, 4), 64), idea) for idea in IDEAS),
+        tried(s2(32, 5), "groups 2 64 64 64"),
+        replace(lora(dense(), 64), name="dense, lora r 64 lr 1e-3", learning_rate=1e-3),
+        replace(lora(s2(16, 4), 64), name="s2 1/16 dense_every 4, lora r 64 lr 1e-3", learning_rate=1e-3),
     )
 ]
-
 # What is scored on the test splits, too.
 FINAL = [
     replace(run, target=target, batch=batch)
@@ -155,6 +152,7 @@ TABLES = {
     "stages": STAGES,
     "sixteen_fold": SIXTEEN_FOLD,
     "final": FINAL,
+    "trial": TRIAL,
 }
 
 
