@@ -15,8 +15,8 @@ trained, gradient checkpointing, TRL's chunked loss, AdamW, batch 1, one documen
     floor-qk        the floor with q and k added, so that all projections are computed: what attention alone adds
 
 and each `+NAME` behind it switches on: `cudnn` or `flash` (the backend of scaled_dot_product_attention), `fa3` or
-`fa4` (transformers' flash_attention_3 and _4; stock only), `liger` (use_liger_kernel), `offload` (activations to the
-host), `qlora` (a base in 4 bits).
+`fa4` (transformers' flash_attention_3 and _4; stock only), `liger` (use_liger_kernel), `compile` (compile_layers),
+`tile` (mlp_tile=8192, or a quarter of a shorter length), `offload` (activations to the host), `qlora` (4 bits).
 
 Each method runs in a process of its own, through its lengths in order. A row is appended when a length is done; a
 length that does not fit gets a row that says so, and ends its method. Steps are timed from on_step_begin to
@@ -75,7 +75,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 """What sets a model apart from Llama 3: 8 key/value heads, a vocabulary of 128,256, theta 500,000."""
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-OPTIONS = ("cudnn", "flash", "fa3", "fa4", "liger", "offload", "qlora")
+OPTIONS = ("cudnn", "flash", "fa3", "fa4", "liger", "compile", "tile", "offload", "qlora")
+OURS = {"compile", "tile"}
+"""Options of our trainer alone."""
 WARM_UP = 8192
 """Tokens of the first steps of a process, where libraries load, choose and compile."""
 
@@ -108,6 +110,9 @@ class Method:
                 f"There is no method {name!r}: stock, floor, floor-qk, ours-dense, ours-n/4 or ours-2048, and after "
                 f"each + one of {', '.join(OPTIONS)}."
             )
+        wrong = set(options) & (OURS if base == "stock" else {"fa3", "fa4"})
+        if wrong:
+            raise SystemExit(f"{name!r}: {base} has no {', '.join(sorted(wrong))}.")
         return cls(name, base, found[1] or "", frozenset(options))
 
     @property
@@ -259,6 +264,8 @@ def build_trainer(method: Method, model: Any, plan: Sequence[int], clock: Any, f
         **common,
         args=LongLoraSFTConfig(
             **options,
+            compile_layers="compile" in method.options,
+            mlp_tile=min(8192, plan[0] // 4) if "tile" in method.options else None,
             stages=[stage(length, len(list(steps))) for length, steps in groupby(plan)],
             dense_every=0,
             report=False,
@@ -351,8 +358,10 @@ def run_method(run: Run, model_name: str, results: Path, progress: Path) -> None
 
     warnings.simplefilter("ignore")  # what the libraries deprecate among themselves
     method = Method.parse(run.method)
-    plan = [min(WARM_UP, run.lengths[0])] + [n for n in run.lengths for _ in range(run.warm + run.steps)]
-    warm = [True] + [i < run.warm for _ in run.lengths for i in range(run.warm + run.steps)]
+    plan = [n for n in run.lengths for _ in range(run.warm + run.steps)]
+    warm = [i < run.warm for _ in run.lengths for i in range(run.warm + run.steps)]
+    if run.warm == 0 or "compile" not in method.options:  # compiled for two lengths, it is compiled for any
+        plan, warm = [min(WARM_UP, run.lengths[0]), *plan], [True, *warm]
     origin = provenance()
     since = time.perf_counter()
 
@@ -434,9 +443,16 @@ def preset(name: str) -> tuple[str, list[Run]]:
             Run("stock", at[:5], 1, 0),
         ]
     if name == "fused":
-        at = [32768, longest_dense()]
-        return "8b", [Run(method, at) for method in ("floor", "floor+liger", "ours-2048", "ours-2048+liger")]
-    raise SystemExit(f"There is no preset {name!r}.")
+        options = ("", "+compile", "+liger", "+compile+liger")
+        return "8b", [Run(base + option, [32768]) for base in ("floor", "ours-2048") for option in options]
+    assert name == "longest"
+    return "8b", [
+        Run("ours-2048+liger+tile", [131072, 262144], 1, 0),
+        Run("ours-2048+liger+tile+offload", [262144, 524288, 1048576], 1, 0),
+        Run("ours-2048+liger+tile+qlora", [262144], 1, 0),
+        Run("ours-2048+liger+tile+offload+qlora", [524288, 1048576], 1, 0),
+        Run("ours-2048+compile+tile+offload", [524288], 1, 0),
+    ]
 
 
 def spawn(run: Run, model: str, results: Path, timeout: float) -> None:
