@@ -17,11 +17,16 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def decoder_layers(model: nn.Module) -> Iterator[GradientCheckpointingLayer]:
-    """The layers that gradient checkpointing works on, by transformers' own mark."""
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            yield module
+def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers that gradient checkpointing works on, by transformers' own mark.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no decoder layers that transformers marks as such.")
+    return layers
 
 
 @contextmanager
@@ -33,9 +38,7 @@ def compiled_layers(model: nn.Module, active: bool = True) -> Iterator[None]:
     Raises:
         ValueError: if the model has no such layers.
     """
-    layers = list(decoder_layers(model)) if active else []
-    if active and not layers:
-        raise ValueError(f"{type(model).__name__} has no decoder layers of transformers' that could be compiled.")
+    layers = decoder_layers(model) if active else []
     for layer in layers:
         layer.compile()
     try:
@@ -57,7 +60,7 @@ def tile_mlps(model: nn.Module, tile: int) -> None:
     computed in the backward, and nowhere else.
 
     Raises:
-        ValueError: if a layer has no MLP of one input, or one that draws random numbers.
+        ValueError: if the model has no decoder layers, or one of them no MLP or one with dropout.
     """
     for layer in decoder_layers(model):
         found = [m for m in layer.children() if type(m).__name__.endswith("MLP")]
