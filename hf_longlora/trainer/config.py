@@ -26,6 +26,8 @@ class LongLoraSFTConfig(SFTConfig):
         group_size_ratio: Group size as a share of the stage's `max_length`, where `group_size` is not given.
         attention_shift: "heads"; "layers", "none" and "all" are for comparison.
         attention_kernel: "auto", or the name of a kernel.
+        compile_layers: Whether to compile each decoder layer (torch.compile) for training.
+        mlp_tile: Tokens that an MLP takes at a time; `None`: all. For sequences whose MLP intermediates don't fit.
         report: Whether a run ends with `report.html` in its output directory.
 
     Raises:
@@ -56,6 +58,13 @@ class LongLoraSFTConfig(SFTConfig):
         default="heads", metadata={"help": "What is shifted: heads (the method), layers, none or all."}
     )
     attention_kernel: str = field(default="auto", metadata={"help": "Attention kernel: 'auto' or a kernel's name."})
+    compile_layers: bool = field(
+        default=False, metadata={"help": "Compile each decoder layer for training (fuses what is not a product)."}
+    )
+    mlp_tile: int | None = field(
+        default=None,
+        metadata={"help": "Tokens that an MLP takes at a time, to save memory at long sequences. Default: all."},
+    )
     report: bool = field(default=True, metadata={"help": "End a run with report.html in its output directory."})
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of AdamW."})
@@ -67,6 +76,8 @@ class LongLoraSFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         check_dense_every(self.dense_every)
+        if self.mlp_tile is not None and self.mlp_tile < 1:
+            raise ValueError(f"`mlp_tile` must be a number of tokens, at least 1, got {self.mlp_tile!r}.")
         if isinstance(self.stages, str) and self.stages not in AUTO_STAGES:
             try:
                 self.stages = json.loads(self.stages)

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
+from peft.helpers import disable_input_dtype_casting
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
@@ -28,6 +29,7 @@ from ..tuner.config import check_weights
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
 from .checks import check_adapter, check_arguments, check_dataset, checked_config, known_length, stage_ropes
 from .config import LongLoraSFTConfig
+from .layers import compiled_layers, tile_mlps
 from .report import write_report
 from .stages import Schedule
 
@@ -105,6 +107,9 @@ class LongLoraSFTTrainer(SFTTrainer):
             set_s2_attention(model)
         self._train_source: Dataset | None = train_dataset
         self._stage_examples: list[int] = []
+        if args.mlp_tile is not None and args.use_liger_kernel:
+            # Liger's MLP would shadow the tiled one.
+            args.liger_kernel_config = {**(args.liger_kernel_config or {}), "swiglu": False, "geglu": False}
         set_seed(args.seed)  # TRL before 1.16 leaves the adapter's random start unseeded
         super().__init__(
             model=model,
@@ -124,6 +129,8 @@ class LongLoraSFTTrainer(SFTTrainer):
             tuner.upcast_masters()  # TRL casts what a quantized model trains to bf16, the norms too
             adapter: Any = self.model.active_peft_config
             adapter.schedule = self.schedule.to_dict()
+        if args.mlp_tile is not None:
+            tile_mlps(self.model, args.mlp_tile)
         stage_callback.apply(self.model, 0)
         set_attention_mode(self.model, "auto")
 
@@ -195,7 +202,8 @@ class LongLoraSFTTrainer(SFTTrainer):
             resume_from_checkpoint = self._check_checkpoint(resume_from_checkpoint)
         self._last_log = (time.perf_counter(), self._total_train_tokens)
         try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            with compiled_layers(self.model, self.args.compile_layers):
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(self._out_of_memory()) from error
         if self.args.report and self.is_world_process_zero():
@@ -203,7 +211,10 @@ class LongLoraSFTTrainer(SFTTrainer):
         return output
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        # PEFT casts each adapter's input to its fp32 weights, and autocast casts it back: bit by bit the same, but
+        # four copies of the hidden states a layer, written twice and kept for the backward.
+        with disable_input_dtype_casting(self.model, active=self.args.bf16 or self.args.fp16):
+            loss = super().training_step(model, inputs, *args, **kwargs)
         # Alone, a process stops at the loss; several stop together, at the gradients that they share.
         if self.args.world_size == 1 and not loss.isfinite():
             self._stop_at_divergence("loss", inputs)
@@ -253,6 +264,7 @@ class LongLoraSFTTrainer(SFTTrainer):
                 "gradient_accumulation_steps",
             ),
             (not args.gradient_checkpointing, "gradient_checkpointing=True"),
+            (args.mlp_tile is None, "mlp_tile=4096 (the MLP by tiles of tokens)"),
             (not args.activation_offloading, "activation_offloading=True"),
             (not getattr(self.model, "is_quantized", False), "a base quantized to 4 bits (QLoRA)"),
             (True, "shorter stages"),

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .modules import is_norm
+
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -81,8 +83,17 @@ class TiedHead(nn.Module):
 
 
 def _inputs_to_fp32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    # CUDA's layer_norm takes no mixed dtypes; transformers' RMSNorms compute in fp32 anyway.
+    # CUDA's layer_norm takes no mixed dtypes.
     return tuple(a.float() if isinstance(a, torch.Tensor) and a.dtype in LOW_PRECISION else a for a in args)
+
+
+def _mixes_dtypes(module: nn.Module) -> bool:
+    """Whether a module takes its input in another dtype than its weights: transformers' own norms compute in fp32.
+
+    An input that is cast for them in vain is fp32 in what they save, and in what a fused one (Liger's) reads.
+    """
+    torchs = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+    return is_norm(module) and not torchs and type(module).__module__.startswith("transformers.")
 
 
 def _output_to_base(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -122,7 +133,7 @@ def promote(copy: nn.Module, dtype: torch.dtype | None, state: SaveState) -> Non
         copy.__class__ = MasterLinear
     else:
         hooks.append(copy.register_forward_hook(_output_to_base))
-        if not isinstance(copy, nn.Embedding):
+        if not isinstance(copy, nn.Embedding) and not _mixes_dtypes(copy):
             hooks.append(copy.register_forward_pre_hook(_inputs_to_fp32))
     vars(copy)["_master"] = _Master(dtype, state, hooks)
 

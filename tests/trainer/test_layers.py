@@ -1,0 +1,183 @@
+"""MLPs by tiles, compiled layers, and what training saves for the backward."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTTrainer
+from hf_longlora.trainer.layers import compiled_layers, tile_mlps
+
+from .test_sft_trainer import make, weights  # noqa: F401
+
+TOKENS = 37
+STAGES = [ContextStage(128, 3)]
+
+
+def gradients(model, autocast=False):
+    """The loss and all gradients of one step with gradient checkpointing."""
+    ids = torch.arange(2 * TOKENS).view(2, TOKENS) % model.config.vocab_size
+    model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The tokens in each call of an MLP."""
+    calls, forward = [], LlamaMLP.forward
+
+    def spy(self, x):
+        calls.append(x.shape[-2])
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", spy)
+    return calls
+
+
+@pytest.mark.parametrize("trained", ["everything", "lora in the MLP", "lora, nothing before it"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("tile", [1, 10, TOKENS])
+def test_tiles_change_no_gradient(tiny_llama, trained, autocast, tile):
+    plain = tiny_llama()
+    if trained != "everything":
+        targets = ["q_proj", "gate_proj", "down_proj"] if "MLP" in trained else ["gate_proj"]
+        plain = get_peft_model(plain, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    tiled = copy.deepcopy(plain)
+    tile_mlps(tiled, tile)
+    loss, wanted = gradients(plain, autocast)
+    loss_in_tiles, found = gradients(tiled, autocast)
+    close = {"rtol": 2e-2, "atol": 2e-3} if autocast else {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(loss_in_tiles, loss, **close)
+    assert list(found) == list(wanted)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, **close, msg=lambda text, name=name: f"{name}: {text}")
+    assert list(tiled.state_dict()) == list(plain.state_dict())
+
+
+def test_tiles_cost_no_computation_beside_checkpointing(tiny_llama, seen):
+    model = tiny_llama()
+    gradients(model)
+    assert sum(seen) == 2 * 2 * TOKENS  # layers; the forward, and once more in the backward
+    seen.clear()
+    tile_mlps(model, 10)
+    gradients(model)
+    assert sum(seen) == 2 * 2 * TOKENS
+    assert max(seen) == 10
+
+
+def test_intermediates_of_a_tile_are_hidden_from_outer_hooks(tiny_llama):
+    """TRL's activation offloading would send each to the host and back."""
+    shapes = []
+    model = tiny_llama(intermediate_size=96)
+    tile_mlps(model, 10)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+        gradients(model)
+    assert shapes
+    assert not any(96 in shape and 32 not in shape for shape in shapes)
+
+
+def test_a_model_without_gradients_is_tiled_too(tiny_llama, seen):
+    model = tiny_llama().eval()
+    ids = torch.arange(TOKENS).view(1, TOKENS)
+    with torch.no_grad():
+        plain = model(ids).logits
+        tile_mlps(model, 10)
+        seen.clear()
+        torch.testing.assert_close(model(ids).logits, plain)
+    assert max(seen) == 10
+
+
+def test_tiles_of_what_they_do_not_fit_are_refused(tiny_llama):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["up_proj"], lora_dropout=0.1))
+    with pytest.raises(ValueError, match="dropout"):
+        tile_mlps(model, 10)
+    experts = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=128,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=2,
+        )
+    )
+    with pytest.raises(ValueError, match="one MLP"):
+        tile_mlps(experts, 10)
+    with pytest.raises(ValueError, match="no decoder layers"):
+        tile_mlps(nn.Linear(2, 2), 10)
+
+
+def test_a_run_in_tiles_ends_as_one_without(make, tiny_llama, seen):  # noqa: F811
+    runs = {}
+    for tile in (None, 50):
+        torch.manual_seed(1)
+        trainer = make(model=tiny_llama(), stages=STAGES, mlp_tile=tile, gradient_checkpointing=True)
+        seen.clear()
+        trainer.train()
+        assert max(seen) == (tile or 128)
+        runs[tile] = weights(trainer)
+    for name, value in runs[None].items():
+        torch.testing.assert_close(runs[50][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_are_compiled_for_the_run_and_no_longer(make, tiny_llama, monkeypatch):  # noqa: F811
+    compile = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile(self, backend="aot_eager"))
+    active, step = [], LongLoraSFTTrainer.training_step
+
+    def spy(self, model, *args, **kwargs):
+        layers = model.get_base_model().model.layers
+        active.append([layer._compiled_call_impl is not None for layer in layers])
+        return step(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(LongLoraSFTTrainer, "training_step", spy)
+    runs = {}
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        trainer = make(model=tiny_llama(), stages=STAGES, compile_layers=compiled, gradient_checkpointing=True)
+        trainer.train()
+        assert active.pop() == [compiled] * 2
+        runs[compiled] = weights(trainer)
+    assert not any(layer._compiled_call_impl for layer in trainer.model.get_base_model().model.layers)
+    for name, value in runs[False].items():
+        torch.testing.assert_close(runs[True][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_layers_can_not_be_compiled():
+    with pytest.raises(ValueError, match="no decoder layers"), compiled_layers(nn.Linear(2, 2)):
+        pass
+
+
+def test_under_autocast_adapters_read_the_hidden_states_as_they_are(make, tiny_llama):  # noqa: F811
+    model = tiny_llama().to(torch.bfloat16)
+    trainer = make(model=model, stages=STAGES, bf16=True)
+    dtypes = set()
+    for name, module in trainer.model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda module, args: dtypes.add(args[0].dtype))
+    trainer.train()
+    assert dtypes == {torch.bfloat16}
+    dtypes.clear()
+    trainer.model.eval()(torch.arange(8).view(1, 8))  # without autocast they have to be cast
+    assert dtypes == {torch.float32}
+
+
+def test_masters_of_norms_compute_as_the_base_does(tiny_llama):
+    base: LlamaForCausalLM = tiny_llama().to(torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if "norm" in name:
+                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+    ids = torch.arange(TOKENS).view(1, TOKENS)
+    plain = base(ids).logits
+    model = get_peft_model(base, LongLoraConfig(r=2))
+    assert model.get_base_model().model.norm.weight.dtype == torch.float32
+    assert torch.equal(model(ids).logits, plain)
