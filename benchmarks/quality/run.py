@@ -126,12 +126,11 @@ def tried(run: Run, trial: str, **more: Any) -> Run:
     return replace(run, name=f"{run.name} {trial}", trial=trial, **more)
 
 
-IDEAS = ("prefix 16", "prefix 64", "freeze q_proj k_proj", "prefix 64, freeze q_proj k_proj", "sparse_lr 0.3")
+IDEAS = ("prefix 64", "freeze q_proj k_proj", "sparse_lr 0.3", "prefix 64, freeze q_proj k_proj", "prefix 16")
 TRIAL = [
     replace(run, target=8192, batch=4)
     for run in (
-        *(tried(s2(16, 4), idea) for idea in IDEAS),
-        *(tried(lora(s2(16, 4), 64), idea) for idea in IDEAS),
+        *(tried(run, idea) for idea in IDEAS for run in (s2(16, 4), lora(s2(16, 4), 64))),
         tried(s2(32, 5), "groups 2 64 64 64"),
         replace(lora(dense(), 64), name="dense, lora r 64 lr 1e-3", learning_rate=1e-3),
         replace(lora(s2(16, 4), 64), name="s2 1/16 dense_every 4, lora r 64 lr 1e-3", learning_rate=1e-3),
