@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import (
     LlamaForCausalLM,
+    PrinterCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -208,6 +209,7 @@ def train(run: Run, base: Path, work: Path) -> tuple[Any, dict[str, Any]]:
             peft_config=None if run.full else config,
             callbacks=[RotatingDenseLayers(run.rotate)] if run.rotate else [TrialCallback(run.trial, args.schedule)],
         )
+        trainer.remove_callback(PrinterCallback)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()

@@ -126,16 +126,27 @@ def tried(run: Run, trial: str, **more: Any) -> Run:
     return replace(run, name=f"{run.name} {trial}", trial=trial, **more)
 
 
-IDEAS = ("prefix 64", "freeze q_proj k_proj", "sparse_lr 0.3", "prefix 64, freeze q_proj k_proj", "prefix 16")
+def rate(run: Run, learning_rate: float, **more: Any) -> Run:
+    name = f"{run.name} lr {learning_rate:g}" + "".join(f" {key} {value}" for key, value in more.items())
+    return replace(run, name=name, learning_rate=learning_rate, **more)
+
+
 TRIAL = [
     replace(run, target=8192, batch=4)
     for run in (
-        *(tried(run, idea) for idea in IDEAS for run in (s2(16, 4), lora(s2(16, 4), 64))),
-        tried(s2(32, 5), "groups 2 64 64 64"),
-        replace(lora(dense(), 64), name="dense, lora r 64 lr 1e-3", learning_rate=1e-3),
-        replace(lora(s2(16, 4), 64), name="s2 1/16 dense_every 4, lora r 64 lr 1e-3", learning_rate=1e-3),
+        *(rate(lora(run, 64), 1e-3) for run in (dense(), s2(16, 4))),
+        *(lora(run, 64) for run in (dense(), s2(16, 4))),
+        rate(lora(s2(16, 2, dense_tail=0.667, tail_every=8), 64), 1e-3),
+        *(rate(lora(run, 64), 6e-4) for run in (dense(), s2(16, 4))),
+        *(rate(lora(run, 256), 6e-4) for run in (dense(), s2(16, 4))),
+        dense(),
+        *(rate(lora(run, 64), 1e-3, steps=320) for run in (dense(), s2(16, 4))),
+        rate(tried(lora(s2(32, 5), 64), "groups 2 64 64 64"), 1e-3),
+        rate(tried(lora(s2(16, 4), 64), "prefix 64"), 1e-3),
+        s2(16, 4),
     )
 ]
+
 # What is scored on the test splits, too.
 FINAL = [
     replace(run, target=target, batch=batch)

@@ -316,7 +316,6 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) 
     Raises:
         ValueError: if the model is not from transformers, or its attention does not go through `AttentionInterface`.
     """
-    register()
     inner = _transformers_model(model)
     check_supported(type(inner), inner.config)
     modules = [module for _, module in attention_modules(inner)]

@@ -6,7 +6,6 @@ Any segments in one launch for each part, as `varlen` does with what torch has b
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,7 +21,11 @@ from .ragged import Launch, attend_ragged, engine
 @lru_cache(maxsize=1)
 def version() -> int:
     """The newest FlashAttention that can be imported: 4, 3 or 2; 0: none."""
-    if find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None:
+    try:
+        _interface()
+    except ImportError:
+        pass
+    else:
         return 4
     return 3 if is_flash_attn_3_available() else 2 if is_flash_attn_2_available() else 0
 
