@@ -25,7 +25,7 @@ from hf_longlora.evaluation import passkey_example
 from ..provenance import RESULTS, append_row, provenance, read_rows
 from .data import load_tokenizer
 from .extend import Run, train
-from .run import SCHEDULE
+from .run import FINAL, SCHEDULE
 
 DEPTHS = tuple(i / 8 for i in range(9))
 
@@ -90,7 +90,8 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.work)
     done = {(row["name"], row["target"], row["passkey_length"]) for row in read_rows(args.results)}
-    for run in SCHEDULE:
+    runs = {run.name: run for run in (*FINAL, *SCHEDULE)}
+    for run in runs.values():
         if run.name not in args.only or (run.name, str(args.target), str(args.teach_length)) in done:
             continue
         run = replace(run, target=args.target, steps=args.extension_steps, batch=args.batch)

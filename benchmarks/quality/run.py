@@ -148,10 +148,19 @@ TRIAL = [
 ]
 
 # What is scored on the test splits, too.
+PAIR = (dense(), s2(16, 4))
 FINAL = [
     replace(run, target=target, batch=batch)
     for target, batch in ((4096, 8), (8192, 4))
-    for run in (*BASE, dense(), s2(16, 4), lora(dense(), 64), lora(s2(16, 4), 64))
+    for run in (
+        *BASE,
+        *PAIR,
+        *(lora(run, 64) for run in PAIR),
+        *(rate(lora(run, 64), 6e-4) for run in PAIR),
+        *(rate(lora(run, 64), 1e-3) for run in PAIR),
+        *(rate(lora(run, 256), 6e-4) for run in PAIR),
+        *(rate(lora(run, 64), 1e-3, steps=320) for run in PAIR),
+    )
 ]
 
 TABLES = {
