@@ -181,3 +181,12 @@ def test_masters_of_norms_compute_as_the_base_does(tiny_llama):
     model = get_peft_model(base, LongLoraConfig(r=2))
     assert model.get_base_model().model.norm.weight.dtype == torch.float32
     assert torch.equal(model(ids).logits, plain)
+
+
+def test_a_tile_is_computed_again_under_the_autocast_of_the_forward(tiny_llama):
+    model, dtypes = tiny_llama(), []
+    tile_mlps(model, 10)
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    gradients(model, autocast=True)
+    assert set(dtypes) == {torch.bfloat16}
