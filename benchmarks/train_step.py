@@ -16,7 +16,8 @@ trained, gradient checkpointing, TRL's chunked loss, AdamW, batch 1, one documen
 
 and each `+NAME` behind it switches on: `cudnn` or `flash` (the backend of scaled_dot_product_attention), `fa3` or
 `fa4` (transformers' flash_attention_3 and _4; stock only), `liger` (use_liger_kernel), `compile` (compile_layers),
-`tile` (mlp_tile=8192, or a quarter of a shorter length), `offload` (activations to the host), `qlora` (4 bits).
+`tile` (mlp_tile=8192, or a quarter of a shorter length), `offload` (activations to the host), `qlora` (4 bits),
+`kernel=NAME` (attention_kernel).
 
 Each method runs in a process of its own, through its lengths in order. A row is appended when a length is done; a
 length that does not fit gets a row that says so, and ends its method. Steps are timed from on_step_begin to
@@ -104,13 +105,14 @@ class Method:
     def parse(cls, name: str) -> "Method":
         base, *options = name.split("+")
         found = re.fullmatch(r"stock|floor|floor-qk|ours-dense|ours-(n/\d+|\d+)", base)
-        unknown = set(options) - set(OPTIONS)
+        unknown = {name for name in options if name not in OPTIONS and not name.startswith("kernel=")}
         if found is None or unknown:
             raise SystemExit(
                 f"There is no method {name!r}: stock, floor, floor-qk, ours-dense, ours-n/4 or ours-2048, and after "
                 f"each + one of {', '.join(OPTIONS)}."
             )
-        wrong = set(options) & (OURS if base == "stock" else {"fa3", "fa4"})
+        ours = {name for name in options if name in OURS or name.startswith("kernel=")}
+        wrong = ours if base == "stock" else set(options) & {"fa3", "fa4"}
         if wrong:
             raise SystemExit(f"{name!r}: {base} has no {', '.join(sorted(wrong))}.")
         return cls(name, base, found[1] or "", frozenset(options))
@@ -253,6 +255,7 @@ def build_trainer(method: Method, model: Any, plan: Sequence[int], clock: Any, f
         )
 
     from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
+    from hf_longlora.attention.kernels import KERNELS, Kernel
 
     def stage(length: int, steps: int) -> ContextStage:
         group = method.group_at(length)
@@ -260,10 +263,15 @@ def build_trainer(method: Method, model: Any, plan: Sequence[int], clock: Any, f
             return ContextStage(length, steps, rope_type=None, attention="dense")
         return ContextStage(length, steps, rope_type=None, group_size=group)
 
-    trainer = LongLoraSFTTrainer(
+    kernel = next((name[7:] for name in method.options if name.startswith("kernel=")), "auto")
+    if method.base.startswith("floor"):
+        kernel = method.base
+        KERNELS[kernel] = Kernel(function=identity_qk if kernel == "floor-qk" else identity)
+    return LongLoraSFTTrainer(
         **common,
         args=LongLoraSFTConfig(
             **options,
+            attention_kernel=kernel,
             compile_layers="compile" in method.options,
             mlp_tile=min(8192, plan[0] // 4) if "tile" in method.options else None,
             stages=[stage(length, len(list(steps))) for length, steps in groupby(plan)],
@@ -273,26 +281,19 @@ def build_trainer(method: Method, model: Any, plan: Sequence[int], clock: Any, f
         train_dataset=Dataset.from_list([{"input_ids": ids}]),
         peft_config=LongLoraConfig(r=8, lora_alpha=16),
     )
-    if method.base.startswith("floor"):
-        from transformers import AttentionInterface
-
-        AttentionInterface.register("s2attn", identity_qk if method.base == "floor-qk" else identity)
-    return trainer
 
 
-def identity(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> Any:
+def identity(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """No attention: `[B, H_kv, S, D]` -> `[B, S, H, D]`, each value for all its query heads."""
     values = value.transpose(1, 2).unsqueeze(3)
-    return values.expand(*values.shape[:3], query.shape[1] // value.shape[1], -1).flatten(2, 3), None
+    return values.expand(*values.shape[:3], query.shape[1] // value.shape[1], -1).flatten(2, 3)
 
 
 def identity_qk(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> Any:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
     """No attention, but a use for query and key."""
-    return identity(module, query, key, key + value)[0] + query.transpose(1, 2), None
+    return identity(query, key, key + value) + query.transpose(1, 2)
 
 
 # --------------------------------------------------------------------------------------------------------------------
