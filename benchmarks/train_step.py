@@ -165,7 +165,7 @@ def model_config(name: str, longest: int) -> Any:
 
 def build_model(name: str, longest: int, implementation: str, qlora: bool) -> Any:
     """A random model, made where it is trained: 8B in bf16 take seconds on a GPU."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -182,7 +182,7 @@ def build_model(name: str, longest: int, implementation: str, qlora: bool) -> An
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    return AutoModelForCausalLM.from_pretrained(
+    return LlamaForCausalLM.from_pretrained(  # quantizes what it loads, and only that
         None,
         config=config,
         state_dict=state,

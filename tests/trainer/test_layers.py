@@ -7,9 +7,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTTrainer
+from hf_longlora import ContextStage, LongLoraConfig
+from hf_longlora.attention import interface
 from hf_longlora.trainer.layers import compiled_layers, tile_mlps
 
 from .test_sft_trainer import make, weights  # noqa: F401
@@ -131,22 +133,19 @@ def test_a_run_in_tiles_ends_as_one_without(make, tiny_llama, seen):  # noqa: F8
 def test_layers_are_compiled_for_the_run_and_no_longer(make, tiny_llama, monkeypatch):  # noqa: F811
     compile = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile(self, backend="aot_eager"))
-    active, step = [], LongLoraSFTTrainer.training_step
-
-    def spy(self, model, *args, **kwargs):
-        layers = model.get_base_model().model.layers
-        active.append([layer._compiled_call_impl is not None for layer in layers])
-        return step(self, model, *args, **kwargs)
-
-    monkeypatch.setattr(LongLoraSFTTrainer, "training_step", spy)
-    runs = {}
+    runs, graphs = {}, {}
     for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         torch.manual_seed(1)
         trainer = make(model=tiny_llama(), stages=STAGES, compile_layers=compiled, gradient_checkpointing=True)
         trainer.train()
-        assert active.pop() == [compiled] * 2
         runs[compiled] = weights(trainer)
-    assert not any(layer._compiled_call_impl for layer in trainer.model.get_base_model().model.layers)
+        graphs[compiled] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert not any(module._compiled_call_impl for module in trainer.model.modules())
+        assert ALL_ATTENTION_FUNCTIONS[interface.NAME] is interface.s2_attention_forward
+    # A norm, an MLP, what is before attention and what is after it: one graph each, for both layers.
+    assert graphs == {False: 0, True: 4}
     for name, value in runs[False].items():
         torch.testing.assert_close(runs[True][name], value, rtol=1e-4, atol=1e-5)
 
