@@ -17,7 +17,7 @@ trained, gradient checkpointing, TRL's chunked loss, AdamW, batch 1, one documen
 and each `+NAME` behind it switches on: `cudnn` or `flash` (the backend of scaled_dot_product_attention), `fa3` or
 `fa4` (transformers' flash_attention_3 and _4; stock only), `liger` (use_liger_kernel), `compile` (compile_layers),
 `tile` (mlp_tile=8192, or a quarter of a shorter length), `offload` (activations to the host), `qlora` (4 bits),
-`kernel=NAME` (attention_kernel).
+`kernel=NAME` (attention_kernel), `casts` (adapters' inputs to fp32 and back, as PEFT does it and our trainer did).
 
 Each method runs in a process of its own, through its lengths in order. A row is appended when a length is done; a
 length that does not fit gets a row that says so, and ends its method. Steps are timed from on_step_begin to
@@ -76,8 +76,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 """What sets a model apart from Llama 3: 8 key/value heads, a vocabulary of 128,256, theta 500,000."""
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-OPTIONS = ("cudnn", "flash", "fa3", "fa4", "liger", "compile", "tile", "offload", "qlora")
-OURS = {"compile", "tile"}
+OPTIONS = ("cudnn", "flash", "fa3", "fa4", "liger", "casts", "compile", "tile", "offload", "qlora")
+OURS = {"casts", "compile", "tile"}
 """Options of our trainer alone."""
 WARM_UP = 8192
 """Tokens of the first steps of a process, where libraries load, choose and compile."""
@@ -256,6 +256,7 @@ def build_trainer(method: Method, model: Any, plan: Sequence[int], clock: Any, f
 
     from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
     from hf_longlora.attention.kernels import KERNELS, Kernel
+    from hf_longlora.trainer import sft_trainer
 
     def stage(length: int, steps: int) -> ContextStage:
         group = method.group_at(length)
@@ -267,6 +268,8 @@ def build_trainer(method: Method, model: Any, plan: Sequence[int], clock: Any, f
     if method.base.startswith("floor"):
         kernel = method.base
         KERNELS[kernel] = Kernel(function=identity_qk if kernel == "floor-qk" else identity)
+    if "casts" in method.options:
+        sft_trainer.disable_input_dtype_casting = lambda model, active: nullcontext()
     return LongLoraSFTTrainer(
         **common,
         args=LongLoraSFTConfig(
@@ -388,6 +391,7 @@ def run_method(run: Run, model_name: str, results: Path, progress: Path) -> None
         row(length, "ok" if math.isfinite(loss) else "loss not finite", **times, loss=loss)
 
     with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
         model = build_model(model_name, max(plan), method.implementation, "qlora" in method.options)
         trainer = build_trainer(method, model, plan, make_clock(plan, warm, done), folder)
         trainer.remove_callback(PrinterCallback)  # the clock says it all
@@ -444,8 +448,9 @@ def preset(name: str) -> tuple[str, list[Run]]:
             Run("stock", at[:5], 1, 0),
         ]
     if name == "fused":
-        options = ("", "+compile", "+liger", "+compile+liger")
-        return "8b", [Run(base + option, [32768]) for base in ("floor", "ours-2048") for option in options]
+        names = ["floor+casts", "floor", "floor+compile", "floor+liger", "floor+compile+liger"]
+        names += ["ours-2048+compile", "ours-2048", "ours-2048+liger"]
+        return "8b", [Run(method, [32768]) for method in names]
     assert name == "longest"
     return "8b", [
         Run("ours-2048+liger+tile", [131072, 262144], 1, 0),
