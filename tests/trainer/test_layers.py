@@ -189,3 +189,28 @@ def test_a_tile_is_computed_again_under_the_autocast_of_the_forward(tiny_llama):
         layer.mlp.gate_proj.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
     gradients(model, autocast=True)
     assert set(dtypes) == {torch.bfloat16}
+
+
+def test_offloading_without_an_accelerator_is_one_clear_error(make, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="activation_offloading"):
+        make(stages=STAGES, activation_offloading=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [None, 50])
+def test_liger_trains_the_masters_of_norms(make, tiny_llama, tile):  # noqa: F811
+    """In a bf16 base the norms' masters are fp32, and Liger's kernels read both."""
+    pytest.importorskip("liger_kernel")
+    runs = {}
+    for liger in (False, True):
+        torch.manual_seed(1)
+        model = tiny_llama(hidden_size=64, rms_norm_eps=1e-5).to("cuda", torch.bfloat16)
+        arguments = {"use_cpu": False, "bf16": True, "use_liger_kernel": liger, "mlp_tile": tile}
+        trainer = make(model=model, stages=STAGES, **arguments)
+        trainer.train()
+        runs[liger] = weights(trainer)
+    norms = [name for name in runs[True] if "norm" in name]
+    assert norms and all(runs[True][name].dtype == torch.float32 for name in norms)
+    for name, value in runs[False].items():
+        torch.testing.assert_close(runs[True][name], value, rtol=5e-2, atol=2e-3)
