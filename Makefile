@@ -6,6 +6,9 @@ TORCH ?=
 # Test processes, and further arguments for pytest: make test ARGS="-k rope -x"
 JOBS ?= 2
 ARGS ?=
+# For make bench: a folder of texts to measure quality on (benchmarks/README.md), and where what is not kept goes.
+CORPUS ?=
+WORK ?= runs/bench
 
 VENV := .venv
 VENV_LOWEST := .venv-lowest
@@ -13,14 +16,14 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-third-party lint format clean FORCE
+.PHONY: help demo test test-lowest test-third-party bench lint format clean FORCE
 export TORCH
 
 help:
 	@echo 'make VERB, where VERB is one of'
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  %-14s %s\n", $$1, $$2 }'
 	@echo 'Variables: PYTHON (the interpreter, now $(PYTHON)), TORCH (e.g. "torch==2.13.0"; empty: CPU or GPU build by itself),'
-	@echo '           JOBS (test processes, now $(JOBS)), ARGS (for pytest, e.g. ARGS="-k rope")'
+	@echo '           JOBS (test processes, now $(JOBS)), ARGS (for pytest, e.g. ARGS="-k rope"), CORPUS (a folder, for bench)'
 
 demo: $(VENV)/.installed ## extend a small model's context on this machine, offline
 	$(BIN)/hf-longlora demo
@@ -42,6 +45,17 @@ test-third-party: $(VENV)/.installed ## PEFT's own suite for custom models, with
 	cd $(VENV)/peft && PYTHONPATH=$(CURDIR)/tests/third_party HF_HUB_OFFLINE=1 $(CURDIR)/$(BIN)/python -m pytest -o addopts= -q -n $(JOBS) \
 		-p longlora_for_lora -p no:warnings tests/test_custom_models.py \
 		-k "-LoraConfig- or (lora and not Config)" $(ARGS)
+
+# Results of a GPU are kept (benchmarks/results); those of a CPU show no more than that the scripts run.
+bench: $(VENV)/.installed ## what this machine can measure: attention, a training step, with CORPUS=DIR quality
+	@set -e; if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then set -x; \
+		$(BIN)/python -m benchmarks.attention; \
+		for preset in targets lengths fused longest; do $(BIN)/python -m benchmarks.train_step --preset $$preset; done; \
+		$(BIN)/python -m benchmarks.plots; \
+	else echo 'No GPU: the smallest shape, into $(WORK)'; set -x; \
+		$(BIN)/python -m benchmarks.train_step --preset tiny --results $(WORK)/train_step.csv; \
+		$(BIN)/python -m benchmarks.plots --model tiny --results $(WORK)/train_step.csv --plot $(WORK)/train_step.png; fi
+	@[ -z '$(CORPUS)' ] || $(BIN)/python -m benchmarks.quality.run --corpus '$(CORPUS)' --work '$(WORK)'
 
 lint: $(VENV)/.installed ## ruff check, ruff format --check, mypy
 	@status=0; for check in 'ruff check .' 'ruff format --check .' mypy; do \

@@ -16,7 +16,8 @@ trained, gradient checkpointing, TRL's chunked loss, AdamW, batch 1, one documen
 
 and each `+NAME` behind it switches on: `cudnn` or `flash` (the backend of scaled_dot_product_attention), `fa3` or
 `fa4` (transformers' flash_attention_3 and _4; stock only), `liger` (use_liger_kernel), `compile` (compile_layers),
-`tile` (mlp_tile=8192, or a quarter of a shorter length), `offload` (activations to the host), `qlora` (4 bits).
+`tile` (mlp_tile=8192, or a quarter of a shorter length), `offload` (activations to the host), `qlora` (4 bits),
+`kernel=NAME` (attention_kernel), `casts` (adapters' inputs to fp32 and back, as PEFT does it and our trainer did).
 
 Each method runs in a process of its own, through its lengths in order. A row is appended when a length is done; a
 length that does not fit gets a row that says so, and ends its method. Steps are timed from on_step_begin to
@@ -75,8 +76,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 """What sets a model apart from Llama 3: 8 key/value heads, a vocabulary of 128,256, theta 500,000."""
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-OPTIONS = ("cudnn", "flash", "fa3", "fa4", "liger", "compile", "tile", "offload", "qlora")
-OURS = {"compile", "tile"}
+OPTIONS = ("cudnn", "flash", "fa3", "fa4", "liger", "casts", "compile", "tile", "offload", "qlora")
+OURS = {"casts", "compile", "tile"}
 """Options of our trainer alone."""
 WARM_UP = 8192
 """Tokens of the first steps of a process, where libraries load, choose and compile."""
@@ -104,13 +105,14 @@ class Method:
     def parse(cls, name: str) -> "Method":
         base, *options = name.split("+")
         found = re.fullmatch(r"stock|floor|floor-qk|ours-dense|ours-(n/\d+|\d+)", base)
-        unknown = set(options) - set(OPTIONS)
+        unknown = {name for name in options if name not in OPTIONS and not name.startswith("kernel=")}
         if found is None or unknown:
             raise SystemExit(
                 f"There is no method {name!r}: stock, floor, floor-qk, ours-dense, ours-n/4 or ours-2048, and after "
                 f"each + one of {', '.join(OPTIONS)}."
             )
-        wrong = set(options) & (OURS if base == "stock" else {"fa3", "fa4"})
+        ours = {name for name in options if name in OURS or name.startswith("kernel=")}
+        wrong = ours if base == "stock" else set(options) & {"fa3", "fa4"}
         if wrong:
             raise SystemExit(f"{name!r}: {base} has no {', '.join(sorted(wrong))}.")
         return cls(name, base, found[1] or "", frozenset(options))
@@ -163,7 +165,7 @@ def model_config(name: str, longest: int) -> Any:
 
 def build_model(name: str, longest: int, implementation: str, qlora: bool) -> Any:
     """A random model, made where it is trained: 8B in bf16 take seconds on a GPU."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -180,7 +182,7 @@ def build_model(name: str, longest: int, implementation: str, qlora: bool) -> An
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    return AutoModelForCausalLM.from_pretrained(
+    return LlamaForCausalLM.from_pretrained(  # quantizes what it loads, and only that
         None,
         config=config,
         state_dict=state,
@@ -253,6 +255,8 @@ def build_trainer(method: Method, model: Any, plan: Sequence[int], clock: Any, f
         )
 
     from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
+    from hf_longlora.attention.kernels import KERNELS, Kernel
+    from hf_longlora.trainer import sft_trainer
 
     def stage(length: int, steps: int) -> ContextStage:
         group = method.group_at(length)
@@ -260,10 +264,17 @@ def build_trainer(method: Method, model: Any, plan: Sequence[int], clock: Any, f
             return ContextStage(length, steps, rope_type=None, attention="dense")
         return ContextStage(length, steps, rope_type=None, group_size=group)
 
-    trainer = LongLoraSFTTrainer(
+    kernel = next((name[7:] for name in method.options if name.startswith("kernel=")), "auto")
+    if method.base.startswith("floor"):
+        kernel = method.base
+        KERNELS[kernel] = Kernel(function=identity_qk if kernel == "floor-qk" else identity)
+    if "casts" in method.options:
+        sft_trainer.disable_input_dtype_casting = lambda model, active: nullcontext()
+    return LongLoraSFTTrainer(
         **common,
         args=LongLoraSFTConfig(
             **options,
+            attention_kernel=kernel,
             compile_layers="compile" in method.options,
             mlp_tile=min(8192, plan[0] // 4) if "tile" in method.options else None,
             stages=[stage(length, len(list(steps))) for length, steps in groupby(plan)],
@@ -273,26 +284,19 @@ def build_trainer(method: Method, model: Any, plan: Sequence[int], clock: Any, f
         train_dataset=Dataset.from_list([{"input_ids": ids}]),
         peft_config=LongLoraConfig(r=8, lora_alpha=16),
     )
-    if method.base.startswith("floor"):
-        from transformers import AttentionInterface
-
-        AttentionInterface.register("s2attn", identity_qk if method.base == "floor-qk" else identity)
-    return trainer
 
 
-def identity(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> Any:
+def identity(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """No attention: `[B, H_kv, S, D]` -> `[B, S, H, D]`, each value for all its query heads."""
     values = value.transpose(1, 2).unsqueeze(3)
-    return values.expand(*values.shape[:3], query.shape[1] // value.shape[1], -1).flatten(2, 3), None
+    return values.expand(*values.shape[:3], query.shape[1] // value.shape[1], -1).flatten(2, 3)
 
 
 def identity_qk(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> Any:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
     """No attention, but a use for query and key."""
-    return identity(module, query, key, key + value)[0] + query.transpose(1, 2), None
+    return identity(query, key, key + value) + query.transpose(1, 2)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -387,6 +391,7 @@ def run_method(run: Run, model_name: str, results: Path, progress: Path) -> None
         row(length, "ok" if math.isfinite(loss) else "loss not finite", **times, loss=loss)
 
     with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
         model = build_model(model_name, max(plan), method.implementation, "qlora" in method.options)
         trainer = build_trainer(method, model, plan, make_clock(plan, warm, done), folder)
         trainer.remove_callback(PrinterCallback)  # the clock says it all
@@ -443,8 +448,9 @@ def preset(name: str) -> tuple[str, list[Run]]:
             Run("stock", at[:5], 1, 0),
         ]
     if name == "fused":
-        options = ("", "+compile", "+liger", "+compile+liger")
-        return "8b", [Run(base + option, [32768]) for base in ("floor", "ours-2048") for option in options]
+        names = ["floor+casts", "floor", "floor+compile", "floor+liger", "floor+compile+liger"]
+        names += ["ours-2048+compile", "ours-2048", "ours-2048+liger"]
+        return "8b", [Run(method, [32768]) for method in names]
     assert name == "longest"
     return "8b", [
         Run("ours-2048+liger+tile", [131072, 262144], 1, 0),

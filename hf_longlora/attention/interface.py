@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .config import AttentionMode, S2AttentionConfig, Shift, check_group_size
 from .kernels import select_kernel
@@ -382,6 +383,7 @@ def s2_attention_mode(model: nn.Module, mode: AttentionMode) -> Iterator[None]:
 
 
 def register() -> None:
-    """Register `"s2attn"` with transformers. Idempotent."""
-    AttentionInterface.register(NAME, s2_attention_forward)
-    AttentionMaskInterface.register(NAME, s2_mask)
+    """Register `"s2attn"` with transformers. Idempotent; what has been registered in its place since stays."""
+    if NAME not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(NAME, s2_attention_forward)
+        AttentionMaskInterface.register(NAME, s2_mask)

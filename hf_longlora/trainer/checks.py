@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
@@ -24,6 +25,9 @@ def check_arguments(args: LongLoraSFTConfig) -> None:
         )
     if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
         raise ValueError("`skip_prepare_dataset` leaves no way to cut sequences to each stage's length.")
+
+    if args.activation_offloading and not torch.accelerator.is_available():
+        raise ValueError("`activation_offloading` moves activations off an accelerator, and there is none here.")
 
 
 def check_dataset(dataset: Any, args: LongLoraSFTConfig, formatting_func: Any) -> None:

@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..attention.interface import NAME
+from ..tuner.modules import is_norm, walk
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
@@ -31,21 +36,38 @@ def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 @contextmanager
 def compiled_layers(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Within it, each decoder layer is compiled: one compilation serves all layers that are alike.
+    """Within it, the norms, the attention modules and the MLPs of the decoder layers are compiled.
 
-    Layers and not the model: the trainer's loss replaces the model's forward, and the graph of a layer is soon made.
+    These and not whole layers or the model: the trainer's loss replaces the model's forward, and checkpointing runs a
+    layer that can't be one graph without compiling any of it. The attention function is left out of the graphs: it
+    is one of kernels already, and documents' ends would be constants of a graph. Nor are tiled MLPs compiled.
 
     Raises:
-        ValueError: if the model has no such layers.
+        ValueError: if the model has no decoder layers.
     """
-    layers = decoder_layers(model) if active else []
-    for layer in layers:
-        layer.compile()
+    found = [child for layer in decoder_layers(model) for child in layer.children()] if active else []
+    parts = [m for m in found if _is_attention(m) or _is_mlp(m) or any(is_norm(part) for _, part in walk(m))]
+    parts = [m for m in parts if not isinstance(m, _TiledMLP)]
+    attention = ALL_ATTENTION_FUNCTIONS[NAME]
+    if active:
+        AttentionInterface.register(NAME, torch.compiler.disable(attention))
+    for part in parts:
+        part.compile()
     try:
         yield
     finally:
-        for layer in layers:
-            layer._compiled_call_impl = None
+        for part in parts:
+            part._compiled_call_impl = None
+        if active:
+            AttentionInterface.register(NAME, attention)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return "Attention" in type(module).__name__
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("MLP")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -63,7 +85,7 @@ def tile_mlps(model: nn.Module, tile: int) -> None:
         ValueError: if the model has no decoder layers, or one of them no MLP or one with dropout.
     """
     for layer in decoder_layers(model):
-        found = [m for m in layer.children() if type(m).__name__.endswith("MLP")]
+        found = [m for m in layer.children() if _is_mlp(m)]
         if len(found) != 1:
             raise ValueError(
                 f"`mlp_tile` needs layers with one MLP; {type(layer).__name__} has "

@@ -88,12 +88,12 @@ def _inputs_to_fp32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def _mixes_dtypes(module: nn.Module) -> bool:
-    """Whether a module takes its input in another dtype than its weights: transformers' own norms compute in fp32.
+    """Whether a module takes its input in another dtype than its weights: transformers' norms and Liger's do.
 
-    An input that is cast for them in vain is fp32 in what they save, and in what a fused one (Liger's) reads.
+    They compute in fp32 by themselves; an input that is cast for them stays fp32 in what is saved for the backward.
     """
     torchs = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
-    return is_norm(module) and not torchs and type(module).__module__.startswith("transformers.")
+    return is_norm(module) and not torchs and type(module).__module__.startswith(("transformers.", "liger_kernel."))
 
 
 def _output_to_base(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

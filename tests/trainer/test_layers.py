@@ -7,9 +7,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTTrainer
+from hf_longlora import ContextStage, LongLoraConfig
+from hf_longlora.attention import interface
 from hf_longlora.trainer.layers import compiled_layers, tile_mlps
 
 from .test_sft_trainer import make, weights  # noqa: F401
@@ -131,22 +133,19 @@ def test_a_run_in_tiles_ends_as_one_without(make, tiny_llama, seen):  # noqa: F8
 def test_layers_are_compiled_for_the_run_and_no_longer(make, tiny_llama, monkeypatch):  # noqa: F811
     compile = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile(self, backend="aot_eager"))
-    active, step = [], LongLoraSFTTrainer.training_step
-
-    def spy(self, model, *args, **kwargs):
-        layers = model.get_base_model().model.layers
-        active.append([layer._compiled_call_impl is not None for layer in layers])
-        return step(self, model, *args, **kwargs)
-
-    monkeypatch.setattr(LongLoraSFTTrainer, "training_step", spy)
-    runs = {}
+    runs, graphs = {}, {}
     for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         torch.manual_seed(1)
         trainer = make(model=tiny_llama(), stages=STAGES, compile_layers=compiled, gradient_checkpointing=True)
         trainer.train()
-        assert active.pop() == [compiled] * 2
         runs[compiled] = weights(trainer)
-    assert not any(layer._compiled_call_impl for layer in trainer.model.get_base_model().model.layers)
+        graphs[compiled] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert not any(module._compiled_call_impl for module in trainer.model.modules())
+        assert ALL_ATTENTION_FUNCTIONS[interface.NAME] is interface.s2_attention_forward
+    # A norm, an MLP, what is before attention and what is after it: one graph each, for both layers.
+    assert graphs == {False: 0, True: 4}
     for name, value in runs[False].items():
         torch.testing.assert_close(runs[True][name], value, rtol=1e-4, atol=1e-5)
 
@@ -181,3 +180,37 @@ def test_masters_of_norms_compute_as_the_base_does(tiny_llama):
     model = get_peft_model(base, LongLoraConfig(r=2))
     assert model.get_base_model().model.norm.weight.dtype == torch.float32
     assert torch.equal(model(ids).logits, plain)
+
+
+def test_a_tile_is_computed_again_under_the_autocast_of_the_forward(tiny_llama):
+    model, dtypes = tiny_llama(), []
+    tile_mlps(model, 10)
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    gradients(model, autocast=True)
+    assert set(dtypes) == {torch.bfloat16}
+
+
+def test_offloading_without_an_accelerator_is_one_clear_error(make, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="activation_offloading"):
+        make(stages=STAGES, activation_offloading=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [None, 50])
+def test_liger_trains_the_masters_of_norms(make, tiny_llama, tile):  # noqa: F811
+    """In a bf16 base the norms' masters are fp32, and Liger's kernels read both."""
+    pytest.importorskip("liger_kernel")
+    runs = {}
+    for liger in (False, True):
+        torch.manual_seed(1)
+        model = tiny_llama(hidden_size=64, rms_norm_eps=1e-5).to("cuda", torch.bfloat16)
+        arguments = {"use_cpu": False, "bf16": True, "use_liger_kernel": liger, "mlp_tile": tile}
+        trainer = make(model=model, stages=STAGES, **arguments)
+        trainer.train()
+        runs[liger] = weights(trainer)
+    norms = [name for name in runs[True] if "norm" in name]
+    assert norms and all(runs[True][name].dtype == torch.float32 for name in norms)
+    for name, value in runs[False].items():
+        torch.testing.assert_close(runs[True][name], value, rtol=5e-2, atol=2e-3)
