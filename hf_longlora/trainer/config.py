@@ -85,6 +85,9 @@ class LongLoraSFTConfig(SFTConfig):
                 raise ValueError(
                     f"`stages` must be one of {AUTO_STAGES} or a JSON list of stages, got {self.stages!r}."
                 ) from error
+        if getattr(self, "activation_checkpointing", True) is None and self.gradient_checkpointing is True:
+            # TRL's default by the name that transformers deprecates since 5.24; the old one alone would be warned of.
+            self.activation_checkpointing = True
         if isinstance(self.stages, str):
             auto_stages(self.stages, 0, self.max_length or 0, self.max_steps)  # raises, but for the model's length
             return super().__post_init__()

@@ -1,17 +1,13 @@
 """TRL's SFTTrainer over stages of growing context."""
 
 import copy
-import json
 import math
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
@@ -20,22 +16,21 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import logging
 from trl import SFTTrainer
 
 from ..attention import set_attention_mode, set_s2_attention
 from ..rope import current_rope, reach, rope_factor
 from ..tuner.config import check_weights
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
+from .checkpoints import begin_checkpoint, check_signature, last_checkpoint, write_signature
 from .checks import check_adapter, check_arguments, check_dataset, checked_config, known_length, stage_ropes
 from .config import LongLoraSFTConfig
+from .data import longest_document, order, with_length
 from .layers import compiled_layers, tile_mlps
 from .report import write_report
 from .stages import Schedule
+from .trouble import beginnings, has_diverged, memory_advice, peak_memory
 
-logger = logging.get_logger(__name__)
-
-SCHEDULE_NAME = "context_schedule.json"
 LAST_GOOD_NAME = "last-good"
 
 
@@ -91,6 +86,7 @@ class LongLoraSFTTrainer(SFTTrainer):
     ) -> None:
         if not isinstance(args, LongLoraSFTConfig):
             raise TypeError(f"`args` must be a LongLoraSFTConfig with its stages, got {type(args).__name__}.")
+        args = copy.copy(args)  # what is resolved here is of this model, and the caller may have others
         # All that can be refused is refused here, while the model is as it was.
         check_arguments(args)
         check_dataset(train_dataset, args, kwargs.get("formatting_func"))
@@ -121,7 +117,6 @@ class LongLoraSFTTrainer(SFTTrainer):
         )
         self._train_source = None
         self._last_log: tuple[float, int] | None = None
-        self._last_loss = math.inf
         if self.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:
             self.add_callback(StageProgressCallback(self.schedule))
         tuner = longlora_tuner(self.model)
@@ -151,17 +146,17 @@ class LongLoraSFTTrainer(SFTTrainer):
         if dataset is not self._train_source:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         # TRL tokenises, then truncates or packs; without a length it stops in between.
-        tokenized = prepare(dataset, processing_class, _with_length(args, None), False, formatting_func, dataset_name)
+        tokenized = prepare(dataset, processing_class, with_length(args, None), False, formatting_func, dataset_name)
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         longest, served = [], []
         for number, stage in enumerate(self.schedule.stages, start=1):
-            own = _with_length(args, stage.max_length)
+            own = with_length(args, stage.max_length)
             view = prepare(tokenized, processing_class, own, packing, None, f"stage {number}")
             longest.append(longest_document(view))
             self._stage_examples.append(len(view))
             if len(view) > 0:
                 shuffle = args.train_sampling_strategy != "sequential"
-                served.append(view.select(_order(len(view), stage.max_steps * batch, args.seed + number, shuffle)))
+                served.append(view.select(order(len(view), stage.max_steps * batch, args.seed + number, shuffle)))
         self._check_lengths(longest)
         return concatenate_datasets(served)
 
@@ -206,9 +201,20 @@ class LongLoraSFTTrainer(SFTTrainer):
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(self._out_of_memory()) from error
-        if self.args.report and self.is_world_process_zero():
-            write_report(Path(str(self.args.output_dir)), self.state.log_history, self.schedule)
+        except FloatingPointError:
+            self._write_report()
+            raise
+        self._write_report()
         return output
+
+    def _write_report(self) -> None:
+        """Leave the report, and what `update_report` makes it from once the model has been evaluated."""
+        if self.args.report and self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            write_signature(folder, self._signature())
+            write_report(folder, self.state.log_history, self.schedule)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         # PEFT casts each adapter's input to its fp32 weights, and autocast casts it back: bit by bit the same, but
@@ -229,51 +235,38 @@ class LongLoraSFTTrainer(SFTTrainer):
         """Keep the weights, which the step has not touched, and stop the run."""
         plan = self.schedule.step(self.state.global_step)
         path = os.path.join(str(self.args.output_dir), LAST_GOOD_NAME)
-        self.save_model(path)
+        self.save_model(path, _internal_call=True)  # which keeps it from the Hub
         raise FloatingPointError(
             f"The {what} of step {self.state.global_step + 1} (stage {plan.stage + 1}) is not finite. The weights "
             f"before it are in {path}. The last batch begins with {beginnings(inputs, self.processing_class)}. Lower "
             "the learning rate, clip gradients (max_grad_norm), or look at the data."
         )
 
-    def _check_loss(self, loss: float) -> None:
-        """Raise a `FloatingPointError` if a model that had learned something is worse than a uniform guess, twice.
+    def _check_losses(self) -> None:
+        """Raise a `FloatingPointError` if the loss has grown beyond that of a uniform guess.
 
-        It comes from the log, which all processes have alike.
+        It goes by the log, which all processes have alike.
         """
         vocabulary = self.model.config.get_text_config().vocab_size
-        worst, before = math.log(vocabulary), self._last_loss
-        self._last_loss = loss
-        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        if loss > worst < before < math.inf and any(earlier < worst - 1 for earlier in losses):
-            checkpoint = last_checkpoint(str(self.args.output_dir))
-            raise FloatingPointError(
-                f"The run has diverged: the loss is {loss:.2f} at step {self.state.global_step}, above the "
-                f"{worst:.2f} of a uniform guess over {vocabulary:,} tokens, and was {min(losses):.2f}. Lower the "
-                "learning rate. "
-                + (f"The last checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet.")
-            )
+        losses = [float(entry["loss"]) for entry in self.state.log_history if "loss" in entry]
+        if not has_diverged(losses, vocabulary):
+            return
+        step = self.state.global_step
+        checkpoint = last_checkpoint(str(self.args.output_dir))
+        raise FloatingPointError(
+            f"The run has diverged: the loss is {losses[-1]:.2f} at step {step} (stage "
+            f"{self.schedule.step(step - 1).stage + 1}), above the {math.log(vocabulary):.2f} of a uniform guess over "
+            f"{vocabulary:,} tokens, and was {min(losses):.2f}. Lower the learning rate. "
+            + (f"The last checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet.")
+        )
 
     def _out_of_memory(self) -> str:
-        """What to do about it, in the order of what it costs."""
-        args, plan = self.args, self.schedule.step(min(self.state.global_step, self.schedule.max_steps - 1))
-        advice = [
-            (
-                args.per_device_train_batch_size > 1,
-                f"per_device_train_batch_size=1 and {args.per_device_train_batch_size} times the "
-                "gradient_accumulation_steps",
-            ),
-            (not args.gradient_checkpointing, "gradient_checkpointing=True"),
-            (args.mlp_tile is None, "mlp_tile=4096 (the MLP by tiles of tokens)"),
-            (not args.activation_offloading, "activation_offloading=True"),
-            (not getattr(self.model, "is_quantized", False), "a base quantized to 4 bits (QLoRA)"),
-            (True, "shorter stages"),
-        ]
-        length = self.schedule.stages[plan.stage].max_length
+        args, step = self.args, min(self.state.global_step, self.schedule.max_steps - 1)
+        stage = self.schedule.step(step).stage
         return (
-            f"Out of memory in step {self.state.global_step + 1} (stage {plan.stage + 1}: {length:,} tokens in a "
-            f"sequence, {args.per_device_train_batch_size} in a batch; peak {_peak_memory(args.device):.1f} GiB). "
-            f"What helps: {'; '.join(words for useful, words in advice if useful)}. "
+            f"Out of memory in step {step + 1} (stage {stage + 1}: {self.schedule.stages[stage].max_length:,} tokens "
+            f"in a sequence, {args.per_device_train_batch_size} in a batch; peak {peak_memory(args.device):.1f} GiB). "
+            f"What helps: {memory_advice(args, getattr(self.model, 'is_quantized', False))}. "
             "A run that has saved a checkpoint goes on from it (resume_from_checkpoint=True)."
         )
 
@@ -284,7 +277,6 @@ class LongLoraSFTTrainer(SFTTrainer):
         """
         if "loss" not in logs or not self.model.training:
             return super().log(logs, start_time)
-        self._check_loss(float(logs["loss"]))
         plan = self.schedule.step(max(self.state.global_step - 1, 0))
         stage = self.schedule.stages[plan.stage]
         now, tokens = time.perf_counter(), self._total_train_tokens
@@ -296,17 +288,16 @@ class LongLoraSFTTrainer(SFTTrainer):
         logs["context_length"] = stage.max_length
         has_rope = getattr(self.model.config.get_text_config(), "rope_parameters", None)
         logs["rope_factor"] = rope_factor(current_rope(self.model.config)) if has_rope else 1.0
-        logs["peak_memory_gib"] = _peak_memory(self.args.device)
+        logs["peak_memory_gib"] = peak_memory(self.args.device)
         super().log(logs, start_time)
         last: dict[str, Any] = self.state.log_history[-1]
         last["attention"] = "dense" if plan.mode == "dense" else "s2attn"
+        self._check_losses()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
-            os.makedirs(folder, exist_ok=True)
-            Path(folder, TRAINER_STATE_NAME).unlink(missing_ok=True)  # not whole any more, if it was
-            Path(folder, SCHEDULE_NAME).write_text(json.dumps(self._signature(), indent=2))
+            begin_checkpoint(Path(folder), self._signature() | {"tokens": self._total_train_tokens})
         # A checkpoint holds the fp32 masters, so that a resumed run is the same run; a saved adapter the base's dtype.
         tuner = longlora_tuner(self.model)
         if tuner is not None:
@@ -342,87 +333,8 @@ class LongLoraSFTTrainer(SFTTrainer):
                     f"There is no whole checkpoint in {directory} to resume from; call train() without one."
                 )
         assert isinstance(path, str)
-        file = Path(path, SCHEDULE_NAME)
-        if not file.is_file():
-            raise ValueError(f"{path} is not a checkpoint of a staged run: it has no {SCHEDULE_NAME}.")
-        found, own = json.loads(file.read_text()), json.loads(json.dumps(self._signature()))
-        differing = [key for key in own if found.get(key) != own[key]]
-        if differing:
-            raise ValueError(
-                f"{path} is of another schedule and can't be resumed: "
-                + "; ".join(f"{key} was {found.get(key)}, is {own[key]}" for key in differing)
-                + "."
-            )
+        tokens = check_signature(path, self._signature())
         if longlora_tuner(self.model) is not None:
             check_weights(path)
+        self._total_train_tokens = tokens
         return path
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Helpers
-
-
-def beginnings(inputs: dict[str, Any], tokenizer: Any, documents: int = 4, tokens: int = 12) -> str:
-    """How the first documents of a batch begin: the rows, and where positions restart the documents packed in them."""
-    ids, positions = inputs["input_ids"], inputs.get("position_ids")
-    starts = torch.zeros_like(ids, dtype=torch.bool) if positions is None else positions == 0
-    starts[:, 0] = True
-    found = [ids[row, at : at + tokens].tolist() for row, at in starts.nonzero()[:documents].tolist()]
-    texts = [str(tokenizer.decode(part)) if tokenizer is not None else str(part) for part in found]
-    more = int(starts.sum()) - len(found)
-    return ", ".join(map(repr, texts)) + (f" and {more} more documents" if more > 0 else "")
-
-
-def last_checkpoint(directory: str | Path) -> str | None:
-    """The newest whole checkpoint in a run's output directory; `None` if there is none.
-
-    A checkpoint is whole if the trainer's state, the last file written, is there and can be read. One that a kill or a
-    full disk has left in part is passed over, with a warning.
-    """
-    found = [(int(path.name.rpartition("-")[2]), path) for path in Path(directory).glob("checkpoint-[0-9]*")]
-    for _, path in sorted(found, reverse=True):
-        try:
-            json.loads((path / TRAINER_STATE_NAME).read_text())
-        except (OSError, ValueError):
-            logger.warning(f"{path} was not written to its end and is passed over.")
-        else:
-            return str(path)
-    return None
-
-
-def _with_length(args: LongLoraSFTConfig, max_length: int | None) -> LongLoraSFTConfig:
-    args = copy.copy(args)
-    args.max_length = max_length
-    return args
-
-
-def _order(examples: int, wanted: int, seed: int, shuffle: bool) -> Iterable[int]:
-    """`wanted` indices into a stage's view: passes over it, each in another order."""
-    generator = torch.Generator().manual_seed(seed)
-    passes = [
-        torch.randperm(examples, generator=generator) if shuffle else torch.arange(examples)
-        for _ in range(math.ceil(wanted / examples))
-    ]
-    return torch.cat(passes)[:wanted].tolist()
-
-
-def longest_document(view: Dataset) -> int:
-    """Tokens in the longest document of a prepared dataset: a row, or one of those packed into a row."""
-    if len(view) == 0:
-        return 0
-    table = view.with_format("arrow")[:]
-    if "seq_lengths" in view.column_names:
-        return pc.max(pc.list_flatten(table["seq_lengths"])).as_py() or 0
-    return pc.max(pc.list_value_length(table["input_ids"])).as_py() or 0
-
-
-def _peak_memory(device: torch.device) -> float:
-    """Peak memory of this process in GiB: allocated on the GPU, or resident on the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return memory.peak_wset / 2**30
-    import resource  # everywhere else; counted in KiB, on macOS in bytes
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -2,7 +2,6 @@ import copy
 import json
 import re
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,90 +13,14 @@ from transformers import (
     FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    TrainerCallback,
 )
 from trl import SFTTrainer
 
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
 from hf_longlora.attention import get_s2_attention, interface
-from hf_longlora.trainer import sft_trainer
+from hf_longlora.trainer import checkpoints
 
-STAGES = [ContextStage(128, 3), ContextStage(256, 3)]
-TEXT = "It was a bright day, and the clocks were striking 13. "
-
-
-def texts(documents=12, repeat=6):
-    return Dataset.from_dict({"text": [f"{i}: " + TEXT * (repeat + i % 3) for i in range(documents)]})
-
-
-@pytest.fixture
-def make(tiny_llama, tiny_tokenizer, tmp_path):
-    """A trainer of a tiny Llama (64 tokens long) in fp32 on the CPU; the same weights at each call."""
-
-    def trainer(
-        *,
-        model=None,
-        peft_config="default",
-        dataset=None,
-        output="out",
-        callbacks=None,
-        eval_dataset=None,
-        **arguments,
-    ):
-        torch.manual_seed(0)
-        options = dict(
-            output_dir=str(tmp_path / output),
-            stages=STAGES,
-            dense_every=0,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            per_device_train_batch_size=2,
-            packing=True,
-            packing_strategy="wrapped",
-            save_strategy="no",
-            learning_rate=1e-3,
-            warmup_steps=1,
-            gradient_checkpointing=False,
-        )
-        return LongLoraSFTTrainer(
-            model=tiny_llama() if model is None else model,
-            args=LongLoraSFTConfig(**options | arguments),
-            train_dataset=texts() if dataset is None else dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tiny_tokenizer,
-            peft_config=LongLoraConfig(r=4) if peft_config == "default" else peft_config,
-            callbacks=callbacks,
-        )
-
-    return trainer
-
-
-class Spy(TrainerCallback):
-    """What each optimizer step ran with."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        state_of = get_s2_attention(model)
-        self.steps.append((model.config.rope_parameters["factor"], state_of.config.group_size, state_of.mode))
-
-
-class Stop(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_save = True
-            control.should_training_stop = True
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+from .helpers import STAGES, TEXT, Spy, Stop, texts, weights
 
 
 def test_stages_in_one_run(make, tmp_path):
@@ -463,35 +386,12 @@ def test_checkpoints_of_another_schedule_are_refused(make, tmp_path):
         with pytest.raises(ValueError, match=message):
             make(**options | other).train(resume_from_checkpoint=True)
     checkpoint = tmp_path / "out" / "checkpoint-2"
-    assert json.loads((checkpoint / sft_trainer.SCHEDULE_NAME).read_text())["seed"] == 42
-    (checkpoint / sft_trainer.SCHEDULE_NAME).unlink()
+    assert json.loads((checkpoint / checkpoints.SCHEDULE_NAME).read_text())["seed"] == 42
+    (checkpoint / checkpoints.SCHEDULE_NAME).unlink()
     with pytest.raises(ValueError, match="not a checkpoint of a staged run"):
         make(**options).train(resume_from_checkpoint=str(checkpoint))
     with pytest.raises(ValueError, match="no whole checkpoint in"):
         make(output="other", **options).train(resume_from_checkpoint=True)
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_divergence_stops_the_run_and_keeps_the_last_good_adapter(make, what, tiny_llama, tmp_path):
-    class Diverging(LongLoraSFTTrainer):
-        def compute_loss(self, *args, **kwargs):
-            loss = super().compute_loss(*args, **kwargs)
-            if self.state.global_step == 4:
-                if what == "loss":
-                    return loss * float("nan")
-                loss.register_hook(lambda gradient: gradient * float("inf"))
-            return loss
-
-    trainer = make(callbacks=[Spy()])
-    trainer.__class__ = Diverging
-    with pytest.raises(FloatingPointError, match=rf"{what} of step 5 \(stage 2\).*last-good"):
-        trainer.train()
-    torch.manual_seed(0)
-    kept = PeftModel.from_pretrained(tiny_llama(), str(Path(tmp_path, "out", sft_trainer.LAST_GOOD_NAME)))
-    values = {k: v for k, v in kept.state_dict().items() if "lora" in k or "modules_to_save" in k}
-    assert values and all(v.isfinite().all() for v in values.values())
-    assert any(v.abs().sum() > 0 for k, v in values.items() if "lora_B" in k)
-    assert kept.config.rope_parameters["factor"] == 4.0
 
 
 def test_no_surprising_warnings(make):
