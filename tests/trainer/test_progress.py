@@ -86,7 +86,7 @@ def test_trackers_get_the_stage_as_a_number(make):
 def test_tensorboard_has_a_curve_of_the_stage(make, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    make(report_to="tensorboard", logging_dir=str(tmp_path / "logs")).train()
+    make(report_to="tensorboard").train()
     folder = next(path.parent for path in tmp_path.rglob("events.out.tfevents.*"))
     events = EventAccumulator(str(folder)).Reload()
     assert [event.value for event in events.Scalars("train/stage")] == [1, 1, 1, 2, 2, 2]
