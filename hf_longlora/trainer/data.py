@@ -12,6 +12,9 @@ from datasets import Dataset
 
 from .config import LongLoraSFTConfig
 
+FILE_FORMATS = ("arrow", "csv", "generator", "json", "pandas", "parquet", "spark", "sql", "text", "webdataset", "xml")
+"""What datasets calls a dataset that was loaded from files."""
+
 
 def with_length(args: LongLoraSFTConfig, max_length: int | None) -> LongLoraSFTConfig:
     """`args` with another `max_length`; the rest is shared."""
@@ -38,3 +41,11 @@ def longest_document(view: Dataset) -> int:
     if "seq_lengths" in view.column_names:
         return pc.max(pc.list_flatten(table["seq_lengths"])).as_py() or 0
     return pc.max(pc.list_value_length(table["input_ids"])).as_py() or 0
+
+
+def describe(dataset: Dataset, args: LongLoraSFTConfig) -> str:
+    """What the training data is, for a card: its name if it was loaded by one, its size, how it is packed."""
+    name = dataset.info.dataset_name or ""
+    known = "" if name in ("", *FILE_FORMATS) else f"{name}, "
+    packed = f", packed ({args.packing_strategy})" if args.packing else ""
+    return f"{known}{len(dataset):,} examples{packed}"

@@ -3,8 +3,9 @@
 import copy
 import math
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
+from peft.utils import CONFIG_NAME
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
@@ -19,13 +21,15 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from ..attention import set_attention_mode, set_s2_attention
+from ..hub.card import base_name, folder_card
+from ..hub.run import RUN_NAME, read_facts, run_facts, write_facts
 from ..rope import current_rope, reach, rope_factor
 from ..tuner.config import check_weights
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
 from .checkpoints import begin_checkpoint, check_signature, last_checkpoint, write_signature
 from .checks import check_adapter, check_arguments, check_dataset, checked_config, known_length, stage_ropes
 from .config import LongLoraSFTConfig
-from .data import longest_document, order, with_length
+from .data import describe, longest_document, order, with_length
 from .layers import compiled_layers, tile_mlps
 from .report import write_report
 from .stages import Schedule
@@ -116,6 +120,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             **kwargs,
         )
         self._train_source = None
+        self._data = describe(train_dataset, args)
         self._last_log: tuple[float, int] | None = None
         if self.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:
             self.add_callback(StageProgressCallback(self.schedule))
@@ -196,6 +201,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         if resume_from_checkpoint:
             resume_from_checkpoint = self._check_checkpoint(resume_from_checkpoint)
         self._last_log = (time.perf_counter(), self._total_train_tokens)
+        if self.is_world_process_zero():
+            write_facts(Path(str(self.args.output_dir)), {"data": self._data})
         try:
             with compiled_layers(self.model, self.args.compile_layers):
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -293,6 +300,41 @@ class LongLoraSFTTrainer(SFTTrainer):
         last: dict[str, Any] = self.state.log_history[-1]
         last["attention"] = "dense" if plan.mode == "dense" else "s2attn"
         self._check_losses()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # What is kept
+
+    def create_model_card(  # type: ignore[override]  # TRL's signature, which isn't Trainer's either
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write the card of an adapter into the output directory, from what has happened; TRL's for whole models.
+
+        It needs the adapter to be saved there, as `save_model` and `push_to_hub` do before they call this.
+        """
+        folder = Path(str(self.args.output_dir))
+        if longlora_tuner(self.model) is None:
+            return super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero() and (folder / CONFIG_NAME).is_file():
+            self._write_card(folder, dataset_name, [tags] if isinstance(tags, str) else tags or [])
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and longlora_tuner(self.model) is not None:
+            self._write_card(Path(output_dir or str(self.args.output_dir)))  # in the place of PEFT's
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As Trainer's, which pushes the output directory with the checkpoint's weights: with its card, too."""
+        for name in ("README.md", RUN_NAME):
+            if self.args.should_save and Path(checkpoint_folder, name).is_file():
+                shutil.copy(Path(checkpoint_folder, name), Path(str(self.args.output_dir), name))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _write_card(self, folder: Path, dataset_name: str | None = None, tags: Sequence[str] = ()) -> None:
+        write_facts(folder, read_facts(folder) | {"data": self._data} | run_facts(self.args, self.state))
+        name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        base = base_name(self.model.get_base_model().config._name_or_path)
+        card = folder_card(folder, name=name, base_model=base, dataset=dataset_name, tags=[*self._tag_names, *tags])
+        card.save(folder / "README.md")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
