@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import logging
 
+from ..tuner import LongLoraConfig
 from .card import folder_card
 from .run import read_facts, run_facts, write_facts
 
@@ -132,7 +133,7 @@ class PushAdapterCallback(TrainerCallback):
             if kwargs.get("processing_class") is not None:
                 kwargs["processing_class"].save_pretrained(folder)
             write_facts(folder, read_facts(Path(str(args.output_dir))) | run_facts(args, state))
-            if (folder / "adapter_config.json").is_file():
+            if isinstance(kwargs["model"].active_peft_config, LongLoraConfig):  # another's card is PEFT's
                 folder_card(folder, name=self.repo_id).save(folder / "README.md")
         except OSError as error:  # a full disk: the run's own checkpoints say so, where it matters
             logger.warning(f"The adapter of step {state.global_step} could not be saved to be pushed: {error}")
@@ -223,7 +224,7 @@ class _Pusher:
             self._api.create_commit(
                 repo_id,
                 [CommitOperationAdd(file.name, file) for file in files],
-                commit_message=f"Adapter after {snapshot.step} steps",
+                commit_message=f"Adapter of step {snapshot.step}",
                 revision=self.revision,
             )
         finally:

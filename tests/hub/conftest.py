@@ -1,3 +1,4 @@
+import threading
 import time
 from types import SimpleNamespace
 
@@ -29,6 +30,9 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(_http, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))
         close_session()
         yield server
+    for thread in threading.enumerate():  # a push that the server kept waiting
+        if thread.name.startswith("push to "):
+            thread.join(60)
     close_session()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
 from trl import SFTConfig
@@ -118,10 +118,15 @@ def test_a_pushed_adapter_is_loaded_by_name_in_a_fresh_process(make, hub, token,
     expected = trainer.model.eval()(input_ids=torch.arange(3, 103)[None]).logits
     assert torch.allclose(torch.load(tmp_path / "logits"), expected, atol=1e-5)
 
-    done = fresh(hub, tmp_path, "hf_wrong", LOAD, str(tmp_path / "base"), str(tmp_path / "logits"))
-    assert done.returncode == 1
-    message = done.stderr.strip().splitlines()[-1]
-    assert "user/adapter" in message and "hf_wrong" not in done.stderr
+
+def test_a_private_adapter_and_a_wrong_token_are_one_message(make, hub, token, tiny_llama, monkeypatch, tmp_path):
+    make(callbacks=[callback(token, private=True)]).train()
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json' at 'user/adapter'") as error:
+        PeftModel.from_pretrained(tiny_llama(), REPO, cache_dir=str(tmp_path / "cache"))
+    reason = error.value.__context__  # PEFT says what it did not find, this says why
+    assert isinstance(reason, RepositoryNotFoundError) and "make sure you are authenticated" in str(reason)
+    assert "hf_wrong" not in str(error.value) + str(reason)
 
 
 def test_a_private_repository_with_a_wrong_token_is_one_message(make, hub, token, tmp_path):
@@ -136,9 +141,9 @@ def test_a_private_repository_with_a_wrong_token_is_one_message(make, hub, token
 
 def test_a_push_at_the_end_of_each_stage(make, hub, token, said, tmp_path):
     make(callbacks=[callback(token)]).train()
-    assert summaries(hub)[-1] == "Adapter after 6 steps" and set(summaries(hub)) <= {
-        "Adapter after 3 steps",
-        "Adapter after 6 steps",
+    assert summaries(hub)[-1] == "Adapter of step 6" and set(summaries(hub)) <= {
+        "Adapter of step 3",
+        "Adapter of step 6",
     }
     assert not said() and not (tmp_path / "out" / push.FOLDER).exists()
     files = hub.repos[REPO].files
@@ -161,7 +166,7 @@ class Slow(TrainerCallback):
 
 def test_a_push_every_n_steps_and_at_the_end(make, hub, token, said):
     make(callbacks=[callback(token, every_n_steps=4), Slow(hub)]).train()
-    assert summaries(hub) == ["Adapter after 4 steps", "Adapter after 6 steps"]
+    assert summaries(hub) == ["Adapter of step 4", "Adapter of step 6"]
     early = json.loads(hub.repos[REPO].commits[0][1]["adapter_config.json"])
     assert early["rope"]["rope_parameters"]["factor"] == 4.0
     card = hub.repos[REPO].commits[0][1]["README.md"].decode()
@@ -170,7 +175,7 @@ def test_a_push_every_n_steps_and_at_the_end(make, hub, token, said):
 
 def test_a_run_that_is_stopped_early_is_pushed_as_it_stands(make, hub, token):
     make(callbacks=[Stop(2), callback(token)]).train()
-    assert summaries(hub) == ["Adapter after 2 steps"]
+    assert summaries(hub) == ["Adapter of step 2"]
 
 
 def test_the_adapter_of_plain_lora_may_be_pushed_too(tiny_llama, tiny_tokenizer, hub, token, tmp_path):
@@ -201,12 +206,13 @@ def once(fragment, trouble, times=1):
     return decide
 
 
-@pytest.mark.parametrize("trouble", ["drop", 500, 503])
+@pytest.mark.parametrize("trouble", ["drop", 503])
 @pytest.mark.parametrize("where", ["/lfs/", "/commit/", "/preupload/", "/repos/create", "validate-yaml"])
 def test_trouble_that_passes_loses_nothing(make, hub, token, said, tmp_path, where, trouble):
-    hub.trouble = once(where, trouble, times=7)  # more than huggingface_hub's own retries
-    make(stages=[{"max_length": 128, "max_steps": 2}], callbacks=[callback(token, retries=8)]).train()
-    assert summaries(hub) == ["Adapter after 2 steps"] and set(hub.repos[REPO].files) >= ADAPTER
+    # huggingface_hub itself tries some requests six times
+    hub.trouble = once(where, trouble, times=7 if where in ("/lfs/", "/preupload/") else 2)
+    make(stages=[{"max_length": 128, "max_steps": 2}], callbacks=[callback(token)]).train()
+    assert summaries(hub) == ["Adapter of step 2"] and set(hub.repos[REPO].files) >= ADAPTER
     assert said() and all("Next try in" in message for message in said())
     assert not (tmp_path / "out" / push.FOLDER).exists()
 
@@ -236,7 +242,7 @@ def test_what_a_run_before_could_not_push_goes_with_the_next(make, hub, token, s
     assert waiting(tmp_path) == ["step-3"]
     hub.trouble = lambda method, path: None
     make(callbacks=[callback(token)], **options).train(resume_from_checkpoint=True)
-    assert summaries(hub) == ["Adapter after 6 steps"] and not waiting(tmp_path)
+    assert summaries(hub) == ["Adapter of step 6"] and not waiting(tmp_path)
 
 
 def test_a_wrong_token_is_not_tried_again(make, hub, said, tmp_path):
@@ -248,14 +254,25 @@ def test_a_wrong_token_is_not_tried_again(make, hub, said, tmp_path):
     assert not any("hf_wrong" in message for message in said())
 
 
-def test_an_adapter_that_is_overtaken_is_dropped(make, hub, token, said, tmp_path):
-    hub.trouble = lambda method, path: 500 if "/lfs/" in path and not overtaken() else None
+def wait_for(file):
+    until = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < until:
+        time.sleep(0.01)
 
-    def overtaken():
-        return (tmp_path / "out" / push.FOLDER / "step-6").exists()
 
-    make(callbacks=[callback(token, retries=50, every_n_steps=1)]).train()
-    assert summaries(hub)[-1] == "Adapter after 6 steps" and len(summaries(hub)) == 1
+@pytest.mark.parametrize("first", [None, 500], ids=["pushed late", "failed"])
+def test_an_adapter_that_is_overtaken_is_dropped(make, hub, token, said, tmp_path, first):
+    answers = iter([first])
+
+    def trouble(method, path):
+        wait_for(tmp_path / "out" / push.FOLDER / "step-6" / "README.md")
+        return next(answers, None)
+
+    hub.trouble = trouble
+    make(callbacks=[callback(token, every_n_steps=1)]).train()
+    assert summaries(hub)[-1] == "Adapter of step 6"
+    assert set(summaries(hub)[:-1]) <= {"Adapter of step 1", "Adapter of step 5"}
+    assert ("Adapter of step 1" in summaries(hub)) == (first is None)
     assert not waiting(tmp_path)
 
 
