@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,8 +54,8 @@ class PushAdapterCallback(TrainerCallback):
         revision: The branch, which has to exist. Default: the main one.
         retries: Tries after the first, for each adapter.
         backoff: Seconds before the second try, doubled for each one after it.
-        patience: Seconds that the end of training waits for what is not pushed yet. `huggingface_hub` sets no time
-            limit, so that a server which takes a request and never answers shows here.
+        patience: Seconds after which a push that is not answered counts as stalled, and another is begun; and seconds
+            that the end of training waits for what is not pushed yet. The upload of an adapter has to fit in it.
 
     Raises:
         ValueError: if `every_n_steps` is below 1; when training begins, if the model has no adapter, or its weights
@@ -104,7 +105,15 @@ class PushAdapterCallback(TrainerCallback):
         self._last_step = -1
         if state.is_world_process_zero:
             token = self._token or getattr(args, "hub_token", None)
-            self._pusher = _Pusher(self.repo_id, token, self.private, self.revision, self.retries, self.backoff)
+            self._pusher = _Pusher(
+                self.repo_id,
+                token,
+                private=self.private,
+                revision=self.revision,
+                retries=self.retries,
+                backoff=self.backoff,
+                patience=self.patience,
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -120,7 +129,7 @@ class PushAdapterCallback(TrainerCallback):
         if state.global_step != self._last_step or args.load_best_model_at_end:
             self._submit(args, state, **kwargs)
         if self._pusher is not None:
-            self._pusher.finish(self.patience)
+            self._pusher.finish()
             self._pusher = None
 
     def _submit(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
@@ -142,49 +151,84 @@ class PushAdapterCallback(TrainerCallback):
 
 
 class _Pusher:
-    """A thread that pushes the newest snapshot it was given."""
+    """A thread that pushes the newest snapshot it was given.
+
+    `huggingface_hub` sets no time limit. A thread whose try has had no answer for `patience` seconds is left behind
+    for a new one. Should it be answered after all, the commit it makes is refused, for each names the one it follows.
+    """
 
     def __init__(
-        self, repo_id: str, token: str | None, private: bool | None, revision: str | None, retries: int, backoff: float
+        self,
+        repo_id: str,
+        token: str | None,
+        *,
+        private: bool | None,
+        revision: str | None,
+        retries: int,
+        backoff: float,
+        patience: float,
     ) -> None:
-        self.repo_id, self.revision = repo_id, revision
-        self._api, self._token, self._private = HfApi(token=token), token, private
-        self._retries, self._backoff = retries, backoff
+        self.repo_id, self.revision, self.private = repo_id, revision, private
+        self.retries, self.backoff, self.patience = retries, backoff, patience
+        self._api, self._token = HfApi(token=token), token
         self._changed = threading.Condition()
         self._next: Snapshot | None = None
         self._last: Snapshot | None = None  # given, pushed or not
         self._pushed = -1  # its step
-        self._error = "it has not been answered"
+        self._since: float | None = None  # when the try that is under way began
+        self._error = ""
         self._closing = False
+        self._start()
+
+    def _start(self) -> None:
         # A daemon, so that a server that never answers can't keep the program from its end.
-        self._thread = threading.Thread(target=self._work, name=f"push to {repo_id}", daemon=True)
+        self._since = None
+        self._thread = threading.Thread(target=self._work, name=f"push to {self.repo_id}", daemon=True)
         self._thread.start()
 
     def submit(self, snapshot: Snapshot) -> None:
         with self._changed:
-            overtaken, self._next = self._next, snapshot
-            self._last = snapshot
+            overtaken, self._next, self._last = self._next, snapshot, snapshot
+            self._leave_stalled()
             self._changed.notify_all()
         if overtaken is not None and overtaken.folder != snapshot.folder:
             shutil.rmtree(overtaken.folder, ignore_errors=True)
 
-    def finish(self, patience: float) -> None:
+    def finish(self) -> None:
         """Wait for what is on its way, and say what did not get there."""
         with self._changed:
             self._closing = True
+            if self._leave_stalled() and self._next is None:
+                self._next = self._last
             self._changed.notify_all()
-        self._thread.join(patience)
+        self._thread.join(self.patience)
         if self._last is None or self._pushed >= self._last.step:
             return
+        reason = self._error or f"there was no answer in {self.patience:g} s"
         logger.warning(
-            f"The adapter of step {self._last.step} is not on the Hub as {self.repo_id}: {self._error}. It is whole "
-            f"in {self._last.folder}. To push it: hf upload {self.repo_id} {self._last.folder} ."
+            f"The adapter of step {self._last.step} is not on the Hub as {self.repo_id}: {reason}. It is whole in "
+            f"{self._last.folder}. To push it: hf upload {self.repo_id} {self._last.folder} ."
         )
+
+    def _leave_stalled(self) -> bool:
+        """Put another thread in the place of one that gets no answer."""
+        if self._since is None or time.monotonic() - self._since < self.patience:
+            return False
+        logger.warning(f"The push to {self.repo_id} had no answer in {self.patience:g} s; another is begun.")
+        self._start()
+        return True
+
+    @property
+    def _left(self) -> bool:
+        """Whether the thread that asks has been left behind."""
+        return threading.current_thread() is not self._thread
 
     def _work(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._next is not None or self._closing)
+                if self._left:
+                    return
                 snapshot, self._next = self._next, None
             if snapshot is None:
                 return
@@ -192,13 +236,17 @@ class _Pusher:
 
     def _push(self, snapshot: Snapshot) -> None:
         """Until it is pushed, overtaken, or there is no use in trying on."""
-        for number in range(self._retries + 1):
+        for number in range(self.retries + 1):
+            self._since = time.monotonic()
             try:
                 self._commit(snapshot)
             except Exception as error:  # whatever it is, it is none of the training's business
-                self._error = self._describe(error)
-                again = number < self._retries and worth_a_retry(error)
-                wait = min(self._backoff * 2**number, LONGEST_WAIT)
+                with self._changed:
+                    if self._left:
+                        return
+                    self._since, self._error = None, self._describe(error)
+                again = number < self.retries and worth_a_retry(error)
+                wait = min(self.backoff * 2**number, LONGEST_WAIT)
                 logger.warning(
                     f"Pushing the adapter of step {snapshot.step} to {self.repo_id} failed: {self._error}."
                     + (f" Next try in {wait:g} s." if again else "")
@@ -210,22 +258,27 @@ class _Pusher:
                         shutil.rmtree(snapshot.folder, ignore_errors=True)
                         return
             else:
-                self._pushed = snapshot.step
+                with self._changed:
+                    self._pushed = max(self._pushed, snapshot.step)
+                    if not self._left:
+                        self._since, self._error = None, ""
                 self._clear(snapshot)
                 return
 
     def _commit(self, snapshot: Snapshot) -> None:
-        """One commit, so that the repository never holds half an adapter."""
+        """One commit, so that the repository never holds half an adapter, on the head as it is before the upload."""
         silent = are_progress_bars_disabled()
         disable_progress_bars()  # they would run through the training's
         try:
-            repo_id = self._api.create_repo(self.repo_id, private=self._private, exist_ok=True).repo_id
+            repo_id = self._api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
+            head = self._api.repo_info(repo_id, revision=self.revision).sha
             files = sorted(file for file in snapshot.folder.iterdir() if file.is_file())
             self._api.create_commit(
                 repo_id,
                 [CommitOperationAdd(file.name, file) for file in files],
                 commit_message=f"Adapter of step {snapshot.step}",
                 revision=self.revision,
+                parent_commit=head,
             )
         finally:
             if not silent:

@@ -39,7 +39,7 @@ class Hub(ThreadingHTTPServer):
     """The server, in a thread of its own: `with Hub() as hub: hub.url`.
 
     `trouble` is called with the method and the path of each request. It may return an HTTP status to answer with,
-    "drop" to close the connection in mid-request, or "stall" to answer nothing until the server is closed.
+    "drop" to close the connection in mid-request, or "stall" to answer nothing, and to close it once `release` is set.
     """
 
     daemon_threads = True
@@ -51,7 +51,7 @@ class Hub(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.trouble: Any = lambda method, path: None
-        self.closing = threading.Event()
+        self.release = threading.Event()
         self.lock = threading.Lock()
 
     def __enter__(self) -> Hub:
@@ -59,7 +59,7 @@ class Hub(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.closing.set()
+        self.release.set()
         self.shutdown()
         self.server_close()
 
@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return
         if trouble == "stall":
-            self.server.closing.wait()
+            self.server.release.wait()
             self.close_connection = True
             return
         body = self.body()
@@ -212,6 +212,8 @@ class Handler(BaseHTTPRequestHandler):
             value = item["value"]
             if item["key"] == "header":
                 summary = value["summary"]
+                if value.get("parentCommit", there.head) != there.head:
+                    return self.answer(412, {"error": "A commit has happened since. Please refresh and try again."})
             elif item["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -51,10 +52,6 @@ def waiting(tmp_path):
     return sorted(path.name for path in (tmp_path / "out" / push.FOLDER).glob("*"))
 
 
-def pushes(hub):
-    return [path for method, path in hub.requests if path.endswith("/commit/main")]
-
-
 # --- Trainer's own arguments ----------------------------------------------------------------------------------------
 
 
@@ -73,11 +70,11 @@ def test_push_to_hub_by_the_trainer_s_arguments(make, hub, token, tiny_llama, tm
 
 
 def test_checkpoints_are_pushed_with_their_card(make, hub, token):
-    options = dict(push_to_hub=True, hub_model_id=REPO, hub_token=token, save_strategy="steps", save_steps=3)
-    make(**options, hub_strategy="every_save", hub_always_push=True).train()
-    repo = hub.repos[REPO]
-    assert [set(files) >= ADAPTER for _, files in repo.commits] == [True, True]
-    assert "- steps: 6, of 2 sequences" in repo.files["README.md"].decode()
+    """At its own pace: Trainer uploads from the output directory while it goes on to write there."""
+    options = dict(push_to_hub=True, hub_model_id=REPO, hub_token=token, save_strategy="steps", save_steps=100)
+    make(**options, stages=[{"max_length": 128, "max_steps": 2}]).train()
+    ((_, files),) = hub.repos[REPO].commits
+    assert set(files) >= ADAPTER and "- steps: 2, of 2 sequences" in files["README.md"].decode()
 
 
 LOAD = """
@@ -233,6 +230,49 @@ def test_trouble_that_stays_ends_no_training(make, hub, token, said, tiny_llama,
     kept = PeftModel.from_pretrained(tiny_llama(), str(folder))
     x = torch.arange(3, 103)[None]
     assert torch.allclose(kept.eval()(input_ids=x).logits, trainer.model.eval()(input_ids=x).logits, atol=1e-5)
+
+
+class Sleep(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            time.sleep(1.5)
+
+
+def test_a_push_that_stalls_gives_way_to_the_next_and_can_t_undo_it(make, hub, token, said, tmp_path):
+    hub.trouble = once("/lfs/", "stall")
+    make(callbacks=[Sleep(), callback(token, patience=1)]).train()
+    assert summaries(hub) == ["Adapter of step 6"] and "had no answer in 1 s; another is begun" in said()[0]
+    hub.release.set()  # the first one's connection is closed; it would try again, and commit
+    stalled = [thread for thread in threading.enumerate() if thread.name == f"push to {REPO}"]
+    assert len(stalled) == 1
+    stalled[0].join(60)
+    assert not stalled[0].is_alive()
+    assert summaries(hub) == ["Adapter of step 6"] and len(said()) == 1
+
+
+def test_a_stalled_push_of_the_last_adapter_is_begun_anew_at_the_end(make, hub, token, said, tmp_path):
+    hub.trouble = once("/lfs/", "stall")
+
+    class SleepLast(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                time.sleep(1.5)
+
+    make(callbacks=[callback(token, patience=1, every_n_steps=6), SleepLast()]).train()
+    assert summaries(hub) == ["Adapter of step 6"] and len(said()) == 1
+
+
+def test_another_s_commit_in_between_is_no_loss(make, hub, token, said):
+    """Two programs that push to one repository: a commit that follows another than it thought is made once more."""
+
+    def trouble(method, path):
+        if path.endswith("/commit/main") and not hub.repos[REPO].commits:
+            hub.repos[REPO].commits.append(("Someone else", {"NOTES.md": b"notes"}))
+
+    hub.trouble = trouble
+    make(callbacks=[callback(token, every_n_steps=6)]).train()
+    assert summaries(hub) == ["Someone else", "Adapter of step 6"] and "412" in said()[0]
+    assert ADAPTER | {"NOTES.md"} <= set(hub.repos[REPO].files)
 
 
 def test_what_a_run_before_could_not_push_goes_with_the_next(make, hub, token, said, tmp_path):
