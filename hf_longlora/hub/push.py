@@ -55,7 +55,7 @@ class PushAdapterCallback(TrainerCallback):
         retries: Tries after the first, for each adapter.
         backoff: Seconds before the second try, doubled for each one after it.
         patience: Seconds after which a push that is not answered counts as stalled, and another is begun; and seconds
-            that the end of training waits for what is not pushed yet. The upload of an adapter has to fit in it.
+            that the end of training waits for what is not pushed yet, twice if it stalls. An upload has to fit in it.
 
     Raises:
         ValueError: if `every_n_steps` is below 1; when training begins, if the model has no adapter, or its weights
@@ -119,6 +119,8 @@ class PushAdapterCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         step = state.global_step
+        if step == state.max_steps:  # at the end, when it has been logged
+            return
         if step % self.every_n_steps == 0 if self.every_n_steps else step in self._stage_ends:
             self._submit(args, state, **kwargs)
 
@@ -173,6 +175,7 @@ class _Pusher:
         self._api, self._token = HfApi(token=token), token
         self._changed = threading.Condition()
         self._next: Snapshot | None = None
+        self._current: Snapshot | None = None  # on its way
         self._last: Snapshot | None = None  # given, pushed or not
         self._pushed = -1  # its step
         self._since: float | None = None  # when the try that is under way began
@@ -188,20 +191,22 @@ class _Pusher:
 
     def submit(self, snapshot: Snapshot) -> None:
         with self._changed:
-            overtaken, self._next, self._last = self._next, snapshot, snapshot
-            self._leave_stalled()
-            self._changed.notify_all()
-        if overtaken is not None and overtaken.folder != snapshot.folder:
-            shutil.rmtree(overtaken.folder, ignore_errors=True)
+            self._last = snapshot
+            if not self._leave_stalled(snapshot):
+                self._next = snapshot
+                self._changed.notify_all()
+            self._clear_overtaken()
 
     def finish(self) -> None:
         """Wait for what is on its way, and say what did not get there."""
         with self._changed:
             self._closing = True
-            if self._leave_stalled() and self._next is None:
-                self._next = self._last
             self._changed.notify_all()
         self._thread.join(self.patience)
+        with self._changed:
+            stalled = self._leave_stalled(self._last)
+        if stalled:
+            self._thread.join(self.patience)
         if self._last is None or self._pushed >= self._last.step:
             return
         reason = self._error or f"there was no answer in {self.patience:g} s"
@@ -210,11 +215,13 @@ class _Pusher:
             f"{self._last.folder}. To push it: hf upload {self.repo_id} {self._last.folder} ."
         )
 
-    def _leave_stalled(self) -> bool:
-        """Put another thread in the place of one that gets no answer."""
+    def _leave_stalled(self, snapshot: Snapshot | None) -> bool:
+        """Put another thread in the place of one that gets no answer, to push `snapshot`."""
         if self._since is None or time.monotonic() - self._since < self.patience:
             return False
         logger.warning(f"The push to {self.repo_id} had no answer in {self.patience:g} s; another is begun.")
+        self._next, self._current = snapshot, None
+        self._clear_overtaken()
         self._start()
         return True
 
@@ -230,9 +237,15 @@ class _Pusher:
                 if self._left:
                     return
                 snapshot, self._next = self._next, None
+                self._current = snapshot
             if snapshot is None:
                 return
             self._push(snapshot)
+            with self._changed:
+                if self._left:
+                    return
+                self._current = None
+                self._clear_overtaken()
 
     def _push(self, snapshot: Snapshot) -> None:
         """Until it is pushed, overtaken, or there is no use in trying on."""
@@ -255,14 +268,13 @@ class _Pusher:
                     return
                 with self._changed:
                     if self._changed.wait_for(lambda: self._next is not None, wait):
-                        shutil.rmtree(snapshot.folder, ignore_errors=True)
                         return
             else:
                 with self._changed:
                     self._pushed = max(self._pushed, snapshot.step)
                     if not self._left:
-                        self._since, self._error = None, ""
-                self._clear(snapshot)
+                        self._since, self._error, self._current = None, "", None
+                    self._clear(snapshot.folder.parent, snapshot.step)
                 return
 
     def _commit(self, snapshot: Snapshot) -> None:
@@ -284,14 +296,19 @@ class _Pusher:
             if not silent:
                 enable_progress_bars()
 
-    def _clear(self, pushed: Snapshot) -> None:
-        """Remove what has been pushed, and what it has overtaken: of a run before this one, too."""
-        for folder in pushed.folder.parent.glob("step-*"):
-            number = folder.name.rpartition("-")[2]
-            if number.isdigit() and int(number) <= pushed.step:
-                shutil.rmtree(folder, ignore_errors=True)
-        if not any(pushed.folder.parent.iterdir()):
-            pushed.folder.parent.rmdir()
+    def _clear_overtaken(self) -> None:
+        if self._last is not None:
+            self._clear(self._last.folder.parent, self._last.step - 1)
+
+    def _clear(self, folder: Path, step: int) -> None:
+        """Remove what is waiting from `step` and before, of an earlier run too, but for what is on its way."""
+        for waiting in folder.glob("step-*"):
+            number = waiting.name.rpartition("-")[2]
+            on_its_way = self._current is not None and self._current.folder == waiting
+            if number.isdigit() and int(number) <= step and not on_its_way:
+                shutil.rmtree(waiting, ignore_errors=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
     def _describe(self, error: BaseException) -> str:
         """The first cause in one line, without the token."""
