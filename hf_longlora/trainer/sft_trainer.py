@@ -1,7 +1,6 @@
 """TRL's SFTTrainer over stages of growing context."""
 
 import copy
-import math
 import os
 import shutil
 import time
@@ -23,17 +22,25 @@ from trl import SFTTrainer
 from ..attention import set_attention_mode, set_s2_attention
 from ..hub.card import base_name, folder_card
 from ..hub.run import RUN_NAME, read_facts, run_facts, write_facts
-from ..rope import current_rope, reach, rope_factor
+from ..rope import current_rope, rope_factor
 from ..tuner.config import check_weights
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
 from .checkpoints import begin_checkpoint, check_signature, last_checkpoint, write_signature
-from .checks import check_adapter, check_arguments, check_dataset, checked_config, known_length, stage_ropes
+from .checks import (
+    check_adapter,
+    check_arguments,
+    check_dataset,
+    check_lengths,
+    checked_config,
+    known_length,
+    stage_ropes,
+)
 from .config import LongLoraSFTConfig
 from .data import describe, longest_document, order, with_length
 from .layers import compiled_layers, tile_mlps
 from .report import write_report
-from .stages import Schedule
-from .trouble import beginnings, has_diverged, memory_advice, peak_memory
+from .stages import Schedule, StepPlan
+from .trouble import beginnings, diverged, has_diverged, out_of_memory, peak_memory
 
 LAST_GOOD_NAME = "last-good"
 
@@ -162,23 +169,8 @@ class LongLoraSFTTrainer(SFTTrainer):
             if len(view) > 0:
                 shuffle = args.train_sampling_strategy != "sequential"
                 served.append(view.select(order(len(view), stage.max_steps * batch, args.seed + number, shuffle)))
-        self._check_lengths(longest)
+        check_lengths(self.schedule, self._base_rope, self._ropes, longest)
         return concatenate_datasets(served)
-
-    def _check_lengths(self, longest: list[int]) -> None:
-        """Raise a `ValueError` if a stage that stretches RoPE would train no distance that is new to the model."""
-        known = reach(self._base_rope)[1] if self._base_rope is not None else 0
-        stages = zip(self.schedule.stages, self._ropes, longest, strict=True)
-        for number, (stage, rope, tokens) in enumerate(stages, start=1):
-            stretches = rope is not None and stage.rope_type is not None and stage.max_length > known
-            if tokens == 0 or (stretches and tokens <= known):
-                raise ValueError(
-                    f"Too few tokens for stage {number} (max_length {stage.max_length:,}): the longest sequence it "
-                    f"would see has {tokens:,} tokens, no more than the {known:,} the model knows by then. Give "
-                    'longer documents, set packing=True and packing_strategy="wrapped" (one stream of text, as in the '
-                    "paper), or drop the stage."
-                )
-            known = max(known, tokens)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         # the order is in the dataset already: stage after stage, shuffled within
@@ -207,7 +199,9 @@ class LongLoraSFTTrainer(SFTTrainer):
             with compiled_layers(self.model, self.args.compile_layers):
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
         except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(self._out_of_memory()) from error
+            quantized = getattr(self.model, "is_quantized", False)
+            message = out_of_memory(self.args, self.schedule, self.state.global_step, quantized)
+            raise torch.OutOfMemoryError(message) from error
         except FloatingPointError:
             self._write_report()
             raise
@@ -256,26 +250,16 @@ class LongLoraSFTTrainer(SFTTrainer):
         """
         vocabulary = self.model.config.get_text_config().vocab_size
         losses = [float(entry["loss"]) for entry in self.state.log_history if "loss" in entry]
-        if not has_diverged(losses, vocabulary):
-            return
-        step = self.state.global_step
-        checkpoint = last_checkpoint(str(self.args.output_dir))
-        raise FloatingPointError(
-            f"The run has diverged: the loss is {losses[-1]:.2f} at step {step} (stage "
-            f"{self.schedule.step(step - 1).stage + 1}), above the {math.log(vocabulary):.2f} of a uniform guess over "
-            f"{vocabulary:,} tokens, and was {min(losses):.2f}. Lower the learning rate. "
-            + (f"The last checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet.")
-        )
+        if has_diverged(losses, vocabulary):
+            checkpoint = last_checkpoint(str(self.args.output_dir))
+            raise FloatingPointError(
+                diverged(losses, vocabulary, self._plan.stage, self.state.global_step, checkpoint)
+            )
 
-    def _out_of_memory(self) -> str:
-        args, step = self.args, min(self.state.global_step, self.schedule.max_steps - 1)
-        stage = self.schedule.step(step).stage
-        return (
-            f"Out of memory in step {step + 1} (stage {stage + 1}: {self.schedule.stages[stage].max_length:,} tokens "
-            f"in a sequence, {args.per_device_train_batch_size} in a batch; peak {peak_memory(args.device):.1f} GiB). "
-            f"What helps: {memory_advice(args, getattr(self.model, 'is_quantized', False))}. "
-            "A run that has saved a checkpoint goes on from it (resume_from_checkpoint=True)."
-        )
+    @property
+    def _plan(self) -> StepPlan:
+        """That of the step that was last done."""
+        return self.schedule.step(max(self.state.global_step - 1, 0))
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """TRL's logs, and the stage's: stage, context length, RoPE factor, speed and peak memory.
@@ -284,7 +268,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         """
         if "loss" not in logs or not self.model.training:
             return super().log(logs, start_time)
-        plan = self.schedule.step(max(self.state.global_step - 1, 0))
+        plan = self._plan
         stage = self.schedule.stages[plan.stage]
         now, tokens = time.perf_counter(), self._total_train_tokens
         if self._last_log is not None:

@@ -10,6 +10,8 @@ from typing import Any
 import psutil
 import torch
 
+from .stages import Schedule
+
 
 def beginnings(inputs: Mapping[str, Any], tokenizer: Any, documents: int = 4, tokens: int = 12) -> str:
     """How the first documents of a batch begin: the rows, and where positions restart the documents packed in them."""
@@ -31,6 +33,28 @@ def has_diverged(losses: Sequence[float], vocabulary: int) -> bool:
     """
     guess = math.log(vocabulary)
     return len(losses) > 2 and min(losses[-2:]) > guess and min(losses) < guess - 1
+
+
+def diverged(losses: Sequence[float], vocabulary: int, stage: int, step: int, checkpoint: str | None) -> str:
+    """What to say of it: the step that was last done, its stage (from 0), and where to go on from."""
+    return (
+        f"The run has diverged: the loss is {losses[-1]:.2f} at step {step} (stage {stage + 1}), above the "
+        f"{math.log(vocabulary):.2f} of a uniform guess over {vocabulary:,} tokens, and was {min(losses):.2f}. Lower "
+        "the learning rate. "
+        + (f"The last checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet.")
+    )
+
+
+def out_of_memory(args: Any, schedule: Schedule, global_step: int, quantized: bool) -> str:
+    """What to say of the step after `global_step` steps."""
+    step = min(global_step, schedule.max_steps - 1)
+    stage = schedule.step(step).stage
+    return (
+        f"Out of memory in step {step + 1} (stage {stage + 1}: {schedule.stages[stage].max_length:,} tokens in a "
+        f"sequence, {args.per_device_train_batch_size} in a batch; peak {peak_memory(args.device):.1f} GiB). "
+        f"What helps: {memory_advice(args, quantized)}. "
+        "A run that has saved a checkpoint goes on from it (resume_from_checkpoint=True)."
+    )
 
 
 def memory_advice(args: Any, quantized: bool) -> str:

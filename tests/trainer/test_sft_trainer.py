@@ -171,15 +171,21 @@ def test_an_existing_adapter_goes_on(make, tiny_llama, tmp_path):
     assert [step[0] for step in spy.steps] == [2.0, 8.0]  # as the adapter had it; then cumulative, from the base
 
 
-def test_conversations_with_bfd_packing(make, monkeypatch):
-    documents = []
-    real = interface._attention
+@pytest.fixture
+def documents(monkeypatch):
+    """The documents of each call of sparse attention."""
+    seen = []
+    real = interface._documents
 
-    def record(query, key, value, docs, *args, **kwargs):
-        documents.append(docs)
-        return real(query, key, value, docs, *args, **kwargs)
+    def record(*args):
+        seen.append(real(*args))
+        return seen[-1]
 
-    monkeypatch.setattr(interface, "_attention", record)
+    monkeypatch.setattr(interface, "_documents", record)
+    return seen
+
+
+def test_conversations_with_bfd_packing(make, documents):
     chats = [
         [{"role": "user", "content": f"Tell me {i}"}, {"role": "assistant", "content": TEXT * (1 + i % 7)}]
         for i in range(60)
@@ -197,21 +203,13 @@ def test_conversations_with_bfd_packing(make, monkeypatch):
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
-def test_packing_strategies(make, monkeypatch, strategy):
+def test_packing_strategies(make, documents, strategy):
     """Documents are kept apart where TRL keeps them apart, and are one stream where it doesn't."""
-    seen = []
-    real = interface._attention
-
-    def record(query, key, value, docs, *args, **kwargs):
-        seen.append(docs)
-        return real(query, key, value, docs, *args, **kwargs)
-
-    monkeypatch.setattr(interface, "_attention", record)
     dataset = texts(40, repeat=1)
     lengths = {"bfd": [128, 128], "bfd_split": [128, 128], "wrapped": [128, 256]}[strategy]
     make(dataset=dataset, packing_strategy=strategy, stages=[ContextStage(n, 2) for n in lengths]).train()
-    assert all(docs.packed for docs in seen) == (strategy != "wrapped")
-    longest = max(docs.longest for docs in seen)
+    assert all(docs.packed for docs in documents) == (strategy != "wrapped")
+    longest = max(docs.longest for docs in documents)
     assert longest == 256 if strategy == "wrapped" else 64 < longest <= 128
 
 
@@ -238,13 +236,13 @@ def test_an_evaluation_set_may_be_called_train(make):
 def test_evaluation_during_training_is_dense(make, monkeypatch):
     trainer = make(eval_strategy="steps", eval_steps=2, eval_dataset=texts(2))
     sparse = []
-    real = interface._attention
+    real = interface._documents
 
-    def record(*args, **kwargs):
+    def record(*args):
         sparse.append(trainer.model.training)
-        return real(*args, **kwargs)
+        return real(*args)
 
-    monkeypatch.setattr(interface, "_attention", record)
+    monkeypatch.setattr(interface, "_documents", record)
     trainer.train()
     assert len([log for log in trainer.state.log_history if "eval_loss" in log]) == 3
     assert sparse and all(sparse)

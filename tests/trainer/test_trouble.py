@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from hf_longlora import LongLoraSFTTrainer
 from hf_longlora.trainer import sft_trainer
-from hf_longlora.trainer.trouble import beginnings, has_diverged
+from hf_longlora.trainer.trouble import beginnings, has_diverged, out_of_memory
 
 from .helpers import Spy
 
@@ -116,11 +116,11 @@ def test_out_of_memory_is_one_message_with_what_helps(make, tmp_path):
     name = (
         "activation_checkpointing" if hasattr(trainer.args, "activation_checkpointing") else "gradient_checkpointing"
     )
-    assert f"{name}=True; activation_offloading=True; a base quantized" in message
+    assert f"{name}=True; mlp_tile=4096 (the MLP by tiles of tokens); activation_offloading=True; " in message
     assert "Tried to allocate" in str(error.value.__cause__)
 
 
 def test_advice_leaves_out_what_is_done_already(make):
     trainer = make(per_device_train_batch_size=1, gradient_checkpointing=True, mlp_tile=4096)
-    message = trainer._out_of_memory()
-    assert "What helps: activation_offloading=True; " in message
+    message = out_of_memory(trainer.args, trainer.schedule, 0, quantized=True)
+    assert "What helps: activation_offloading=True; shorter stages. " in message
