@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import logging
@@ -146,7 +147,7 @@ class PushAdapterCallback(TrainerCallback):
             write_facts(folder, read_facts(Path(str(args.output_dir))) | run_facts(args, state))
             if isinstance(kwargs["model"].active_peft_config, LongLoraConfig):  # another's card is PEFT's
                 folder_card(folder, name=self.repo_id).save(folder / "README.md")
-        except OSError as error:  # a full disk: the run's own checkpoints say so, where it matters
+        except (OSError, SafetensorError) as error:  # a full disk: it is for the run's own checkpoints to stop the run
             logger.warning(f"The adapter of step {state.global_step} could not be saved to be pushed: {error}")
             return
         self._pusher.submit(Snapshot(state.global_step, folder))

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 from trl import SFTConfig
 
@@ -337,6 +338,27 @@ def test_a_name_that_can_t_be_one_is_said_once(make, hub, token, said, tmp_path)
 def test_a_whole_model_is_refused(make, hub, token):
     with pytest.raises(ValueError, match="push_to_hub=True for whole models"):
         make(peft_config=None, callbacks=[callback(token)]).train()
+
+
+@pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_zero3_enabled"])
+def test_weights_that_are_spread_over_processes_are_refused(make, token, monkeypatch, sharding):
+    trainer = make(callbacks=[callback(token)])
+    monkeypatch.setattr(push, sharding, lambda: True)
+    with pytest.raises(ValueError, match=r"can't gather weights.*hub_strategy='every_save'"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_is_none_of_the_push_s_business(make, hub, token, said, monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error
+
+    trainer = make(callbacks=[callback(token)])
+    monkeypatch.setattr(trainer.model, "save_pretrained", full)
+    assert trainer.train().global_step == 6
+    assert [message.startswith("The adapter of step") and "No space left" in message for message in said()] == [
+        True
+    ] * 2
 
 
 def test_bad_intervals_are_refused():
