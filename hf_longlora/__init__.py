@@ -6,6 +6,7 @@ Importing it registers `attn_implementation="s2attn"` with transformers and the 
 from . import attention, tuner
 from .attention import S2AttentionConfig, s2_attention, s2_attention_mode, set_s2_attention
 from .evaluation import loss_by_position, passkey_accuracy, perplexity_by_length
+from .hub import PushAdapterCallback
 from .trainer import ContextStage, LongLoraSFTConfig, LongLoraSFTTrainer
 from .tuner import LongLoraConfig, LongLoraModel
 
@@ -20,6 +21,7 @@ __all__ = [
     "LongLoraModel",
     "LongLoraSFTConfig",
     "LongLoraSFTTrainer",
+    "PushAdapterCallback",
     "S2AttentionConfig",
     "loss_by_position",
     "passkey_accuracy",

@@ -8,11 +8,14 @@ and beside the weights. Weights and base are too large for the repository; the b
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from peft import PeftConfig
 
+from hf_longlora import LongLoraConfig
 from hf_longlora.hub import adapter_card
 
 from ..provenance import RESULTS, append_row, provenance, read_rows
@@ -21,10 +24,10 @@ from .extend import LENGTHS, Run, extend
 from .run import FINAL, folder, key
 from .table import Row, find
 
-BASE_NAME = "hf-longlora/llama-44m-books-math-512"
-ADAPTERS = {
-    f"hf-longlora/llama-44m-books-math-{run.target}": run for run in FINAL if run.name == "s2 1/16 dense_every 4"
-}
+OWNER = "hf-longlora"
+BASE_NAME = f"{OWNER}/llama-44m-books-math-512"
+BESIDE = {"dense training in its place": "dense", "the base, RoPE scaled and nothing trained": "rope only"}
+ADAPTERS = {f"{OWNER}/llama-44m-books-math-{run.target}": run for run in FINAL if run.name == "s2 1/16 dense_every 4"}
 CARDS = Path(__file__).parents[2] / "model_cards"
 
 
@@ -33,26 +36,32 @@ def records(row: Row, corpus: str) -> list[dict[str, Any]]:
     return [{"length": n, "perplexity": float(row[f"{corpus}_{n}"])} for n in LENGTHS if row[f"{corpus}_{n}"]]
 
 
-def publish(name: str, run: Run, adapter: Path, rows: list[Row]) -> None:
-    """Write the card, the config and the results of one adapter."""
+def results(run: Run, rows: list[Row]) -> dict[str, Any]:
+    """The row of an adapter, and by the names to show those of what it is compared with."""
     row = next(row for row in find(rows, run) if row["seed"] == str(run.seed))
-    config: Any = PeftConfig.from_pretrained(adapter)
-    config.base_model_name_or_path = BASE_NAME
-    beside = {"dense training in its place": "dense", "the base, RoPE scaled and nothing trained": "rope only"}
+    found = {}
+    for label, method in BESIDE.items():
+        others = (other for other in rows if other["name"] == method and other["target"] == row["target"])
+        match = [o for o in others if (o["base"], o["rope_type"]) == (row["base"], row["rope_type"])]
+        match = [o for o in match if method == "rope only" or o["seed"] == row["seed"]]
+        if match:
+            found[label] = match[0]
+    return {**row, "beside": found}
+
+
+def card(folder: Path) -> ModelCard:
+    """The card of the adapter whose config and results lie in `folder`."""
+    row = json.loads((folder / "results.json").read_text())
+    config: Any = LongLoraConfig.from_peft_type(**json.loads((folder / "adapter_config.json").read_text()))
     perplexity = {}
     for corpus in CORPORA:
         found = {"dense": records(row, corpus)}
-        found["as trained"] = [{"length": run.target, "perplexity": float(row[f"{corpus}_trained"])}]
-        for label, method in beside.items():
-            others = (other for other in rows if other["name"] == method and other["target"] == row["target"])
-            match = [o for o in others if (o["base"], o["rope_type"]) == (row["base"], row["rope_type"])]
-            match = [o for o in match if method == "rope only" or o["seed"] == row["seed"]]
-            if match:
-                found[label] = records(match[0], corpus)
+        found["as trained"] = [{"length": int(row["target"]), "perplexity": float(row[f"{corpus}_trained"])}]
+        found |= {label: records(other, corpus) for label, other in row["beside"].items()}
         perplexity[f"{corpus}.test"] = found
-    card = adapter_card(
+    return adapter_card(
         config,
-        name=name,
+        name=f"{OWNER}/{folder.name}",
         base_model=BASE_NAME,
         perplexity=perplexity,
         about=(
@@ -72,10 +81,18 @@ def publish(name: str, run: Run, adapter: Path, rows: list[Row]) -> None:
         },
         license="apache-2.0",
     )
-    for place in (CARDS / name.rpartition("/")[2], adapter):
-        config.save_pretrained(place)
-        (place / "results.json").write_text(json.dumps(row, indent=2) + "\n")
-        card.save(place / "README.md")
+
+
+def publish(name: str, run: Run, adapter: Path, rows: list[Row]) -> None:
+    """Write the card, the config and the results of one adapter."""
+    config: Any = PeftConfig.from_pretrained(adapter)
+    config.base_model_name_or_path = BASE_NAME
+    folder = CARDS / name.rpartition("/")[2]
+    config.save_pretrained(folder)
+    (folder / "results.json").write_text(json.dumps(results(run, rows), indent=2) + "\n")
+    card(folder).save(folder / "README.md")
+    for file in folder.iterdir():
+        shutil.copy(file, adapter / file.name)
 
 
 def main() -> None:

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from peft.utils import CONFIG_NAME
 
 from ..rope import RopeScaling, reach, rope_factor
 from ..tuner import LongLoraConfig
+from .run import read_facts
 
 Records = Sequence[Mapping[str, Any]]
 
-CITATION = """```bibtex
-@inproceedings{chen2024longlora,
-  title     = {{LongLoRA: Efficient Fine-tuning of Long-Context Large Language Models}},
-  author    = {Yukang Chen and Shengju Qian and Haotian Tang and Xin Lai and Zhijian Liu and Song Han and Jiaya Jia},
-  booktitle = {International Conference on Learning Representations},
-  year      = 2024
-}
-```"""
+TEMPLATE = Path(__file__).with_name("card.md")
+TAGS = ("longlora", "hf_longlora", "long-context", "lora", "transformers")
+EVALUATION_NAME = "evaluation.json"
+PLOT_NAME = "perplexity.png"
 
 
 def adapter_card(
     config: LongLoraConfig,
     *,
     name: str,
-    base_model: str,
+    base_model: str | None = None,
     perplexity: Mapping[str, Mapping[str, Records]] | None = None,
+    retrieval: Records | None = None,
     training: Mapping[str, Any] | None = None,
     about: str = "",
+    plot: str | None = None,
+    dataset: str | None = None,
+    tags: Sequence[str] = (),
     license: str | None = None,
 ) -> ModelCard:
     """The card of a trained LONGLORA adapter.
@@ -37,10 +41,14 @@ def adapter_card(
     Args:
         config: The adapter's, as saved: RoPE, what is trained, and the schedule that the trainer wrote.
         name: The adapter's name, as in `user/name`.
-        base_model: The base's name on the Hub.
-        perplexity: For each dataset, what `compare_attention` returned (`"dense"`, `"as trained"`, or further names).
+        base_model: The base's name on the Hub; a folder's name if it isn't there.
+        perplexity: For each text, what `compare_attention` returned (`"dense"`, `"as trained"`, or further names).
+        retrieval: What `passkey_accuracy` returned.
         training: Facts to list as they are: data, tokens, hardware, time.
         about: A paragraph for the top.
+        plot: The picture of the perplexities, a file beside the card.
+        dataset: The training data's name on the Hub.
+        tags: Beside our own.
         license: Of the adapter, a Hub identifier.
 
     Returns:
@@ -51,51 +59,121 @@ def adapter_card(
     """
     if not config.resolved:
         raise ValueError("The adapter's config is not resolved: put it on a model, or load it from a saved adapter.")
-    perplexity = perplexity or {}
+    perplexity, training = perplexity or {}, training or {}
+    title = name.rpartition("/")[2]
     data = ModelCardData(
         library_name="peft",
-        base_model=base_model,
+        base_model=base_model if on_hub(base_model) else None,
+        datasets=[dataset] if dataset else None,
         pipeline_tag="text-generation",
         license=license,
-        tags=["longlora", "hf_longlora", "long-context", "lora", "transformers"],
-        model_name=name.rpartition("/")[2],
-        eval_results=_eval_results(perplexity) or None,
+        tags=[*TAGS, *(tag for tag in tags if tag not in TAGS)],
+        model_name=title,
+        eval_results=[*_perplexity_results(perplexity), *_retrieval_results(retrieval or ())] or None,
     )
-    parts = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {name.rpartition('/')[2]}",
-        about.strip(),
-        _summary(config, base_model),
-        _schedule(config.schedule),
-        *(_perplexity(dataset, records) for dataset, records in perplexity.items()),
-        _facts(training or {}),
-        _loading(name, base_model, config),
-        _limits(perplexity),
-        f"## Citation\n\nThe method is LongLoRA ([arXiv 2309.12307](https://arxiv.org/abs/2309.12307)).\n\n{CITATION}",
-    ]
-    return ModelCard("\n\n".join(part for part in parts if part) + "\n")
+    text = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        title=title,
+        about=about.strip(),
+        summary=_summary(config, base_model),
+        schedule=_schedule(config.schedule),
+        perplexity=[_perplexity(text, records) for text, records in perplexity.items()],
+        plot=f"![Perplexity by context length]({plot})" if plot else "",
+        retrieval=_retrieval(retrieval or ()),
+        training="\n".join(["## Training", "", *(f"- {what}: {value}" for what, value in training.items())])
+        if training
+        else "",
+        base_model=base_model or "the base",
+        tokenizer=base_model or name,
+        max_length=reach(RopeScaling.from_dict(config.rope))[1] if config.rope is not None else None,
+        limits=_limits(perplexity, retrieval),
+    )
+    return ModelCard(str(text).rstrip() + "\n")
 
 
-def _eval_results(perplexity: Mapping[str, Mapping[str, Records]]) -> list[EvalResult]:
+def folder_card(
+    folder: str | Path, *, name: str | None = None, base_model: str | None = None, **options: Any
+) -> ModelCard:
+    """The card of a saved adapter, with what `hf-longlora evaluate --output-dir` has left beside it.
+
+    Args:
+        folder: Holds `adapter_config.json`, and `run.json`, `evaluation.json` and `perplexity.png` if there are such.
+        name: As for `adapter_card`; the folder's by default.
+        base_model: As for `adapter_card`; what the adapter's config says by default.
+        options: The rest of `adapter_card`'s.
+    """
+    folder = Path(folder)
+    values = json.loads((folder / CONFIG_NAME).read_text())
+    config: Any = LongLoraConfig.from_peft_type(**values)
+    evaluation: dict[str, Any] = {}
+    if (folder / EVALUATION_NAME).is_file():
+        evaluation = json.loads((folder / EVALUATION_NAME).read_text())
+    records = evaluation.get("perplexity")
+    return adapter_card(
+        config,
+        name=name or folder.absolute().name,
+        base_model=base_model or base_name(config.base_model_name_or_path),
+        perplexity={"held-out documents": records} if records else None,
+        retrieval=evaluation.get("passkey"),
+        training=read_facts(folder),
+        plot=PLOT_NAME if records and (folder / PLOT_NAME).is_file() else None,
+        **options,
+    )
+
+
+def base_name(name_or_path: str | None) -> str | None:
+    """A base's name as others may read it: a folder of this machine by its own name alone."""
+    if not name_or_path:
+        return None
+    return Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
+
+
+def on_hub(name: str | None) -> bool:
+    """Whether a name can be one on the Hub, `user/name`."""
+    return name is not None and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _perplexity_results(perplexity: Mapping[str, Mapping[str, Records]]) -> list[EvalResult]:
     """Dense perplexity at each length: what a user of the adapter gets."""
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=dataset,
-            dataset_name=dataset,
+            dataset_type=text,
+            dataset_name=text,
             metric_type="perplexity",
             metric_name=f"perplexity at {record['length']} tokens",
             metric_value=round(float(record["perplexity"]), 4),
         )
-        for dataset, records in perplexity.items()
+        for text, records in perplexity.items()
         for record in records.get("dense", ())
     ]
 
 
-def _summary(config: LongLoraConfig, base_model: str) -> str:
+def _retrieval_results(records: Records) -> list[EvalResult]:
+    """The share of passkeys found at each length, over all depths."""
+    found: dict[int, list[float]] = {}
+    for record in records:
+        found.setdefault(record["length"], []).append(float(record["accuracy"]))
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="passkey",
+            dataset_name="passkey retrieval",
+            metric_type="accuracy",
+            metric_name=f"passkeys found at {length} tokens",
+            metric_value=round(sum(shares) / len(shares), 4),
+        )
+        for length, shares in sorted(found.items())
+    ]
+
+
+def _summary(config: LongLoraConfig, base_model: str | None) -> str:
     trained = [f"LoRA (r = {config.r}, alpha = {config.lora_alpha}) on the attention projections"]
     trained += [what for what, on in (("norms", config.train_norms), ("embeddings", config.train_embeddings)) if on]
-    lines = [f"A [LongLoRA](https://arxiv.org/abs/2309.12307) adapter for `{base_model}`."]
+    of = f" for `{base_model}`" if base_model else ""
+    lines = [f"A [LongLoRA](https://arxiv.org/abs/2309.12307) adapter{of}."]
     if config.rope is not None and config.base_rope is not None:
         scaling, base = RopeScaling.from_dict(config.rope), RopeScaling.from_dict(config.base_rope)
         lines.append(
@@ -120,9 +198,9 @@ def _schedule(schedule: Mapping[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def _perplexity(dataset: str, records: Mapping[str, Records]) -> str:
+def _perplexity(text: str, records: Mapping[str, Records]) -> str:
     lengths = sorted({record["length"] for rows in records.values() for record in rows})
-    lines = [f"## Perplexity on {dataset}", ""]
+    lines = [f"## Perplexity on {text}", ""]
     lines.append("| model | " + " | ".join(f"{length:,} tokens" for length in lengths) + " |")
     lines.append("|---" * (len(lengths) + 1) + "|")
     for name, rows in records.items():
@@ -131,39 +209,28 @@ def _perplexity(dataset: str, records: Mapping[str, Records]) -> str:
     return "\n".join(lines)
 
 
-def _facts(training: Mapping[str, Any]) -> str:
-    return (
-        "\n".join(["## Training", "", *(f"- {what}: {value}" for what, value in training.items())]) if training else ""
-    )
+def _retrieval(records: Records) -> str:
+    if not records:
+        return ""
+    depths = sorted({record["depth"] for record in records})
+    lines = ["## Passkeys found, by length of the text and depth of the passkey", ""]
+    lines.append("| tokens | " + " | ".join(f"{depth:.0%}" for depth in depths) + " |")
+    lines.append("|---" * (len(depths) + 1) + "|")
+    for length in sorted({record["length"] for record in records}):
+        found = {row["depth"]: f"{row['accuracy']:.0%}" for row in records if row["length"] == length}
+        lines.append(f"| {length:,} | " + " | ".join(found.get(depth, "") for depth in depths) + " |")
+    return "\n".join(lines)
 
 
-def _loading(name: str, base_model: str, config: LongLoraConfig) -> str:
-    return f"""## Use
-
-```python
-import hf_longlora  # registers the adapter type; pip install hf-longlora
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("{base_model}")
-model = PeftModel.from_pretrained(base, "{name}")
-```
-
-Attention is dense at inference. For programs without `hf_longlora`, such as vLLM, merge it once:
-
-```python
-model.merge_and_unload().save_pretrained("merged")  # config.json has the scaled RoPE
-```
-
-Without `hf_longlora`, PEFT refuses to load the adapter rather than run it with an unscaled RoPE."""
-
-
-def _limits(perplexity: Mapping[str, Mapping[str, Records]]) -> str:
-    if not perplexity:
-        return (
-            "## Limits\n\nThis adapter has not been evaluated: measure it on text like yours (`hf-longlora evaluate`)."
+def _limits(perplexity: Mapping[str, Mapping[str, Records]], retrieval: Records | None) -> str:
+    if not perplexity and not retrieval:
+        return "This adapter has not been evaluated: measure it on text like yours (`hf-longlora evaluate`)."
+    parts = []
+    if perplexity:
+        parts.append(
+            "Perplexity is measured on the texts named above, up to the lengths shown, with the last tokens of "
+            "sliding windows scored. It says little about retrieval, reasoning over long texts, or other domains."
         )
-    return (
-        "## Limits\n\nPerplexity is measured on the texts named above, up to the lengths shown, with the last tokens "
-        "of sliding windows scored. It says little about retrieval, reasoning over long texts, or other domains."
-    )
+    if retrieval:
+        parts.append("A passkey is the easiest thing to find in a text that repeats itself: it is no test of reading.")
+    return " ".join(parts)

@@ -76,6 +76,7 @@ class StageProgressCallback(ProgressCallback):
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
         self.schedule = schedule
+        self._stage = -1  # that of the bar
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,9 +86,13 @@ class StageProgressCallback(ProgressCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero or self.training_bar is not None:
+        if not state.is_world_process_zero:
             return
         number, stages = self.schedule.step(state.global_step).stage, self.schedule.stages
+        if self.training_bar is not None and number == self._stage:
+            return
+        self._close()
+        self._stage = number
         before = sum(stage.max_steps for stage in stages[:number])
         self.training_bar = tqdm(
             total=stages[number].max_steps,
@@ -123,8 +128,6 @@ class StageProgressCallback(ProgressCallback):
             )
         elif (evaluated := logs.get("eval_loss")) is not None:
             self.training_bar.write(f"step {state.global_step}: evaluation loss {float(evaluated):.3f}")
-        if self.schedule.step(state.global_step - 1).last_of_stage:
-            self._close()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,5 +1,6 @@
 """What can be refused before a run starts, each with one error that says what to change."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -136,3 +137,26 @@ def stage_ropes(
                 f"Stage {number}: {error} (A stage with rope_type=None trains at a length the model reaches already.)"
             ) from error
     return base, ropes
+
+
+def check_lengths(
+    schedule: Schedule, base: RopeScaling | None, ropes: Sequence[RopeScaling | None], longest: Sequence[int]
+) -> None:
+    """Refuse a stage that stretches RoPE and would train no distance that is new to the model.
+
+    Args:
+        schedule: The stages.
+        base, ropes: What `stage_ropes` gave for them.
+        longest: Tokens in the longest document that each stage sees.
+    """
+    known = reach(base)[1] if base is not None else 0
+    for number, (stage, rope, tokens) in enumerate(zip(schedule.stages, ropes, longest, strict=True), start=1):
+        stretches = rope is not None and stage.rope_type is not None and stage.max_length > known
+        if tokens == 0 or (stretches and tokens <= known):
+            raise ValueError(
+                f"Too few tokens for stage {number} (max_length {stage.max_length:,}): the longest sequence it would "
+                f"see has {tokens:,} tokens, no more than the {known:,} the model knows by then. Give longer "
+                'documents, set packing=True and packing_strategy="wrapped" (one stream of text, as in the paper), or '
+                "drop the stage."
+            )
+        known = max(known, tokens)

@@ -1,5 +1,6 @@
 """Configuration of the staged trainer."""
 
+import copy
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -85,6 +86,9 @@ class LongLoraSFTConfig(SFTConfig):
                 raise ValueError(
                     f"`stages` must be one of {AUTO_STAGES} or a JSON list of stages, got {self.stages!r}."
                 ) from error
+        if getattr(self, "activation_checkpointing", True) is None and self.gradient_checkpointing is True:
+            # TRL's default by the name that transformers deprecates since 5.24; the old one alone would be warned of.
+            self.activation_checkpointing = True
         if isinstance(self.stages, str):
             auto_stages(self.stages, 0, self.max_length or 0, self.max_steps)  # raises, but for the model's length
             return super().__post_init__()
@@ -134,9 +138,33 @@ class LongLoraSFTConfig(SFTConfig):
         )
         return Schedule(tuple(self.stages), attention, self.dense_every)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle, and so for `training_args.bin`, which goes to the Hub: without tokens."""
+        return {**vars(self), "hub_token": None, "model_init_kwargs": without_token(self.model_init_kwargs)}
+
+    def __copy__(self) -> "LongLoraSFTConfig":
+        """In this process, with everything."""
+        made = object.__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LongLoraSFTConfig":
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: the stages as mappings."""
+        """JSON-able, as trackers get it: the stages as mappings, no tokens."""
         values = super().to_dict()
+        values["model_init_kwargs"] = without_token(values["model_init_kwargs"])
         if isinstance(self.stages, list):
             values["stages"] = [asdict(stage) for stage in self.stages]
         return values
+
+
+def without_token(init: Any) -> Any:
+    """Arguments of `from_pretrained` without the token for a gated model."""
+    if not isinstance(init, dict):
+        return init
+    return {key: value for key, value in init.items() if key not in ("token", "use_auth_token")}

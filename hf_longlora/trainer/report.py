@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..evaluation.plots import plot_history, plot_perplexity, require_matplotlib
+from .checkpoints import SCHEDULE_NAME
 from .stages import Schedule
 
 logger = logging.get_logger(__name__)
@@ -30,8 +33,8 @@ STYLE = (
 def write_report(folder: Path, history: Sequence[Mapping[str, Any]], schedule: Schedule) -> Path:
     """Write `report.html`, with loss, speed and memory by stage, into a run's output directory.
 
-    What `hf-longlora evaluate --output-dir` has left in the same folder (`evaluation.json`) is shown, too. Without
-    matplotlib the report has its tables and says how to get the pictures.
+    What `hf-longlora evaluate --output-dir` has left in the same folder (`evaluation.json`) is shown, too; see
+    `update_report`. Without matplotlib the report has its tables and says how to get the pictures.
 
     Args:
         folder: The output directory.
@@ -58,7 +61,8 @@ def write_report(folder: Path, history: Sequence[Mapping[str, Any]], schedule: S
             by_stage: dict[str, list[tuple[int, float]]] = {}
             for entry in logged:
                 title = f"stage {entry['stage']}, {entry['context_length']:,} tokens"
-                by_stage.setdefault(title, []).append((entry["step"], float(entry[key])))
+                if key in entry:
+                    by_stage.setdefault(title, []).append((entry["step"], float(entry[key])))
             if by_stage:
                 plot_history(by_stage, folder / f"{name}.png", ylabel=label)
                 body.append(f'<img src="{name}.png" alt="{label} by step">')
@@ -72,6 +76,26 @@ def write_report(folder: Path, history: Sequence[Mapping[str, Any]], schedule: S
     return file
 
 
+def update_report(folder: Path) -> Path:
+    """Write the report of a run that has ended once more, with what has been evaluated since.
+
+    Args:
+        folder: The run's output directory.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: if no run has ended there.
+    """
+    state, schedule = folder / TRAINER_STATE_NAME, folder / SCHEDULE_NAME
+    for file in (state, schedule):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist: no run of LongLoraSFTTrainer has ended in {folder}.")
+    history = TrainerState.load_from_json(str(state)).log_history
+    return write_report(folder, history, Schedule.from_dict(json.loads(schedule.read_text())))
+
+
 def _stage_row(number: int, logged: Sequence[Mapping[str, Any]], schedule: Schedule) -> tuple[str, ...]:
     stage = schedule.stages[number]
     entries = [entry for entry in logged if entry["stage"] == number + 1]
@@ -79,16 +103,15 @@ def _stage_row(number: int, logged: Sequence[Mapping[str, Any]], schedule: Sched
     group = schedule.attention_config(number).group_size
     dense = stage.attention == "dense"
     attention = "dense" if dense else "sparse" + (f", each {every}th step dense" if every else "")
-    found = (
-        (
+    found = ("", "", "", "")
+    if entries:
+        speeds = [float(entry["tokens_per_second"]) for entry in entries]
+        found = (
             f"{entries[0]['loss']:.3f}",
             f"{entries[-1]['loss']:.3f}",
-            f"{sum(float(entry['tokens_per_second']) for entry in entries) / len(entries):,.0f}",
+            f"{sum(speeds) / len(speeds):,.0f}",
             f"{max(float(entry['peak_memory_gib']) for entry in entries):.1f}",
         )
-        if entries
-        else ("", "", "", "")
-    )
     group_size = "" if dense else f"{group:,}"
     return (str(number + 1), f"{stage.max_length:,}", str(stage.max_steps), attention, group_size, *found)
 
@@ -98,7 +121,9 @@ def _evaluation(folder: Path) -> list[str]:
     file = folder / "evaluation.json"
     if not file.is_file():
         return []
-    records = json.loads(file.read_text())["perplexity"]
+    records = json.loads(file.read_text()).get("perplexity")
+    if not records:
+        return []
     lengths = [f"{record['length']:,}" for record in next(iter(records.values()))]
     rows = [(name, *(f"{record['perplexity']:.2f}" for record in found)) for name, found in records.items()]
     parts = ["<h2>Perplexity by length</h2>", _table(("attention", *lengths), rows)]

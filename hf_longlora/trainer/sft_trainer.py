@@ -1,41 +1,47 @@
 """TRL's SFTTrainer over stages of growing context."""
 
 import copy
-import json
-import math
 import os
-import sys
+import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
+from peft.utils import CONFIG_NAME
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import logging
 from trl import SFTTrainer
 
 from ..attention import set_attention_mode, set_s2_attention
-from ..rope import current_rope, reach, rope_factor
+from ..hub.card import base_name, folder_card
+from ..hub.run import RUN_NAME, read_facts, run_facts, write_facts
+from ..rope import current_rope, rope_factor
 from ..tuner.config import check_weights
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
-from .checks import check_adapter, check_arguments, check_dataset, checked_config, known_length, stage_ropes
+from .checkpoints import begin_checkpoint, check_signature, last_checkpoint, write_signature
+from .checks import (
+    check_adapter,
+    check_arguments,
+    check_dataset,
+    check_lengths,
+    checked_config,
+    known_length,
+    stage_ropes,
+)
 from .config import LongLoraSFTConfig
+from .data import describe, longest_document, order, with_length
 from .layers import compiled_layers, tile_mlps
 from .report import write_report
-from .stages import Schedule
+from .stages import Schedule, StepPlan
+from .trouble import beginnings, diverged, has_diverged, out_of_memory, peak_memory
 
-logger = logging.get_logger(__name__)
-
-SCHEDULE_NAME = "context_schedule.json"
 LAST_GOOD_NAME = "last-good"
 
 
@@ -91,6 +97,7 @@ class LongLoraSFTTrainer(SFTTrainer):
     ) -> None:
         if not isinstance(args, LongLoraSFTConfig):
             raise TypeError(f"`args` must be a LongLoraSFTConfig with its stages, got {type(args).__name__}.")
+        args = copy.copy(args)  # what is resolved here is of this model, and the caller may have others
         # All that can be refused is refused here, while the model is as it was.
         check_arguments(args)
         check_dataset(train_dataset, args, kwargs.get("formatting_func"))
@@ -120,8 +127,8 @@ class LongLoraSFTTrainer(SFTTrainer):
             **kwargs,
         )
         self._train_source = None
+        self._data = describe(train_dataset, args)
         self._last_log: tuple[float, int] | None = None
-        self._last_loss = math.inf
         if self.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:
             self.add_callback(StageProgressCallback(self.schedule))
         tuner = longlora_tuner(self.model)
@@ -151,34 +158,19 @@ class LongLoraSFTTrainer(SFTTrainer):
         if dataset is not self._train_source:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         # TRL tokenises, then truncates or packs; without a length it stops in between.
-        tokenized = prepare(dataset, processing_class, _with_length(args, None), False, formatting_func, dataset_name)
+        tokenized = prepare(dataset, processing_class, with_length(args, None), False, formatting_func, dataset_name)
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         longest, served = [], []
         for number, stage in enumerate(self.schedule.stages, start=1):
-            own = _with_length(args, stage.max_length)
+            own = with_length(args, stage.max_length)
             view = prepare(tokenized, processing_class, own, packing, None, f"stage {number}")
             longest.append(longest_document(view))
             self._stage_examples.append(len(view))
             if len(view) > 0:
                 shuffle = args.train_sampling_strategy != "sequential"
-                served.append(view.select(_order(len(view), stage.max_steps * batch, args.seed + number, shuffle)))
-        self._check_lengths(longest)
+                served.append(view.select(order(len(view), stage.max_steps * batch, args.seed + number, shuffle)))
+        check_lengths(self.schedule, self._base_rope, self._ropes, longest)
         return concatenate_datasets(served)
-
-    def _check_lengths(self, longest: list[int]) -> None:
-        """Raise a `ValueError` if a stage that stretches RoPE would train no distance that is new to the model."""
-        known = reach(self._base_rope)[1] if self._base_rope is not None else 0
-        stages = zip(self.schedule.stages, self._ropes, longest, strict=True)
-        for number, (stage, rope, tokens) in enumerate(stages, start=1):
-            stretches = rope is not None and stage.rope_type is not None and stage.max_length > known
-            if tokens == 0 or (stretches and tokens <= known):
-                raise ValueError(
-                    f"Too few tokens for stage {number} (max_length {stage.max_length:,}): the longest sequence it "
-                    f"would see has {tokens:,} tokens, no more than the {known:,} the model knows by then. Give "
-                    'longer documents, set packing=True and packing_strategy="wrapped" (one stream of text, as in the '
-                    "paper), or drop the stage."
-                )
-            known = max(known, tokens)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         # the order is in the dataset already: stage after stage, shuffled within
@@ -201,14 +193,29 @@ class LongLoraSFTTrainer(SFTTrainer):
         if resume_from_checkpoint:
             resume_from_checkpoint = self._check_checkpoint(resume_from_checkpoint)
         self._last_log = (time.perf_counter(), self._total_train_tokens)
+        if self.is_world_process_zero():
+            write_facts(Path(str(self.args.output_dir)), {"data": self._data})
         try:
             with compiled_layers(self.model, self.args.compile_layers):
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
         except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(self._out_of_memory()) from error
-        if self.args.report and self.is_world_process_zero():
-            write_report(Path(str(self.args.output_dir)), self.state.log_history, self.schedule)
+            quantized = getattr(self.model, "is_quantized", False)
+            message = out_of_memory(self.args, self.schedule, self.state.global_step, quantized)
+            raise torch.OutOfMemoryError(message) from error
+        except FloatingPointError:
+            self._write_report()
+            raise
+        self._write_report()
         return output
+
+    def _write_report(self) -> None:
+        """Leave the report, and what `update_report` makes it from once the model has been evaluated."""
+        if self.args.report and self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            write_signature(folder, self._signature())
+            write_report(folder, self.state.log_history, self.schedule)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         # PEFT casts each adapter's input to its fp32 weights, and autocast casts it back: bit by bit the same, but
@@ -229,53 +236,30 @@ class LongLoraSFTTrainer(SFTTrainer):
         """Keep the weights, which the step has not touched, and stop the run."""
         plan = self.schedule.step(self.state.global_step)
         path = os.path.join(str(self.args.output_dir), LAST_GOOD_NAME)
-        self.save_model(path)
+        self.save_model(path, _internal_call=True)  # which keeps it from the Hub
         raise FloatingPointError(
             f"The {what} of step {self.state.global_step + 1} (stage {plan.stage + 1}) is not finite. The weights "
             f"before it are in {path}. The last batch begins with {beginnings(inputs, self.processing_class)}. Lower "
             "the learning rate, clip gradients (max_grad_norm), or look at the data."
         )
 
-    def _check_loss(self, loss: float) -> None:
-        """Raise a `FloatingPointError` if a model that had learned something is worse than a uniform guess, twice.
+    def _check_losses(self) -> None:
+        """Raise a `FloatingPointError` if the loss has grown beyond that of a uniform guess.
 
-        It comes from the log, which all processes have alike.
+        It goes by the log, which all processes have alike.
         """
         vocabulary = self.model.config.get_text_config().vocab_size
-        worst, before = math.log(vocabulary), self._last_loss
-        self._last_loss = loss
-        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        if loss > worst < before < math.inf and any(earlier < worst - 1 for earlier in losses):
+        losses = [float(entry["loss"]) for entry in self.state.log_history if "loss" in entry]
+        if has_diverged(losses, vocabulary):
             checkpoint = last_checkpoint(str(self.args.output_dir))
             raise FloatingPointError(
-                f"The run has diverged: the loss is {loss:.2f} at step {self.state.global_step}, above the "
-                f"{worst:.2f} of a uniform guess over {vocabulary:,} tokens, and was {min(losses):.2f}. Lower the "
-                "learning rate. "
-                + (f"The last checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet.")
+                diverged(losses, vocabulary, self._plan.stage, self.state.global_step, checkpoint)
             )
 
-    def _out_of_memory(self) -> str:
-        """What to do about it, in the order of what it costs."""
-        args, plan = self.args, self.schedule.step(min(self.state.global_step, self.schedule.max_steps - 1))
-        advice = [
-            (
-                args.per_device_train_batch_size > 1,
-                f"per_device_train_batch_size=1 and {args.per_device_train_batch_size} times the "
-                "gradient_accumulation_steps",
-            ),
-            (not args.gradient_checkpointing, "gradient_checkpointing=True"),
-            (args.mlp_tile is None, "mlp_tile=4096 (the MLP by tiles of tokens)"),
-            (not args.activation_offloading, "activation_offloading=True"),
-            (not getattr(self.model, "is_quantized", False), "a base quantized to 4 bits (QLoRA)"),
-            (True, "shorter stages"),
-        ]
-        length = self.schedule.stages[plan.stage].max_length
-        return (
-            f"Out of memory in step {self.state.global_step + 1} (stage {plan.stage + 1}: {length:,} tokens in a "
-            f"sequence, {args.per_device_train_batch_size} in a batch; peak {_peak_memory(args.device):.1f} GiB). "
-            f"What helps: {'; '.join(words for useful, words in advice if useful)}. "
-            "A run that has saved a checkpoint goes on from it (resume_from_checkpoint=True)."
-        )
+    @property
+    def _plan(self) -> StepPlan:
+        """That of the step that was last done."""
+        return self.schedule.step(max(self.state.global_step - 1, 0))
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """TRL's logs, and the stage's: stage, context length, RoPE factor, speed and peak memory.
@@ -284,8 +268,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         """
         if "loss" not in logs or not self.model.training:
             return super().log(logs, start_time)
-        self._check_loss(float(logs["loss"]))
-        plan = self.schedule.step(max(self.state.global_step - 1, 0))
+        plan = self._plan
         stage = self.schedule.stages[plan.stage]
         now, tokens = time.perf_counter(), self._total_train_tokens
         if self._last_log is not None:
@@ -296,17 +279,51 @@ class LongLoraSFTTrainer(SFTTrainer):
         logs["context_length"] = stage.max_length
         has_rope = getattr(self.model.config.get_text_config(), "rope_parameters", None)
         logs["rope_factor"] = rope_factor(current_rope(self.model.config)) if has_rope else 1.0
-        logs["peak_memory_gib"] = _peak_memory(self.args.device)
+        logs["peak_memory_gib"] = peak_memory(self.args.device)
         super().log(logs, start_time)
         last: dict[str, Any] = self.state.log_history[-1]
         last["attention"] = "dense" if plan.mode == "dense" else "s2attn"
+        self._check_losses()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # What is kept
+
+    def create_model_card(  # type: ignore[override]  # TRL's signature, which isn't Trainer's either
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write the card of an adapter into the output directory, from what has happened; TRL's for whole models.
+
+        It needs the adapter to be saved there, as `save_model` and `push_to_hub` do before they call this.
+        """
+        folder = Path(str(self.args.output_dir))
+        if longlora_tuner(self.model) is None:
+            return super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero() and (folder / CONFIG_NAME).is_file():
+            self._write_card(folder, dataset_name, [tags] if isinstance(tags, str) else tags or [])
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and longlora_tuner(self.model) is not None:
+            self._write_card(Path(output_dir or str(self.args.output_dir)))  # in the place of PEFT's
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As Trainer's, which pushes the output directory with the checkpoint's weights: with its card, too."""
+        for name in ("README.md", RUN_NAME):
+            if self.args.should_save and Path(checkpoint_folder, name).is_file():
+                shutil.copy(Path(checkpoint_folder, name), Path(str(self.args.output_dir), name))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _write_card(self, folder: Path, dataset_name: str | None = None, tags: Sequence[str] = ()) -> None:
+        write_facts(folder, read_facts(folder) | {"data": self._data} | run_facts(self.args, self.state))
+        name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        base = base_name(self.model.get_base_model().config._name_or_path)
+        card = folder_card(folder, name=name, base_model=base, dataset=dataset_name, tags=[*self._tag_names, *tags])
+        card.save(folder / "README.md")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
-            os.makedirs(folder, exist_ok=True)
-            Path(folder, TRAINER_STATE_NAME).unlink(missing_ok=True)  # not whole any more, if it was
-            Path(folder, SCHEDULE_NAME).write_text(json.dumps(self._signature(), indent=2))
+            begin_checkpoint(Path(folder), self._signature() | {"tokens": self._total_train_tokens})
         # A checkpoint holds the fp32 masters, so that a resumed run is the same run; a saved adapter the base's dtype.
         tuner = longlora_tuner(self.model)
         if tuner is not None:
@@ -342,87 +359,8 @@ class LongLoraSFTTrainer(SFTTrainer):
                     f"There is no whole checkpoint in {directory} to resume from; call train() without one."
                 )
         assert isinstance(path, str)
-        file = Path(path, SCHEDULE_NAME)
-        if not file.is_file():
-            raise ValueError(f"{path} is not a checkpoint of a staged run: it has no {SCHEDULE_NAME}.")
-        found, own = json.loads(file.read_text()), json.loads(json.dumps(self._signature()))
-        differing = [key for key in own if found.get(key) != own[key]]
-        if differing:
-            raise ValueError(
-                f"{path} is of another schedule and can't be resumed: "
-                + "; ".join(f"{key} was {found.get(key)}, is {own[key]}" for key in differing)
-                + "."
-            )
+        tokens = check_signature(path, self._signature())
         if longlora_tuner(self.model) is not None:
             check_weights(path)
+        self._total_train_tokens = tokens
         return path
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Helpers
-
-
-def beginnings(inputs: dict[str, Any], tokenizer: Any, documents: int = 4, tokens: int = 12) -> str:
-    """How the first documents of a batch begin: the rows, and where positions restart the documents packed in them."""
-    ids, positions = inputs["input_ids"], inputs.get("position_ids")
-    starts = torch.zeros_like(ids, dtype=torch.bool) if positions is None else positions == 0
-    starts[:, 0] = True
-    found = [ids[row, at : at + tokens].tolist() for row, at in starts.nonzero()[:documents].tolist()]
-    texts = [str(tokenizer.decode(part)) if tokenizer is not None else str(part) for part in found]
-    more = int(starts.sum()) - len(found)
-    return ", ".join(map(repr, texts)) + (f" and {more} more documents" if more > 0 else "")
-
-
-def last_checkpoint(directory: str | Path) -> str | None:
-    """The newest whole checkpoint in a run's output directory; `None` if there is none.
-
-    A checkpoint is whole if the trainer's state, the last file written, is there and can be read. One that a kill or a
-    full disk has left in part is passed over, with a warning.
-    """
-    found = [(int(path.name.rpartition("-")[2]), path) for path in Path(directory).glob("checkpoint-[0-9]*")]
-    for _, path in sorted(found, reverse=True):
-        try:
-            json.loads((path / TRAINER_STATE_NAME).read_text())
-        except (OSError, ValueError):
-            logger.warning(f"{path} was not written to its end and is passed over.")
-        else:
-            return str(path)
-    return None
-
-
-def _with_length(args: LongLoraSFTConfig, max_length: int | None) -> LongLoraSFTConfig:
-    args = copy.copy(args)
-    args.max_length = max_length
-    return args
-
-
-def _order(examples: int, wanted: int, seed: int, shuffle: bool) -> Iterable[int]:
-    """`wanted` indices into a stage's view: passes over it, each in another order."""
-    generator = torch.Generator().manual_seed(seed)
-    passes = [
-        torch.randperm(examples, generator=generator) if shuffle else torch.arange(examples)
-        for _ in range(math.ceil(wanted / examples))
-    ]
-    return torch.cat(passes)[:wanted].tolist()
-
-
-def longest_document(view: Dataset) -> int:
-    """Tokens in the longest document of a prepared dataset: a row, or one of those packed into a row."""
-    if len(view) == 0:
-        return 0
-    table = view.with_format("arrow")[:]
-    if "seq_lengths" in view.column_names:
-        return pc.max(pc.list_flatten(table["seq_lengths"])).as_py() or 0
-    return pc.max(pc.list_value_length(table["input_ids"])).as_py() or 0
-
-
-def _peak_memory(device: torch.device) -> float:
-    """Peak memory of this process in GiB: allocated on the GPU, or resident on the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return memory.peak_wset / 2**30
-    import resource  # everywhere else; counted in KiB, on macOS in bytes
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

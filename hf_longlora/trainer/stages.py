@@ -158,6 +158,12 @@ class Schedule:
             "group_sizes": [self.attention_config(i).group_size for i in range(len(self.stages))],
         }
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Schedule":
+        """The schedule that `to_dict` gave; other keys are let be."""
+        stages = tuple(ContextStage.of(stage) for stage in values["stages"])
+        return cls(stages, S2AttentionConfig(**values["attention"]), values["dense_every"])
+
 
 AUTO_STAGES = ("auto", "doubling")
 """What may stand in place of a list of stages: `auto_stages` makes one, when the base's length is known."""
@@ -171,7 +177,7 @@ def auto_stages(kind: str, base_length: int, max_length: int, max_steps: int) ->
 
     A fifth of the steps goes to the lengths before the target's, which is a twentieth of the tokens or less: on our
     bench each token spent at a shorter length is worth less (`benchmarks/README.md`), but the first steps are cheap
-    there, and a run that goes wrong does so early.
+    there, and a run that goes wrong does so early. Steps that are too few to share all go to the target.
 
     Args:
         kind: "auto": a stage at a quarter of the target, where that is longer than the base, then the target;

@@ -1,12 +1,17 @@
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard, metadata_load
 from peft import get_peft_model
+from transformers import TrainerState
 
 from hf_longlora import LongLoraConfig
-from hf_longlora.hub import adapter_card
+from hf_longlora.hub import adapter_card, folder_card, run
 from hf_longlora.trainer import ContextStage, LongLoraSFTConfig
+
+from ..trainer.helpers import Stop, texts
 
 RECORDS = {
     "books": {
@@ -14,6 +19,10 @@ RECORDS = {
         "as trained": [{"length": 256, "perplexity": 11.75}],
     }
 }
+PASSKEY = [
+    {"length": length, "depth": depth, "accuracy": accuracy, "trials": 10}
+    for length, depth, accuracy in ((64, 0.0, 1.0), (64, 1.0, 0.9), (256, 0.0, 0.5), (256, 1.0, 1.0))
+]
 
 
 @pytest.fixture
@@ -69,3 +78,141 @@ def test_the_card_claims_nothing_that_was_not_measured(config):
 def test_an_adapter_that_was_never_put_on_a_model_has_no_card():
     with pytest.raises(ValueError, match="not resolved"):
         adapter_card(LongLoraConfig(target_length=256), name="a", base_model="b")
+
+
+def test_retrieval_and_a_plot_are_shown_where_there_are_such(config):
+    text = str(adapter_card(config, name="a", base_model="b", retrieval=PASSKEY, plot="perplexity.png"))
+    assert "| tokens | 0% | 100% |" in text and "| 64 | 100% | 90% |" in text and "| 256 | 50% | 100% |" in text
+    assert "![Perplexity by context length](perplexity.png)" in text
+    assert "no test of reading" in text and "has not been evaluated" not in text
+    results = ModelCard(text).data.eval_results
+    assert [(r.metric_type, r.metric_name, r.metric_value) for r in results] == [
+        ("accuracy", "passkeys found at 64 tokens", 0.95),
+        ("accuracy", "passkeys found at 256 tokens", 0.75),
+    ]
+
+
+def test_the_card_says_how_to_do_without_the_package(config):
+    text = str(adapter_card(config, name="user/a", base_model="user/b"))
+    assert 'merge_and_unload().save_pretrained("merged")' in text
+    assert 'AutoTokenizer.from_pretrained("user/b").save_pretrained("merged")' in text
+    assert "vllm serve merged --max-model-len 256" in text
+
+
+def test_a_base_that_is_a_folder_is_no_metadata(config, tmp_path):
+    """The Hub takes names of its own alone there; and where a folder lay is nobody's business."""
+    (tmp_path / "llama").mkdir()
+    folder = tmp_path / "adapter"
+    config.base_model_name_or_path = str(tmp_path / "llama")
+    config.save_pretrained(folder)
+    card = folder_card(folder)
+    assert card.data.base_model is None and "base_model" not in card.data.to_yaml()
+    assert "adapter for `llama`" in card.text and str(tmp_path) not in str(card)
+    assert "# adapter" in card.text
+
+
+# --- the trainer's --------------------------------------------------------------------------------------------------
+
+
+def front(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_a_run_leaves_the_card_of_what_happened(make, tmp_path):
+    trainer = make(save_strategy="steps", save_steps=100, dense_every=2, learning_rate=3e-4)
+    trainer.train()
+    trainer.save_model()
+    out = tmp_path / "out"
+    for folder, steps in ((out, "6"), (out / "checkpoint-6", "6"), (out / "checkpoint-3", "3 of 6")):
+        text = (folder / "README.md").read_text()
+        assert f"- steps: {steps}, of 2 sequences" in text
+        assert "None" not in text and "More Information Needed" not in text and str(tmp_path) not in text
+        assert {"longlora", "hf_longlora", "sft", "trl"} <= set(front(text)["tags"])
+    text = (out / "README.md").read_text()
+    tokens = int(trainer.state.log_history[-2]["num_tokens"])
+    for line in (
+        "| 2 | 256 | 3 | shifted sparse | 16 | 2 |",
+        "- data: 12 examples, packed (wrapped)",
+        f"- tokens: {tokens:,}",
+        "- learning rate: 0.0003, constant_with_warmup",
+        "RoPE type `yarn`, factor 4",
+    ):
+        assert line in text, line
+    assert all(f"- {fact}: " in text for fact in ("loss", "hardware", "time", "peak memory", "versions", "date"))
+    assert "energy" not in text  # it was not measured
+    # what was known stays known where the card is written anew
+    assert str(folder_card(out, tags=["trl", "sft"])) == text
+
+
+def test_an_evaluation_and_measured_energy_come_into_the_card(make, tmp_path):
+    out = tmp_path / "out"
+    trainer = make()
+    trainer.train()
+    (out / run.EMISSIONS_NAME).write_text("run_id,energy_consumed\na,0.25\nb,0.5\n")
+    (out / "evaluation.json").write_text(json.dumps({"perplexity": RECORDS["books"], "passkey": PASSKEY}))
+    (out / "perplexity.png").write_bytes(b"PNG")
+    trainer.save_model()
+    text = (out / "README.md").read_text()
+    assert "- energy: 0.75 kWh, by codecarbon" in text
+    assert "| dense | 12.50 | 11.25 |" in text and "| 256 | 50% | 100% |" in text and "(perplexity.png)" in text
+    assert len(front(text)["model-index"][0]["results"]) == 2
+
+
+def test_a_whole_model_has_trl_s_card(make, tmp_path):
+    trainer = make(peft_config=None)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    assert "LongLoRA SFT" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_time_is_that_of_all_starts(make):
+    options = dict(save_strategy="steps", save_steps=100)
+    first = make(callbacks=[Stop(2)], **options)
+    first.train()
+    logs = [log for log in first.state.log_history if "loss" in log]
+    before = run.training_seconds(logs)
+    assert before == pytest.approx(
+        sum(
+            (log["num_tokens"] - earlier) / log["tokens_per_second"]
+            for log, earlier in zip(logs, (0, logs[0]["num_tokens"]), strict=True)
+        )
+    )
+    resumed = make(**options)
+    resumed.train(resume_from_checkpoint=True)
+    logs = [log for log in resumed.state.log_history if "loss" in log]
+    assert run.training_seconds(logs) > before and run.training_seconds(logs[:2]) == pytest.approx(before)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(34.4, "34 s"), (89, "89 s"), (90, "2 min"), (3599, "1 h 0 min"), (4320, "1 h 12 min")]
+)
+def test_durations(seconds, text):
+    assert run.duration(seconds) == text
+
+
+def test_facts_that_are_not_known_are_left_out(tmp_path):
+    args = LongLoraSFTConfig(str(tmp_path), stages=[ContextStage(128, 2)], use_cpu=True, bf16=False)
+    facts = run.run_facts(args, TrainerState(global_step=1, max_steps=2))
+    assert set(facts) == {"steps", "learning rate", "hardware", "versions", "date"}
+
+
+def test_a_dataset_s_name_is_told_where_it_has_one(make, tmp_path):
+    dataset = texts()
+    dataset.info.dataset_name = "pg19"
+    assert make(dataset=dataset)._data == "pg19, 12 examples, packed (wrapped)"
+    dataset.info.dataset_name = "json"  # that is how it was read
+    assert make(dataset=dataset, packing=False)._data == "12 examples"
+
+
+# --- the cards in this repository -----------------------------------------------------------------------------------
+
+CARDS = sorted(path.parent for path in (Path(__file__).parents[2] / "model_cards").glob("*/README.md"))
+
+
+@pytest.mark.parametrize("folder", CARDS, ids=[folder.name for folder in CARDS])
+def test_the_published_cards_are_those_that_the_code_writes(folder):
+    from benchmarks.quality import publish
+
+    assert str(publish.card(folder)) == (folder / "README.md").read_text()
+    assert front((folder / "README.md").read_text())["library_name"] == "peft"

@@ -1,4 +1,4 @@
-"""A tiny staged run, started by `test_distributed.py` in one process and in two: OUTPUT BATCH_SIZE."""
+"""A tiny staged run, started by `test_distributed.py` in one process and in two, and once more: OUTPUT BATCH_SIZE."""
 
 import os
 import sys
@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
+from hf_longlora.trainer import last_checkpoint
 
 
 def main(output: str, batch_size: int) -> None:
@@ -62,7 +63,7 @@ def main(output: str, batch_size: int) -> None:
         processing_class=tokenizer,
         peft_config=LongLoraConfig(r=4),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=last_checkpoint(output))
     trainer.save_model()
     if trainer.is_world_process_zero():
         keys = ("loss", "stage", "attention")

@@ -1,5 +1,6 @@
 """A tiny staged run that is there to be killed: a fork server imports this module once, each run is a fork of it."""
 
+import errno
 import json
 import os
 import resource
@@ -24,12 +25,17 @@ WRITERS = {  # what writes a checkpoint's files, in order
 
 
 def die_after(name: str, torn: bool) -> None:
-    """SIGKILL this process when the second checkpoint of its own has written what `name` says; `torn`: half of it."""
+    """SIGKILL this process when the second checkpoint of its own has written what `name` says; `torn`: half of it.
+
+    A run that has fewer left to write ends by itself.
+    """
     owner, method = WRITERS[name]
     original, calls = getattr(owner, method), []
 
     def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
+        if not (args and "checkpoint-" in str(args[0])):  # the adapter or the report at the end of the run
+            return result
         calls.append(args)
         if len(calls) == 2:
             if torn:
@@ -42,7 +48,28 @@ def die_after(name: str, torn: bool) -> None:
     setattr(owner, method, dying)
 
 
-def run(output: str, tokenizer: str, at: str | None = None, torn: bool = False, bytes_on_disk: int = 0) -> None:
+def full_disk_after(name: str) -> None:
+    """From the second checkpoint's `name` on, no checkpoint's file can be written: ENOSPC, as a full disk says it."""
+    owner, method = WRITERS[name]
+    original, calls = getattr(owner, method), []
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) >= 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
+        return original(self, *args, **kwargs)
+
+    setattr(owner, method, failing)
+
+
+def run(
+    output: str,
+    tokenizer: str,
+    at: str | None = None,
+    torn: bool = False,
+    full: str | None = None,
+    bytes_on_disk: int = 0,
+) -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     log = os.open(output + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -50,6 +77,8 @@ def run(output: str, tokenizer: str, at: str | None = None, torn: bool = False, 
     os.dup2(log, 2)
     if at is not None:
         die_after(at, torn)
+    if full is not None:
+        full_disk_after(full)
     if bytes_on_disk:  # no file may grow beyond: writing fails as it does on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_on_disk, resource.RLIM_INFINITY))

@@ -14,7 +14,7 @@ from hf_longlora import ContextStage, LongLoraConfig
 from hf_longlora.attention import interface
 from hf_longlora.trainer.layers import compiled_layers, tile_mlps
 
-from .test_sft_trainer import make, weights  # noqa: F401
+from .helpers import weights
 
 TOKENS = 37
 STAGES = [ContextStage(128, 3)]
@@ -117,7 +117,7 @@ def test_tiles_of_what_they_do_not_fit_are_refused(tiny_llama):
         tile_mlps(nn.Linear(2, 2), 10)
 
 
-def test_a_run_in_tiles_ends_as_one_without(make, tiny_llama, seen):  # noqa: F811
+def test_a_run_in_tiles_ends_as_one_without(make, tiny_llama, seen):
     runs = {}
     for tile in (None, 50):
         torch.manual_seed(1)
@@ -130,7 +130,7 @@ def test_a_run_in_tiles_ends_as_one_without(make, tiny_llama, seen):  # noqa: F8
         torch.testing.assert_close(runs[50][name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_layers_are_compiled_for_the_run_and_no_longer(make, tiny_llama, monkeypatch):  # noqa: F811
+def test_layers_are_compiled_for_the_run_and_no_longer(make, tiny_llama, monkeypatch):
     compile = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile(self, backend="aot_eager"))
     runs, graphs = {}, {}
@@ -155,7 +155,7 @@ def test_what_has_no_layers_can_not_be_compiled():
         pass
 
 
-def test_under_autocast_adapters_read_the_hidden_states_as_they_are(make, tiny_llama):  # noqa: F811
+def test_under_autocast_adapters_read_the_hidden_states_as_they_are(make, tiny_llama):
     model = tiny_llama().to(torch.bfloat16)
     trainer = make(model=model, stages=STAGES, bf16=True)
     dtypes = set()

@@ -2,7 +2,6 @@ import copy
 import json
 import re
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,90 +13,14 @@ from transformers import (
     FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    TrainerCallback,
 )
 from trl import SFTTrainer
 
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
 from hf_longlora.attention import get_s2_attention, interface
-from hf_longlora.trainer import sft_trainer
+from hf_longlora.trainer import checkpoints
 
-STAGES = [ContextStage(128, 3), ContextStage(256, 3)]
-TEXT = "It was a bright day, and the clocks were striking 13. "
-
-
-def texts(documents=12, repeat=6):
-    return Dataset.from_dict({"text": [f"{i}: " + TEXT * (repeat + i % 3) for i in range(documents)]})
-
-
-@pytest.fixture
-def make(tiny_llama, tiny_tokenizer, tmp_path):
-    """A trainer of a tiny Llama (64 tokens long) in fp32 on the CPU; the same weights at each call."""
-
-    def trainer(
-        *,
-        model=None,
-        peft_config="default",
-        dataset=None,
-        output="out",
-        callbacks=None,
-        eval_dataset=None,
-        **arguments,
-    ):
-        torch.manual_seed(0)
-        options = dict(
-            output_dir=str(tmp_path / output),
-            stages=STAGES,
-            dense_every=0,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            per_device_train_batch_size=2,
-            packing=True,
-            packing_strategy="wrapped",
-            save_strategy="no",
-            learning_rate=1e-3,
-            warmup_steps=1,
-            gradient_checkpointing=False,
-        )
-        return LongLoraSFTTrainer(
-            model=tiny_llama() if model is None else model,
-            args=LongLoraSFTConfig(**options | arguments),
-            train_dataset=texts() if dataset is None else dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tiny_tokenizer,
-            peft_config=LongLoraConfig(r=4) if peft_config == "default" else peft_config,
-            callbacks=callbacks,
-        )
-
-    return trainer
-
-
-class Spy(TrainerCallback):
-    """What each optimizer step ran with."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        state_of = get_s2_attention(model)
-        self.steps.append((model.config.rope_parameters["factor"], state_of.config.group_size, state_of.mode))
-
-
-class Stop(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_save = True
-            control.should_training_stop = True
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+from .helpers import STAGES, TEXT, Spy, Stop, texts, weights
 
 
 def test_stages_in_one_run(make, tmp_path):
@@ -248,15 +171,21 @@ def test_an_existing_adapter_goes_on(make, tiny_llama, tmp_path):
     assert [step[0] for step in spy.steps] == [2.0, 8.0]  # as the adapter had it; then cumulative, from the base
 
 
-def test_conversations_with_bfd_packing(make, monkeypatch):
-    documents = []
-    real = interface._attention
+@pytest.fixture
+def documents(monkeypatch):
+    """The documents of each call of sparse attention."""
+    seen = []
+    real = interface._documents
 
-    def record(query, key, value, docs, *args, **kwargs):
-        documents.append(docs)
-        return real(query, key, value, docs, *args, **kwargs)
+    def record(*args):
+        seen.append(real(*args))
+        return seen[-1]
 
-    monkeypatch.setattr(interface, "_attention", record)
+    monkeypatch.setattr(interface, "_documents", record)
+    return seen
+
+
+def test_conversations_with_bfd_packing(make, documents):
     chats = [
         [{"role": "user", "content": f"Tell me {i}"}, {"role": "assistant", "content": TEXT * (1 + i % 7)}]
         for i in range(60)
@@ -274,21 +203,13 @@ def test_conversations_with_bfd_packing(make, monkeypatch):
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
-def test_packing_strategies(make, monkeypatch, strategy):
+def test_packing_strategies(make, documents, strategy):
     """Documents are kept apart where TRL keeps them apart, and are one stream where it doesn't."""
-    seen = []
-    real = interface._attention
-
-    def record(query, key, value, docs, *args, **kwargs):
-        seen.append(docs)
-        return real(query, key, value, docs, *args, **kwargs)
-
-    monkeypatch.setattr(interface, "_attention", record)
     dataset = texts(40, repeat=1)
     lengths = {"bfd": [128, 128], "bfd_split": [128, 128], "wrapped": [128, 256]}[strategy]
     make(dataset=dataset, packing_strategy=strategy, stages=[ContextStage(n, 2) for n in lengths]).train()
-    assert all(docs.packed for docs in seen) == (strategy != "wrapped")
-    longest = max(docs.longest for docs in seen)
+    assert all(docs.packed for docs in documents) == (strategy != "wrapped")
+    longest = max(docs.longest for docs in documents)
     assert longest == 256 if strategy == "wrapped" else 64 < longest <= 128
 
 
@@ -315,13 +236,13 @@ def test_an_evaluation_set_may_be_called_train(make):
 def test_evaluation_during_training_is_dense(make, monkeypatch):
     trainer = make(eval_strategy="steps", eval_steps=2, eval_dataset=texts(2))
     sparse = []
-    real = interface._attention
+    real = interface._documents
 
-    def record(*args, **kwargs):
+    def record(*args):
         sparse.append(trainer.model.training)
-        return real(*args, **kwargs)
+        return real(*args)
 
-    monkeypatch.setattr(interface, "_attention", record)
+    monkeypatch.setattr(interface, "_documents", record)
     trainer.train()
     assert len([log for log in trainer.state.log_history if "eval_loss" in log]) == 3
     assert sparse and all(sparse)
@@ -463,35 +384,12 @@ def test_checkpoints_of_another_schedule_are_refused(make, tmp_path):
         with pytest.raises(ValueError, match=message):
             make(**options | other).train(resume_from_checkpoint=True)
     checkpoint = tmp_path / "out" / "checkpoint-2"
-    assert json.loads((checkpoint / sft_trainer.SCHEDULE_NAME).read_text())["seed"] == 42
-    (checkpoint / sft_trainer.SCHEDULE_NAME).unlink()
+    assert json.loads((checkpoint / checkpoints.SCHEDULE_NAME).read_text())["seed"] == 42
+    (checkpoint / checkpoints.SCHEDULE_NAME).unlink()
     with pytest.raises(ValueError, match="not a checkpoint of a staged run"):
         make(**options).train(resume_from_checkpoint=str(checkpoint))
     with pytest.raises(ValueError, match="no whole checkpoint in"):
         make(output="other", **options).train(resume_from_checkpoint=True)
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_divergence_stops_the_run_and_keeps_the_last_good_adapter(make, what, tiny_llama, tmp_path):
-    class Diverging(LongLoraSFTTrainer):
-        def compute_loss(self, *args, **kwargs):
-            loss = super().compute_loss(*args, **kwargs)
-            if self.state.global_step == 4:
-                if what == "loss":
-                    return loss * float("nan")
-                loss.register_hook(lambda gradient: gradient * float("inf"))
-            return loss
-
-    trainer = make(callbacks=[Spy()])
-    trainer.__class__ = Diverging
-    with pytest.raises(FloatingPointError, match=rf"{what} of step 5 \(stage 2\).*last-good"):
-        trainer.train()
-    torch.manual_seed(0)
-    kept = PeftModel.from_pretrained(tiny_llama(), str(Path(tmp_path, "out", sft_trainer.LAST_GOOD_NAME)))
-    values = {k: v for k, v in kept.state_dict().items() if "lora" in k or "modules_to_save" in k}
-    assert values and all(v.isfinite().all() for v in values.values())
-    assert any(v.abs().sum() > 0 for k, v in values.items() if "lora_B" in k)
-    assert kept.config.rope_parameters["factor"] == 4.0
 
 
 def test_no_surprising_warnings(make):

@@ -1,9 +1,14 @@
 import dataclasses
+import json
+import warnings
 
 import pytest
+import torch
 
 from hf_longlora import ContextStage, LongLoraSFTConfig, S2AttentionConfig
-from hf_longlora.trainer.stages import Schedule
+from hf_longlora.trainer.stages import Schedule, auto_stages
+
+from .helpers import Stop, texts, weights
 
 
 def schedule(*stages, dense_every=0, **attention):
@@ -105,3 +110,119 @@ def test_stages_come_through_a_yaml_file(tmp_path):
     (args,) = TrlParser(LongLoraSFTConfig).parse_args_and_config(["--config", str(file), "--learning_rate", "1e-3"])
     assert args.stages == [ContextStage(64, 3), ContextStage(128, 4, rope_type="yarn")]
     assert args.dense_every == 4 and args.learning_rate == 1e-3
+
+
+SPELLINGS = {
+    "a list": '[{"max_length": 64, "max_steps": 3}, {"max_length": 128, "max_steps": 4, "rope_type": "yarn"}]',
+    "auto": "auto",
+    "doubling": "doubling",
+}
+
+
+@pytest.mark.parametrize("how", ["python", "yaml", "shell", "json in yaml"])
+@pytest.mark.parametrize("stages", SPELLINGS.values(), ids=SPELLINGS)
+def test_stages_are_the_same_however_they_are_written(how, stages, tmp_path):
+    from trl import TrlParser
+
+    lengths = [] if stages.startswith("[") else ["--max_length", "512", "--max_steps", "100"]
+    expected = LongLoraSFTConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        stages=json.loads(stages) if how == "python" and not lengths else stages,
+        **{"max_length": 512, "max_steps": 100} if lengths else {},
+    )
+    if how != "python":
+        file = tmp_path / "run.yaml"
+        values = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+        if how == "yaml":
+            values["stages"] = stages if lengths else json.loads(stages)
+        elif how == "json in yaml":
+            values["stages"] = stages
+        else:
+            lengths += ["--stages", stages]
+        file.write_text(json.dumps(values))  # JSON is YAML
+        (args,) = TrlParser(LongLoraSFTConfig).parse_args_and_config(["--config", str(file), *lengths])
+        assert args.stages == expected.stages and args.max_steps == expected.max_steps
+        expected = args
+    if not stages.startswith("["):
+        expected.resolve_stages(64)
+        doubling = [ContextStage(128, 10), ContextStage(256, 10), ContextStage(512, 80)]
+        auto = [ContextStage(128, 20), ContextStage(512, 80)]
+        assert expected.stages == (auto if stages == "auto" else doubling)
+    else:
+        assert expected.stages == [ContextStage(64, 3), ContextStage(128, 4, rope_type="yarn")]
+    assert expected.schedule.max_steps == expected.max_steps
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "target", "steps", "stages"),
+    [
+        ("auto", 4096, 32768, 1000, [(8192, 200), (32768, 800)]),
+        ("auto", 8192, 32768, 1000, [(32768, 1000)]),  # a quarter is no longer than the base
+        ("auto", 4096, 100_000, 10, [(25_000, 2), (100_000, 8)]),
+        ("doubling", 4096, 32768, 1000, [(8192, 100), (16384, 100), (32768, 800)]),
+        ("doubling", 4096, 20_000, 1000, [(8192, 100), (16384, 100), (20_000, 800)]),
+        ("doubling", 4096, 8192, 7, [(8192, 7)]),
+        ("doubling", 4096, 32768, 4, [(32768, 4)]),  # too few to share
+        ("auto", 4096, 32768, 1, [(32768, 1)]),
+    ],
+)
+def test_stages_by_themselves(kind, base, target, steps, stages):
+    made = auto_stages(kind, base, target, steps)
+    assert made == [ContextStage(length, count) for length, count in stages]
+    assert sum(stage.max_steps for stage in made) == steps
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stages": "automatic", "max_steps": 5, "max_length": 512}, "JSON list"),
+        ({"stages": '{"max_length": 64}'}, "list of stages"),
+        ({"stages": "auto", "max_length": 512}, "needs `max_steps`"),
+        ({"stages": "doubling", "max_steps": 10, "max_length": None}, "Set `max_length`"),
+    ],
+)
+def test_bad_automatic_stages_are_refused(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        LongLoraSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **arguments)
+
+
+def test_automatic_stages_belong_to_a_model_and_not_to_the_arguments(make, tiny_llama):
+    options = dict(stages="doubling", max_length=256, max_steps=10)
+    trainer = make(**options)
+    assert [(s.max_length, s.max_steps) for s in trainer.schedule.stages] == [(128, 2), (256, 8)]
+    long = make(model=tiny_llama(max_position_embeddings=128), **options)
+    assert [(s.max_length, s.max_steps) for s in long.schedule.stages] == [(256, 10)]
+    with pytest.raises(ValueError, match="the model reaches 256 tokens as it is"):
+        make(model=tiny_llama(max_position_embeddings=256), **options)
+
+
+@pytest.mark.parametrize(("kind", "target"), [("auto", 512), ("doubling", 256)])
+def test_a_run_of_automatic_stages_resumes(make, kind, target):
+    options = dict(
+        stages=kind, max_length=target, max_steps=5, dataset=texts(30), save_strategy="steps", save_steps=100
+    )
+    unbroken = make(output="unbroken", **options)
+    unbroken.train()
+    assert [s.max_steps for s in unbroken.schedule.stages] == [1, 4]
+    make(output="broken", callbacks=[Stop(3)], **options).train()
+    resumed = make(output="broken", **options)
+    resumed.train(resume_from_checkpoint=True)
+    expected, got = weights(unbroken), weights(resumed)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_checkpointing_goes_by_the_name_that_transformers_has(tmp_path):
+    """TRL's default by the old name is no deprecation that a user could mend; what a user asks for holds."""
+    shared = dict(output_dir=str(tmp_path), stages=[ContextStage(64, 3)], use_cpu=True, bf16=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert LongLoraSFTConfig(**shared).gradient_checkpointing
+        if "activation_checkpointing" in LongLoraSFTConfig.__dataclass_fields__:
+            off = LongLoraSFTConfig(**shared, activation_checkpointing=False)
+            assert not off.gradient_checkpointing and not off.activation_checkpointing
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        off = LongLoraSFTConfig(**shared, gradient_checkpointing=False)
+    assert not off.gradient_checkpointing and not getattr(off, "activation_checkpointing", False)

@@ -1,0 +1,347 @@
+"""The adapter on the Hub while it is trained."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+from transformers.utils import logging
+
+from ..tuner import LongLoraConfig
+from .card import folder_card
+from .run import read_facts, run_facts, write_facts
+
+logger = logging.get_logger(__name__)
+
+FOLDER = "_push"
+"""Where adapters wait in the output directory. Trainer's own pushes leave out what begins with an underscore."""
+LONGEST_WAIT = 300.0
+"""Seconds between two tries, at most."""
+WORTH_A_RETRY = (408, 409, 412, 423, 425, 429)
+"""Of the client's errors, those that may pass: a time limit, a conflict with another commit, too many requests."""
+
+
+class Snapshot(NamedTuple):
+    """An adapter as it was after `step` optimizer steps, saved in `folder`."""
+
+    step: int
+    folder: Path
+
+
+class PushAdapterCallback(TrainerCallback):
+    """Pushes the adapter to the Hub at the end of each stage, or every `every_n_steps` steps, and at the end.
+
+    Training goes on meanwhile, and whatever the network does it ends well. An adapter is saved in the output directory
+    first, with its card, and stays there until it is on the Hub. A push that fails is tried again, later each time;
+    one that is overtaken by a newer adapter is dropped for it. What could not be pushed is said at the end, with the
+    command that does it by hand.
+
+    Args:
+        repo_id: The repository, `user/name`; made if it does not exist.
+        every_n_steps: Push after so many optimizer steps each, instead of at the end of each stage.
+        token: Of the Hub. Default: `hub_token` of the trainer's arguments, else what one has logged in with.
+        private: Whether the repository, if it is made, is private.
+        revision: The branch, which has to exist. Default: the main one.
+        retries: Tries after the first, for each adapter.
+        backoff: Seconds before the second try, doubled for each one after it.
+        patience: Seconds after which a push that is not answered counts as stalled, and another is begun; and seconds
+            that the end of training waits for what is not pushed yet, twice if it stalls. An upload has to fit in it.
+
+    Raises:
+        ValueError: if `every_n_steps` is below 1; when training begins, if the model has no adapter, or its weights
+            are spread over processes (FSDP, ZeRO-3).
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        *,
+        every_n_steps: int | None = None,
+        token: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        retries: int = 4,
+        backoff: float = 10.0,
+        patience: float = 300.0,
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
+        self.repo_id = repo_id
+        self.every_n_steps = every_n_steps
+        self.private = private
+        self.revision = revision
+        self.retries = retries
+        self.backoff = backoff
+        self.patience = patience
+        self._token = token
+        self._last_step = -1  # of what was saved to be pushed
+        self._pusher: _Pusher | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        if not isinstance(model, PeftModel):
+            raise ValueError(
+                "PushAdapterCallback pushes adapters, and this model has none: use push_to_hub=True for whole models."
+            )
+        if is_fsdp_enabled() or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "PushAdapterCallback can't gather weights that are spread over processes (FSDP, ZeRO-3): use "
+                "push_to_hub=True with hub_strategy='every_save', which goes by the checkpoints."
+            )
+        schedule = getattr(model.active_peft_config, "schedule", None) or {"stages": []}
+        self._stage_ends = set(accumulate(stage["max_steps"] for stage in schedule["stages"]))
+        self._last_step = -1
+        if state.is_world_process_zero:
+            token = self._token or getattr(args, "hub_token", None)
+            self._pusher = _Pusher(
+                self.repo_id,
+                token,
+                private=self.private,
+                revision=self.revision,
+                retries=self.retries,
+                backoff=self.backoff,
+                patience=self.patience,
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        step = state.global_step
+        if step == state.max_steps:  # at the end, when it has been logged
+            return
+        if step % self.every_n_steps == 0 if self.every_n_steps else step in self._stage_ends:
+            self._submit(args, state, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The best model of all has been loaded by now, if that was asked for, and is another than the last step's.
+        if state.global_step != self._last_step or args.load_best_model_at_end:
+            self._submit(args, state, **kwargs)
+        if self._pusher is not None:
+            self._pusher.finish()
+            self._pusher = None
+
+    def _submit(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+        self._last_step = state.global_step
+        if self._pusher is None:
+            return
+        folder = Path(str(args.output_dir), FOLDER, f"step-{state.global_step}")
+        try:
+            kwargs["model"].save_pretrained(folder)
+            if kwargs.get("processing_class") is not None:
+                kwargs["processing_class"].save_pretrained(folder)
+            write_facts(folder, read_facts(Path(str(args.output_dir))) | run_facts(args, state))
+            if isinstance(kwargs["model"].active_peft_config, LongLoraConfig):  # another's card is PEFT's
+                folder_card(folder, name=self.repo_id).save(folder / "README.md")
+        except (OSError, SafetensorError) as error:  # a full disk: it is for the run's own checkpoints to stop the run
+            logger.warning(f"The adapter of step {state.global_step} could not be saved to be pushed: {error}")
+            return
+        self._pusher.submit(Snapshot(state.global_step, folder))
+
+
+class _Pusher:
+    """A thread that pushes the newest snapshot it was given.
+
+    `huggingface_hub` sets no time limit. A thread whose try has had no answer for `patience` seconds is left behind
+    for a new one. Should it be answered after all, the commit it makes is refused, for each names the one it follows.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        token: str | None,
+        *,
+        private: bool | None,
+        revision: str | None,
+        retries: int,
+        backoff: float,
+        patience: float,
+    ) -> None:
+        self.repo_id, self.revision, self.private = repo_id, revision, private
+        self.retries, self.backoff, self.patience = retries, backoff, patience
+        self._api, self._token = HfApi(token=token), token
+        self._changed = threading.Condition()
+        self._next: Snapshot | None = None
+        self._current: Snapshot | None = None  # on its way
+        self._last: Snapshot | None = None  # given, pushed or not
+        self._pushed = -1  # its step
+        self._since: float | None = None  # when the try that is under way began
+        self._error = ""
+        self._closing = False
+        self._start()
+
+    def _start(self) -> None:
+        # A daemon, so that a server that never answers can't keep the program from its end.
+        self._since = None
+        self._thread = threading.Thread(target=self._work, name=f"push to {self.repo_id}", daemon=True)
+        self._thread.start()
+
+    def submit(self, snapshot: Snapshot) -> None:
+        with self._changed:
+            self._last = snapshot
+            if not self._leave_stalled(snapshot):
+                self._next = snapshot
+                self._changed.notify_all()
+            self._clear_overtaken()
+
+    def finish(self) -> None:
+        """Wait for what is on its way, and say what did not get there."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(self.patience)
+        with self._changed:
+            stalled = self._leave_stalled(self._last)
+        if stalled:
+            self._thread.join(self.patience)
+        if self._last is None or self._pushed >= self._last.step:
+            return
+        reason = self._error or f"there was no answer in {self.patience:g} s"
+        logger.warning(
+            f"The adapter of step {self._last.step} is not on the Hub as {self.repo_id}: {reason}. It is whole in "
+            f"{self._last.folder}. To push it: hf upload {self.repo_id} {self._last.folder} ."
+        )
+
+    def _leave_stalled(self, snapshot: Snapshot | None) -> bool:
+        """Put another thread in the place of one that gets no answer, to push `snapshot`."""
+        if self._since is None or time.monotonic() - self._since < self.patience:
+            return False
+        logger.warning(f"The push to {self.repo_id} had no answer in {self.patience:g} s; another is begun.")
+        self._next, self._current = snapshot, None
+        self._clear_overtaken()
+        self._start()
+        return True
+
+    @property
+    def _left(self) -> bool:
+        """Whether the thread that asks has been left behind."""
+        return threading.current_thread() is not self._thread
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._next is not None or self._closing)
+                if self._left:
+                    return
+                snapshot, self._next = self._next, None
+                self._current = snapshot
+            if snapshot is None:
+                return
+            self._push(snapshot)
+            with self._changed:
+                if self._left:
+                    return
+                self._current = None
+                self._clear_overtaken()
+
+    def _push(self, snapshot: Snapshot) -> None:
+        """Until it is pushed, overtaken, or there is no use in trying on."""
+        for number in range(self.retries + 1):
+            self._since = time.monotonic()
+            try:
+                self._commit(snapshot)
+            except Exception as error:  # whatever it is, it is none of the training's business
+                with self._changed:
+                    if self._left:
+                        return
+                    self._since, self._error = None, self._describe(error)
+                again = number < self.retries and worth_a_retry(error)
+                wait = min(self.backoff * 2**number, LONGEST_WAIT)
+                logger.warning(
+                    f"Pushing the adapter of step {snapshot.step} to {self.repo_id} failed: {self._error}."
+                    + (f" Next try in {wait:g} s." if again else "")
+                )
+                if not again:
+                    return
+                with self._changed:
+                    if self._changed.wait_for(lambda: self._next is not None, wait):
+                        return
+            else:
+                with self._changed:
+                    self._pushed = max(self._pushed, snapshot.step)
+                    if not self._left:
+                        self._since, self._error, self._current = None, "", None
+                    self._clear(snapshot.folder.parent, snapshot.step)
+                return
+
+    def _commit(self, snapshot: Snapshot) -> None:
+        """One commit, so that the repository never holds half an adapter, on the head as it is before the upload."""
+        silent = are_progress_bars_disabled()
+        disable_progress_bars()  # they would run through the training's
+        try:
+            repo_id = self._api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
+            head = self._api.repo_info(repo_id, revision=self.revision).sha
+            files = sorted(file for file in snapshot.folder.iterdir() if file.is_file())
+            self._api.create_commit(
+                repo_id,
+                [CommitOperationAdd(file.name, file) for file in files],
+                commit_message=f"Adapter of step {snapshot.step}",
+                revision=self.revision,
+                parent_commit=head,
+            )
+        finally:
+            if not silent:
+                enable_progress_bars()
+
+    def _clear_overtaken(self) -> None:
+        if self._last is not None:
+            self._clear(self._last.folder.parent, self._last.step - 1)
+
+    def _clear(self, folder: Path, step: int) -> None:
+        """Remove what is waiting from `step` and before, of an earlier run too, but for what is on its way."""
+        for waiting in folder.glob("step-*"):
+            number = waiting.name.rpartition("-")[2]
+            on_its_way = self._current is not None and self._current.folder == waiting
+            if number.isdigit() and int(number) <= step and not on_its_way:
+                shutil.rmtree(waiting, ignore_errors=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+    def _describe(self, error: BaseException) -> str:
+        """The first cause in one line, without the token."""
+        cause = _causes(error)[-1]
+        status = _status(error)
+        if status is not None:
+            cause = next(e for e in _causes(error) if isinstance(e, HfHubHTTPError))
+        line = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
+        text = f"{type(cause).__name__}: {line}" if line else type(cause).__name__
+        if status in (401, 403, 404):
+            text += f" (the token is not valid, or may not write to {self.repo_id})"
+        for token in (self._token, get_token()):
+            text = text.replace(token, "<token>") if token else text
+        return text.rstrip(".")
+
+
+def worth_a_retry(error: BaseException) -> bool:
+    """Whether a failed push may succeed later: not if the server has refused it, or the name can't be one."""
+    status = _status(error)
+    if status is not None:
+        return status >= 500 or status in WORTH_A_RETRY
+    return not any(isinstance(cause, HFValidationError) for cause in _causes(error))
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error, if a server gave one."""
+    return next((e.response.status_code for e in _causes(error) if isinstance(e, HfHubHTTPError)), None)
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what it came of; `huggingface_hub` wraps those of an upload."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain

@@ -1,0 +1,111 @@
+"""What is known of a run, for the card of what it made."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerState
+
+RUN_NAME = "run.json"
+"""The facts, beside the adapter."""
+EMISSIONS_NAME = "emissions.csv"
+"""Where codecarbon (`report_to="codecarbon"`) writes the energy it has measured."""
+VERSIONS = ("hf-longlora", "torch", "transformers", "peft", "trl")
+
+
+def run_facts(args: Any, state: TrainerState) -> dict[str, str]:
+    """Facts of a run so far, in the order of the card: steps, tokens, rate, loss, hardware, time, energy, versions.
+
+    Args:
+        args: The trainer's arguments.
+        state: The trainer's state. What its log history doesn't tell is left out.
+    """
+    logged = [entry for entry in state.log_history if "loss" in entry]
+    facts = {}
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = f"{state.global_step:,} of {state.max_steps:,}" if state.global_step < state.max_steps else ""
+    facts["steps"] = f"{steps or f'{state.global_step:,}'}, of {batch:,} sequences"
+    if logged and "num_tokens" in logged[-1]:
+        facts["tokens"] = f"{int(logged[-1]['num_tokens']):,}"
+    kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    facts["learning rate"] = f"{args.learning_rate:g}, {kind}"
+    if logged:
+        facts["loss"] = f"{float(logged[0]['loss']):.3f} at first, {float(logged[-1]['loss']):.3f} at last"
+    facts["hardware"] = hardware(args.world_size, args.device)
+    seconds = training_seconds(logged)
+    if seconds:
+        facts["time"] = duration(seconds)
+    peaks = [float(entry["peak_memory_gib"]) for entry in logged if "peak_memory_gib" in entry]
+    if peaks:
+        where = "on the GPU" if args.device.type == "cuda" else "of the process"
+        facts["peak memory"] = f"{max(peaks):.1f} GiB {where}"
+    energy = energy_used(Path(args.output_dir))
+    if energy is not None:
+        facts["energy"] = f"{energy:.3g} kWh, by codecarbon"
+    facts["versions"] = ", ".join(f"{name} {version}" for name in VERSIONS if (version := _version(name)))
+    facts["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return facts
+
+
+def read_facts(folder: Path) -> dict[str, str]:
+    """What `write_facts` has left in a folder; nothing if it hasn't."""
+    file = folder / RUN_NAME
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def write_facts(folder: Path, facts: Mapping[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN_NAME).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def hardware(processes: int, device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{processes} x {torch.cuda.get_device_name(device)}"
+    if device.type == "cpu":
+        return f"{os.cpu_count()} CPU cores"
+    return f"{processes} x {device.type}"
+
+
+def training_seconds(logged: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds that the logged steps took, those before a stop and a resumption included.
+
+    A log has the tokens so far and the speed since the log before it.
+    """
+    seconds, before = 0.0, 0.0
+    for entry in logged:
+        if entry.get("tokens_per_second") and "num_tokens" in entry:
+            seconds += (float(entry["num_tokens"]) - before) / float(entry["tokens_per_second"])
+            before = float(entry["num_tokens"])
+    return seconds
+
+
+def duration(seconds: float) -> str:
+    """`1 h 12 min`, `12 min`, `34 s`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def energy_used(folder: Path) -> float | None:
+    """kWh that codecarbon has written into a run's output directory, over all its starts; `None` if it didn't run."""
+    file = folder / EMISSIONS_NAME
+    if not file.is_file():
+        return None
+    with file.open(newline="") as lines:
+        return sum(float(row["energy_consumed"]) for row in csv.DictReader(lines))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        return None

@@ -1,0 +1,41 @@
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import transformers.utils.hub
+from huggingface_hub import close_session, constants
+from huggingface_hub.utils import _http
+
+from ..trainer.conftest import make  # noqa: F401  (a fixture)
+from .server import TOKEN, Hub
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on the loopback interface, which this process takes for the real one (as if by `HF_ENDPOINT`)."""
+    with Hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", server.url),
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # made with the endpoint of its time
+        # Its own retries wait up to 8 seconds, five times.
+        monkeypatch.setattr(_http, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))
+        close_session()
+        yield server
+    for thread in threading.enumerate():  # a push that the server kept waiting
+        if thread.name.startswith("push to "):
+            thread.join(60)
+    close_session()
+
+
+@pytest.fixture
+def token():
+    return TOKEN

@@ -1,0 +1,169 @@
+"""What a person sees of a run: lines, trackers and the report."""
+
+import importlib.util
+import io
+import json
+import logging
+import re
+
+import pytest
+from transformers import TrainerCallback
+from transformers.integrations import rewrite_logs
+
+from hf_longlora import ContextStage
+from hf_longlora.evaluation import plots
+from hf_longlora.trainer import report, update_report
+
+from .helpers import STAGES, Stop, texts
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    """What progress bars write."""
+    from hf_longlora.trainer import callbacks
+
+    out = io.StringIO()
+    bar = callbacks.tqdm
+    monkeypatch.setattr(callbacks, "tqdm", lambda **options: bar(file=out, mininterval=0, ncols=200, **options))
+    callbacks.tqdm.format_interval = bar.format_interval
+    return out
+
+
+def lines(out):
+    return [line for line in re.split(r"[\r\n]+", out.getvalue()) if line.strip()]
+
+
+def test_one_line_a_stage(make, screen, capsys):
+    make(disable_tqdm=False, eval_strategy="steps", eval_steps=3, eval_dataset=texts(2)).train()
+    seen = lines(screen)
+    ended = [line for line in seen if "3/3" in line]
+    for number, length in ((1, 128), (2, 256)):
+        own = [line for line in seen if line.startswith(f"stage {number}/2, {length} tokens")]
+        assert "0/3" in own[0] and "3/3" in own[-1]
+        assert re.search(r"loss \d\.\d{3}, [\d,]+ tokens/s, \d+\.\d GiB, all done in \d\d:\d\d", own[-1])
+    assert "all done in 00:00" in ended[-1]
+    # the evaluations, each after a stage's last step
+    assert re.findall(r"^step (\d): evaluation loss \d\.\d{3}$", capsys.readouterr().out, re.MULTILINE) == ["3", "6"]
+
+
+def test_the_line_of_a_resumed_stage_goes_on_where_it_was(make, screen):
+    options = dict(save_strategy="steps", save_steps=100, disable_tqdm=False)
+    make(callbacks=[Stop(2)], **options).train()
+    before = len(lines(screen))
+    make(**options).train(resume_from_checkpoint=True)
+    first = lines(screen)[before]
+    assert first.startswith("stage 1/2") and "2/3" in first
+
+
+def test_no_line_where_none_is_wanted(make, screen):
+    make(disable_tqdm=True).train()
+    assert not screen.getvalue()
+
+
+class Tracker(TrainerCallback):
+    """What Trainer's integrations are given, as TensorBoard, trackio and wandb name it."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(rewrite_logs(logs))
+
+
+def test_trackers_get_the_stage_as_a_number(make):
+    tracker = Tracker()
+    make(callbacks=[tracker]).train()
+    logged = [log for log in tracker.logs if "train/loss" in log]
+    assert [log["train/stage"] for log in logged] == [1, 1, 1, 2, 2, 2]
+    assert [log["train/context_length"] for log in logged] == [128] * 3 + [256] * 3
+    wanted = {f"train/{key}" for key in ("tokens_per_second", "peak_memory_gib", "rope_factor", "num_tokens")}
+    assert all(wanted <= set(log) for log in logged)
+    # an integration warns of what is no number, at each log
+    assert all(isinstance(value, (int, float)) for log in logged for value in log.values())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs tensorboard")
+def test_tensorboard_has_a_curve_of_the_stage(make, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    make(report_to="tensorboard").train()
+    folder = next(path.parent for path in tmp_path.rglob("events.out.tfevents.*"))
+    events = EventAccumulator(str(folder)).Reload()
+    assert [event.value for event in events.Scalars("train/stage")] == [1, 1, 1, 2, 2, 2]
+
+
+def test_tokens_are_counted_on_over_a_stop(make):
+    options = dict(save_strategy="steps", save_steps=100)
+    whole = make(output="whole", **options)
+    whole.train()
+    make(callbacks=[Stop(2)], **options).train()
+    resumed = make(**options)
+    resumed.train(resume_from_checkpoint=True)
+    expected, got = (
+        [log["num_tokens"] for log in trainer.state.log_history if "loss" in log] for trainer in (whole, resumed)
+    )
+    assert got == expected and len(got) == 6
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+def page(folder):
+    return (folder / "report.html").read_text()
+
+
+def test_a_run_ends_with_a_report(make, tmp_path):
+    make(
+        dense_every=2,
+        stages=[STAGES[0], ContextStage(256, 3, attention="dense")],
+        eval_strategy="steps",
+        eval_steps=3,
+        eval_dataset=texts(2),
+    ).train()
+    out = tmp_path / "out"
+    rows = re.findall(r"<tr>(.*?)</tr>", page(out))
+    assert "<td>1</td><td>128</td><td>3</td><td>sparse, each 2th step dense</td><td>8</td>" in rows[1]
+    assert "<td>2</td><td>256</td><td>3</td><td>dense</td><td></td>" in rows[2]
+    assert re.search(r"<td>\d\.\d{3}</td><td>\d\.\d{3}</td><td>[\d,]+</td><td>\d+\.\d</td>$", rows[1])
+    pictures = re.findall(r'src="(.*?)"', page(out))
+    assert pictures == ["loss.png", "speed.png", "memory.png", "eval_loss.png"]
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+def test_an_evaluation_comes_into_the_report(make, tmp_path):
+    make().train()
+    out = tmp_path / "out"
+    records = [{"length": 128, "perplexity": 12.5}, {"length": 256, "perplexity": 11.25}]
+    (out / "evaluation.json").write_text(json.dumps({"perplexity": {"dense <&>": records}}))
+    assert "Perplexity" not in page(out)
+    assert update_report(out) == out / "report.html"
+    assert "<th>attention</th><th>128</th><th>256</th>" in page(out)
+    assert "<td>dense &lt;&amp;&gt;</td><td>12.50</td><td>11.25</td>" in page(out)
+    assert (out / "perplexity.png").is_file() and "loss.png" in page(out)
+
+
+def test_no_report_of_no_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run of LongLoraSFTTrainer has ended"):
+        update_report(tmp_path)
+
+
+def test_a_report_can_be_left_out(make, tmp_path):
+    make(report=False).train()
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_without_matplotlib_a_report_has_tables_and_one_warning(make, tmp_path, monkeypatch, caplog):
+    def missing():
+        raise ImportError("plots need matplotlib: pip install 'hf_longlora[plot]'")
+
+    monkeypatch.setattr(report, "require_matplotlib", missing)
+    monkeypatch.setattr(plots, "require_matplotlib", missing)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(report.logger, "propagate", True)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "evaluation.json").write_text(json.dumps({"perplexity": {"dense": [{"length": 128, "perplexity": 12.5}]}}))
+    make().train()
+    assert "No pictures: plots need matplotlib" in page(out) and "12.50" in page(out)
+    assert not list(out.glob("*.png"))
+    assert sum("has no pictures" in record.getMessage() for record in caplog.records) == 1
