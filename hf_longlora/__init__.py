@@ -6,6 +6,7 @@ Importing it registers `attn_implementation="s2attn"` with transformers and the 
 from . import attention, tuner
 from .attention import S2AttentionConfig, s2_attention, s2_attention_mode, set_s2_attention
 from .evaluation import loss_by_position, passkey_accuracy, perplexity_by_length
+from .hub import export_adapter
 from .trainer import ContextStage, LongLoraSFTConfig, LongLoraSFTTrainer
 from .tuner import LongLoraConfig, LongLoraModel
 
@@ -21,6 +22,7 @@ __all__ = [
     "LongLoraSFTConfig",
     "LongLoraSFTTrainer",
     "S2AttentionConfig",
+    "export_adapter",
     "loss_by_position",
     "passkey_accuracy",
     "perplexity_by_length",
