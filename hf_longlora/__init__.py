@@ -7,6 +7,7 @@ from . import attention, tuner
 from .attention import S2AttentionConfig, s2_attention, s2_attention_mode, set_s2_attention
 from .evaluation import loss_by_position, passkey_accuracy, perplexity_by_length
 from .hub import export_adapter
+from .planning import plan_run
 from .trainer import ContextStage, LongLoraSFTConfig, LongLoraSFTTrainer
 from .tuner import LongLoraConfig, LongLoraModel
 
@@ -26,6 +27,7 @@ __all__ = [
     "loss_by_position",
     "passkey_accuracy",
     "perplexity_by_length",
+    "plan_run",
     "s2_attention",
     "s2_attention_mode",
     "set_s2_attention",
