@@ -4,7 +4,7 @@
     python -m benchmarks.planning --csv      # the same as results/planning.csv
 
 Needs no GPU. A row is compared if it is of our trainer (ours-*), on a card of the planner's table, and has no option
-that the planner doesn't know (cudnn, flash, offload and qlora it does). Memory is torch's peak of allocated bytes, time
+that the planner doesn't know. Memory is torch's peak of allocated bytes, time
 the median step. `floor` rows have no attention and stay out.
 """
 
@@ -21,7 +21,9 @@ from hf_longlora.planning import GPUS, Gpu, LengthPlan, RunSettings
 from .provenance import RESULTS, read_rows
 from .train_step import model_config
 
-KNOWN = {"cudnn", "flash", "offload", "qlora"}
+KNOWN = {"cudnn", "flash", "liger", "compile", "tile", "offload", "qlora"}
+TILE = 8192
+"""As in the rows, from 32,768 tokens on."""
 COLUMNS = ("gpu", "model", "method", "length", "gib", "planned_gib", "gib_error", "s", "planned_s", "s_error")
 
 
@@ -35,6 +37,8 @@ def planned(row: Mapping[str, str]) -> tuple[LengthPlan, float] | None:
     settings = RunSettings(
         adapter=LongLoraConfig(r=8),
         quantization="4bit" if "qlora" in options else None,
+        fused="liger" in options or "compile" in options,
+        mlp_tile=TILE if "tile" in options else None,
         activation_offloading="offload" in options,
         group_size=group or None,
         dense_every=0,

@@ -72,11 +72,10 @@ COUNTED = (
 10% at most. Others, DeepSeek-V3 and Gemma 3 among them, keep up to twice of what is counted."""
 
 # Fitted constants, and what to.
-MATMUL_SHARE = 0.70
+MATMUL_SHARE = 0.65
 """Of a card's FLOPs that long matrix products reach."""
-TRAFFIC = 12.0
-"""Bytes moved between matrix products in a step with checkpointing, over the bytes that are kept of a layer: written
-once and read twice in the forward and in its repetition, six times in the backward."""
+TRAFFIC = 21.0
+"""Bytes moved between matrix products in a step with checkpointing, over the bytes that autograd keeps of a layer."""
 SHORT_SEGMENT = 1600
 """Tokens in a segment at which attention runs at half its rate (benchmarks/results/attention.csv, cuDNN)."""
 CONTEXT_GIB = 0.8
@@ -85,6 +84,8 @@ FRAGMENTATION = 1.03
 """Memory reserved over memory allocated, at the peak."""
 LOSS_TOKENS, LOSS_VOCABULARY = 4096, 8192
 """TRL's chunked loss computes logits by tiles of so many tokens and entries."""
+NORM_BACKWARD, NORM_BACKWARD_FUSED = 20, 6
+"""Bytes of h and token in the backward of a norm, beside what is kept of its layer."""
 TOKEN_BYTES = 96
 """Of a token whatever the model: ids, labels, positions, log probabilities, entropy."""
 STASHED = 6
@@ -102,6 +103,8 @@ class RunSettings:
         batch_size: Sequences in a forward, on one card.
         gradient_accumulation_steps: Forwards in an optimizer step.
         gradient_checkpointing: Whether each layer is computed again in the backward.
+        fused: Whether norms and activations are fused: `use_liger_kernel` or `compile_layers`.
+        mlp_tile: Tokens that an MLP takes at a time; `None`: all.
         activation_offloading: Whether checkpoints wait in the host's memory.
         chunked_loss: Whether the loss is computed by tiles (TRL >= 1.16 does) and never has all logits.
         group_size, group_size_ratio, dense_every: As the trainer's.
@@ -114,6 +117,8 @@ class RunSettings:
     batch_size: int = 1
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = True
+    fused: bool = False
+    mlp_tile: int | None = None
     activation_offloading: bool = False
     chunked_loss: bool = True
     group_size: int | None = None
@@ -130,8 +135,8 @@ class RunSettings:
             raise ValueError("all weights can't be trained on a quantized base: give an adapter")
         if self.activation_offloading and not self.gradient_checkpointing:
             raise ValueError("activation offloading is planned with gradient checkpointing only")
-        for name in ("batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
+        for name in ("batch_size", "gradient_accumulation_steps", "mlp_tile"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dense_every < 0 or (self.group_size or 2) < 2 or not 0 < self.group_size_ratio <= 1:
             raise ValueError("dense_every must be at least 0, group_size at least 2, group_size_ratio in (0, 1]")
@@ -281,7 +286,8 @@ class _Shape:
     """Widths of a layer's norms."""
     trains_norms: bool
     lora_inputs: float
-    """Widths of the inputs of a layer's adapted projections, those into the MLP's inside left out."""
+    """Widths of the inputs of a layer's adapted projections, of those that share one counted once; attention's output,
+    kept anyway, and the MLP's inside left out."""
     lora_mlp: float
     """Width of the MLP's inside, where LoRA is on its way out."""
     layer_matrices: float
@@ -350,12 +356,17 @@ class _Shape:
             own = {id(p): p for p in tuned.parameters() if p.requires_grad}
             trainable = sum(p.numel() for p in own.values())
             weight_bytes += trainable * 4  # masters and LoRA are fp32, beside the base's own weights
+            blocks: set[str] = set()
             for name, module in tuned.named_modules():
-                if hasattr(module, "lora_A") and hasattr(module, "in_features"):
-                    if module.in_features > hidden and not name.startswith(inside):
-                        lora_mlp += module.in_features
-                    else:
-                        lora_inputs += module.in_features
+                if not hasattr(module, "lora_A") or not hasattr(module, "in_features"):
+                    continue
+                block = name.rpartition(".")[0]
+                in_attention = "Attention" in type(tuned.get_submodule(block)).__name__
+                if module.in_features > hidden and not in_attention:
+                    lora_mlp += module.in_features
+                elif block not in blocks:
+                    lora_inputs += module.in_features
+                blocks.add(block)
         return cls(
             parameters=total,
             trainable=trainable,
@@ -393,26 +404,35 @@ def _windows(config: Any) -> tuple[int | None, ...]:
 # Memory
 
 
-def _kept_of_a_layer(shape: _Shape, settings: RunSettings) -> float:
-    """Bytes a token that autograd keeps of one layer's forward.
+def _kept_outside_the_mlp(shape: _Shape, settings: RunSettings) -> float:
+    """Bytes a token that autograd keeps of one layer's attention and norms.
 
-    bf16 inputs of LoRA's matrices; of each norm its input and, if it is trained, its normalized input, in fp32;
-    queries and attention's output, keys and values in bf16, a fp32 number a head, RoPE's sines and cosines; of the MLP
-    what is activated, the activation and its factor (3/2 W).
+    bf16 inputs of LoRA's matrices, those that share one counted once; of each norm its input in fp32 and, if it is
+    trained, its normalized input in bf16; queries and attention's output, keys and values in bf16, a fp32 number a
+    head, RoPE's sines and cosines. Fused norms keep their input in bf16.
     """
-    inputs = shape.lora_inputs if settings.adapter is not None else 2 * shape.hidden + shape.query
-    norms = (8 if shape.trains_norms else 4) * shape.norms
-    if settings.adapter is None:
-        inputs += shape.mlp / 2  # what the way out of the MLP is multiplied with
+    norm = 2 if settings.fused else 4 + 2 * shape.trains_norms
+    inputs = 2 * shape.lora_inputs if settings.adapter is not None else 2 * (2 * shape.hidden + shape.query)
     attention = 4 * shape.query + 2 * shape.keys_values + 4 * shape.heads + 4 * shape.query / shape.heads
-    return 2 * inputs + norms + attention + 3 * shape.mlp
+    return inputs + norm * shape.norms + attention
+
+
+def _kept_of_the_mlp(shape: _Shape, settings: RunSettings) -> float:
+    """Bytes a token of what is activated, the activation and its factor; fused, the activation is computed again."""
+    return (2 if settings.fused else 3) * shape.mlp
 
 
 def _memory(shape: _Shape, settings: RunSettings, length: int) -> dict[str, float]:
     """Bytes at the peak of a step, by what they are for."""
     tokens, h = float(settings.batch_size * length), shape.hidden
     stream = 4 if settings.dtype == "float32" else 2  # the dtype of what runs from layer to layer
-    kept = tokens * _kept_of_a_layer(shape, settings)
+    outside, inside = _kept_outside_the_mlp(shape, settings), _kept_of_the_mlp(shape, settings)
+    whole = inside + 2 * shape.lora_mlp
+    if settings.adapter is None:
+        whole += shape.mlp  # what the way out of the MLP is multiplied with
+    tile = min(tokens, settings.mlp_tile or tokens)
+    if tile < tokens:
+        inside = whole = 2.0 * h  # a tiled MLP keeps its input
     host = 0.0
     if settings.gradient_checkpointing:
         checkpoint = stream * h * tokens
@@ -420,17 +440,23 @@ def _memory(shape: _Shape, settings: RunSettings, length: int) -> dict[str, floa
         saved = on_card * checkpoint
         host = (shape.layers - on_card) * checkpoint
     else:
-        saved = shape.layers * kept
-    # Backward of a layer: gradients of the MLP's three inner tensors and of its output, beside what was kept.
-    working = tokens * (3 * shape.mlp + 2 * h) + 2.0 * shape.largest_matrix
-    if shape.lora_mlp:  # LoRA inside the MLP casts its input, and the gradient of that
-        working += tokens * (2 * shape.lora_mlp + 8 * h)
-    if settings.gradient_checkpointing:
-        working += kept
+        saved = shape.layers * tokens * (outside + whole)
     saved += tokens * TOKEN_BYTES
+
+    # Backward of a layer, beside its own activations: in the MLP the gradients of its three inner tensors (fused, of
+    # one) and of its output, then in the norm what fp32 takes.
+    of_mlp = tokens * stream * h + tile * (1 if settings.fused else 3) * shape.mlp
+    if tile < tokens:
+        of_mlp += tokens * 2 * h + tile * _kept_of_the_mlp(shape, settings)
+    of_norm = tokens * (NORM_BACKWARD_FUSED if settings.fused else NORM_BACKWARD) * h
+    again = 0.0
+    if settings.gradient_checkpointing:
+        again = tokens * outside
+        of_mlp += tokens * inside
+    working = again + max(of_mlp, of_norm) + 2.0 * shape.largest_matrix
     if settings.chunked_loss:
-        tile = 2 * min(tokens, LOSS_TOKENS) * min(shape.vocabulary, LOSS_VOCABULARY)
-        logits = tile + tokens * 20 * h  # the last norm's, its output twice, and its gradient in fp32 and bf16
+        logits = 2 * min(tokens, LOSS_TOKENS) * min(shape.vocabulary, LOSS_VOCABULARY)
+        logits += tokens * 20 * h  # the last norm's, its output twice, and its gradient in fp32 and bf16
     else:
         logits = 12.0 * tokens * shape.vocabulary  # bf16, fp32, and a gradient in each
 
@@ -438,10 +464,11 @@ def _memory(shape: _Shape, settings: RunSettings, length: int) -> dict[str, floa
     gradients = shape.trainable * element
     optimizer = shape.trainable * 2 * element  # AdamW's two moments; fused, so without temporaries
     earlier = gradients if settings.gradient_accumulation_steps > 1 else 0.0
+    end = working + stream * h * tokens if settings.adapter is None else 2.0 * h * tokens
     phases = {  # gradients, activations, logits
         "loss": (earlier, saved, logits),
-        "last layer": (earlier, saved + working, 0.0),
-        "first layer": (gradients, working + stream * h * tokens if settings.adapter is None else 2 * h * tokens, 0.0),
+        "backward of the last layer": (earlier, saved + working, 0.0),
+        "backward of the first": (gradients, end, 0.0),
     }
     grads, activations, logits = max(phases.values(), key=sum)
     return {
@@ -487,7 +514,8 @@ def _step_seconds(
     passes = 2 + settings.gradient_checkpointing  # forward, backward to the inputs, and the forward again
     products = 2 * tokens * (passes * shape.layer_matrices + shape.trained_matrices)
     products += 2 * tokens * shape.head_matrix * (2 + settings.chunked_loss)
-    moved = tokens * shape.layers * _kept_of_a_layer(shape, settings) * TRAFFIC * passes / 3
+    kept = _kept_outside_the_mlp(shape, settings) + _kept_of_the_mlp(shape, settings)
+    moved = tokens * shape.layers * kept * TRAFFIC * passes / 3
     if settings.quantization:
         moved += passes * 2 * 2 * shape.layer_matrices  # unpacked, and read
     seconds = products / (MATMUL_SHARE * gpu.tflops * 1e12) + moved / (gpu.bandwidth * 1e9)

@@ -27,7 +27,7 @@ from hf_longlora.planning import GIB, GPUS, RunSettings, _Shape, find_gpu
 SHAPE = {
     "vocab_size": 128,
     "hidden_size": 64,
-    "intermediate_size": 256,
+    "intermediate_size": 512,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 8192,
@@ -44,6 +44,8 @@ LLAMA_8B = LlamaConfig(
     num_attention_heads=32,
     num_key_value_heads=8,
 )
+EIGHT_LAYERS = copy.copy(LLAMA_8B)
+EIGHT_LAYERS.num_hidden_layers = 8
 LORA_ONLY = LongLoraConfig(train_norms=False, train_embeddings=False)
 
 
@@ -72,7 +74,7 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self.sizes.pop(key, 0)
 
 
-def peak_of_a_step(config, tokens, adapter, tokenizer, folder, checkpointing):
+def peak_of_a_step(config, tokens, adapter, tokenizer, folder, **options):
     """Bytes of the second step, what stood before it left out."""
     record = LiveBytes()
 
@@ -92,13 +94,13 @@ def peak_of_a_step(config, tokens, adapter, tokenizer, folder, checkpointing):
             stages=[ContextStage(tokens, 2, rope_type=None)],
             dense_every=0,
             per_device_train_batch_size=1,
-            gradient_checkpointing=checkpointing,
             bf16=True,
             use_cpu=True,
             save_strategy="no",
             report_to="none",
             report=False,
             disable_tqdm=True,
+            **{"gradient_checkpointing": True} | options,
         ),
         train_dataset=Dataset.from_list([{"input_ids": torch.randint(4, config.vocab_size, (tokens,)).tolist()}]),
         processing_class=tokenizer,
@@ -110,27 +112,29 @@ def peak_of_a_step(config, tokens, adapter, tokenizer, folder, checkpointing):
 
 
 @pytest.mark.parametrize(
-    ("config", "adapter", "checkpointing", "tolerance"),
+    ("config", "adapter", "options", "tolerance"),
     [
-        (LLAMA, LongLoraConfig(), True, 0.01),
-        (LLAMA, LongLoraConfig(), False, 0.03),
-        (LLAMA, LORA_ONLY, True, 0.01),
-        (LLAMA, LongLoraConfig(target_modules="all-linear"), True, 0.02),
-        (Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16), LongLoraConfig(), True, 0.03),
-        (GPTNeoXConfig(**SHAPE), LongLoraConfig(), True, 0.06),
-        (MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4), LongLoraConfig(), True, 0.06),
+        (LLAMA, LongLoraConfig(), {}, 0.01),
+        (LLAMA, LongLoraConfig(), {"gradient_checkpointing": False}, 0.01),
+        (LLAMA, LongLoraConfig(), {"mlp_tile": 8}, 0.01),
+        (LLAMA, LORA_ONLY, {}, 0.01),
+        (LLAMA, LongLoraConfig(target_modules="all-linear"), {}, 0.01),
+        (Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16), LongLoraConfig(), {}, 0.03),
+        (GPTNeoXConfig(**SHAPE), LongLoraConfig(), {}, 0.06),
+        (MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4), LongLoraConfig(), {}, 0.06),
     ],
-    ids=["llama", "not checkpointed", "lora only", "all-linear", "qwen3", "gpt_neox", "mixtral"],
+    ids=["llama", "not checkpointed", "tiled", "lora only", "all-linear", "qwen3", "gpt_neox", "mixtral"],
 )
 def test_bytes_a_token_are_those_that_torch_holds(
-    config, adapter, checkpointing, tolerance, tiny_tokenizer, tmp_path, monkeypatch
+    config, adapter, options, tolerance, tiny_tokenizer, tmp_path, monkeypatch
 ):
     loss = pytest.importorskip("trl.kernels.chunked_logprob", reason="TRL < 1.16 has another loss")
     monkeypatch.setattr(loss, "TOKEN_CHUNK_SIZE", 16)  # its tiles outweigh so small a model
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 64)
     short, long = (
-        peak_of_a_step(config, tokens, adapter, tiny_tokenizer, tmp_path, checkpointing) for tokens in (512, 1024)
+        peak_of_a_step(config, tokens, adapter, tiny_tokenizer, tmp_path, **options) for tokens in (512, 1024)
     )
-    plan = plan_run(config, [512, 1024], adapter=adapter, gradient_checkpointing=checkpointing, dense_every=0).lengths
+    plan = plan_run(config, [512, 1024], adapter=adapter, dense_every=0, **options).lengths
     assert (plan[1].total - plan[0].total) * GIB == pytest.approx(long - short, rel=tolerance)
 
 
@@ -158,26 +162,30 @@ def test_the_parts_of_an_8b_step():
 
 
 def of(length=32768, **changes):
-    return plan_run(LLAMA_8B, [length], gpu="H200", **changes).lengths[0]
+    return plan_run(EIGHT_LAYERS, [length], gpu="H200", **changes).lengths[0]
 
 
 def test_what_settings_change():
     plain = of()
     offloaded = of(activation_offloading=True)
     moved = plain.activations - offloaded.activations
-    assert moved == pytest.approx(offloaded.host) == pytest.approx(26 * 32768 * 4096 * 2 / GIB)
-    assert of(gradient_checkpointing=False).activations > 5 * plain.activations
+    assert moved == pytest.approx(offloaded.host) == pytest.approx(2 * 32768 * 4096 * 2 / GIB)  # all but 6
+    assert of(gradient_checkpointing=False).activations > 4 * plain.activations
     assert of(gradient_checkpointing=False, dense_every=0).seconds < of(dense_every=0).seconds
+    tiled, fused = of(mlp_tile=1024), of(fused=True)
+    assert tiled.activations < plain.activations and fused.activations < plain.activations
+    assert fused.seconds < plain.seconds == tiled.seconds
     whole_logits = of(chunked_loss=False)
     assert whole_logits.logits == pytest.approx(12 * 32768 * 128256 / GIB) and plain.logits == 0
-    assert of(quantization="4bit").weights == pytest.approx(plain.weights - 6.98e9 * (2 - 0.516) / GIB, rel=0.01)
-    assert of(adapter=LORA_ONLY).optimizer < 0.06 < plain.optimizer
+    assert of(quantization="4bit").weights == pytest.approx(plain.weights - 8 * 218.1e6 * (2 - 0.516) / GIB, rel=0.01)
+    assert of(adapter=LORA_ONLY).optimizer < 0.02 < plain.optimizer
     assert of(batch_size=2).activations == pytest.approx(2 * plain.activations)
     twice = of(gradient_accumulation_steps=2)
     assert twice.seconds == pytest.approx(2 * plain.seconds, rel=0.01) and twice.gradients > 0 == plain.gradients
     every_weight = of(adapter=None, dtype="float32")
-    assert every_weight.optimizer == pytest.approx(8 * 8_030_261_248 / GIB)
-    assert every_weight.gradients == pytest.approx(4 * 8_030_261_248 / GIB)
+    parameters = plan_run(EIGHT_LAYERS, [64]).parameters
+    assert every_weight.optimizer == pytest.approx(8 * parameters / GIB)
+    assert every_weight.gradients == pytest.approx(4 * parameters / GIB)
 
 
 def test_seconds_follow_the_pattern():
@@ -197,12 +205,12 @@ def test_seconds_follow_the_pattern():
 @pytest.mark.parametrize("gpu", GPUS)
 def test_the_longest_is_the_last_that_fits(gpu):
     changes = {"quantization": "4bit", "gpu": gpu}
-    longest = plan_run(LLAMA_8B, [1024], **changes).longest
+    longest = plan_run(EIGHT_LAYERS, [1024], **changes).longest
     assert longest >= 8192
-    fitting, too_long = plan_run(LLAMA_8B, [longest, longest + 1024], **changes).lengths
+    fitting, too_long = plan_run(EIGHT_LAYERS, [longest, longest + 1024], **changes).lengths
     assert fitting.fits and not too_long.fits
-    all_weights = plan_run(LLAMA_8B, [1024], gpu=gpu, adapter=None, dtype="float32").longest  # 120 GiB of states
-    assert (all_weights > 0) == (gpu == "H200")
+    all_weights = plan_run(EIGHT_LAYERS, [1024], gpu=gpu, adapter=None, dtype="float32").longest  # 42 GiB of states
+    assert (all_weights > 0) == (GPUS[gpu].memory_gib > 44)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +223,7 @@ def test_the_longest_is_the_last_that_fits(gpu):
         ({"quantization": "2bit"}, "4bit or 8bit"),
         ({"activation_offloading": True, "gradient_checkpointing": False}, "with gradient checkpointing only"),
         ({"batch_size": 0}, "batch_size"),
+        ({"mlp_tile": 0}, "mlp_tile"),
         ({"group_size": 1}, "group_size"),
         ({"gpu": "A100-80GB", "backend": "cudnn"}, "no cudnn attention"),
         ({"dtype": "int8"}, "dtype"),

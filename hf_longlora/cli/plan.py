@@ -4,6 +4,18 @@ import argparse
 import json
 from typing import Any
 
+HEADERS = {
+    "weights": "weights",
+    "gradients": "grads",
+    "optimizer": "optim.",
+    "activations": "activ.",
+    "logits": "logits",
+    "total": "GiB",
+    "host": "host GiB",
+}
+"""Columns of memory, in GiB; those that are 0 at every length and not in `ALWAYS` are left out."""
+ALWAYS = ("weights", "activations", "total")
+
 
 def add(commands: Any) -> None:
     plan = commands.add_parser(
@@ -35,6 +47,8 @@ def add(commands: Any) -> None:
     plan.add_argument("--quantized", choices=("4bit", "8bit"), help="a base quantized by bitsandbytes")
     plan.add_argument("--no-gradient-checkpointing", action="store_true", help="keep all activations")
     plan.add_argument("--activation-offloading", action="store_true", help="checkpoints wait in the host's memory")
+    plan.add_argument("--fused", action="store_true", help="with use_liger_kernel or compile_layers")
+    plan.add_argument("--mlp-tile", type=int, metavar="N", help="tokens that an MLP takes at a time; default: all")
     plan.add_argument("--no-chunked-loss", action="store_true", help="all logits at once, as TRL before 1.16")
     plan.add_argument("--group-size", type=int, help="tokens in a group; default: by --group-size-ratio")
     plan.add_argument("--group-size-ratio", type=float, default=1 / 16, help="a group's share of the length")
@@ -61,6 +75,8 @@ def run(options: argparse.Namespace) -> None:
         gradient_accumulation_steps=options.accumulation,
         gradient_checkpointing=not options.no_gradient_checkpointing,
         activation_offloading=options.activation_offloading,
+        fused=options.fused,
+        mlp_tile=options.mlp_tile,
         chunked_loss=not options.no_chunked_loss,
         group_size=options.group_size,
         group_size_ratio=options.group_size_ratio,
@@ -74,28 +90,33 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _show(plan: Any, options: argparse.Namespace) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
+    console.width = max(console.width, 100)  # numbers are not cut; a narrower terminal wraps the lines
     print(
         f"{plan.model}: {plan.parameters / 1e9:,.2f} B parameters, {plan.trainable / 1e6:,.1f} M trained, on one "
         f"{plan.gpu.name} ({plan.gpu.memory_gib:g} GiB)"
     )
-    columns = ["tokens", "weights", "gradients", "optimizer", "activations", "logits", "GiB in all"]
-    columns += ["host GiB"] * options.activation_offloading
-    columns += ["s sparse", "s dense", "s/step"] if options.dense_every > 1 else ["s/step"]
-    table = Table(*columns, "tokens/s", "")
-    for row in plan.lengths:
-        parts = [row.weights, row.gradients, row.optimizer, row.activations, row.logits, row.total]
-        parts += [row.host] * options.activation_offloading
-        steps = (
-            [row.seconds] if options.dense_every in (0, 1) else [row.seconds_sparse, row.seconds_dense, row.seconds]
-        )
-        cells = [f"{row.length:,}", *(f"{value:.1f}" for value in parts), *(f"{value:.3g}" for value in steps)]
-        table.add_row(*cells, f"{row.tokens_per_second:,.0f}", "fits" if row.fits else "does not fit")
-    for column in table.columns[:-1]:
-        column.justify = "right"
+    rows, mixed = plan.lengths, options.dense_every > 1
+    columns: dict[str, list[str]] = {"tokens": [f"{row.length:,}" for row in rows]}
+    for name, header in HEADERS.items():
+        values = [getattr(row, name) for row in rows]
+        if name in ALWAYS or any(values):
+            columns[header] = [f"{value:.1f}" for value in values]
+    if mixed:
+        columns |= {"s sparse": [f"{row.seconds_sparse:.3g}" for row in rows]}
+        columns |= {"s dense": [f"{row.seconds_dense:.3g}" for row in rows]}
+    columns["s/step"] = [f"{row.seconds:.3g}" for row in rows]
+    columns["tokens/s"] = [f"{row.tokens_per_second:,.0f}" for row in rows]
+    columns["fits"] = ["yes" if row.fits else "no" for row in rows]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for header in columns:
+        table.add_column(header, justify="right", no_wrap=True)
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
     console.print(table)
     if plan.longest:
         print(f"The longest that fits: {plan.longest:,} tokens.")
