@@ -1,6 +1,10 @@
 import gzip
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,6 +196,30 @@ def test_train_all_weights_without_an_adapter(run):
     arguments = ["--no_use_peft", "--stages", stages, "--dataset_name", "data/test.jsonl", "--report", "false"]
     assert main(["train", "--config", "run.yaml", *arguments]) == 0
     assert (run / "out" / "model.safetensors").is_file() and not (run / "out" / "adapter_config.json").exists()
+
+
+@pytest.mark.slow
+def test_train_under_accelerate_launch(run):
+    """Two processes, by the module, as the help says."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "-m",
+        "hf_longlora",
+    ]
+    root = str(Path(__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "train", "--config", "run.yaml"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Saved in") == 1
+    state = json.loads((run / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3 and (run / "out" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 import argparse
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+OF_THE_STAGES = {"target_length", "rope_type", "rope_parameters"}
+RESOLVED = {"rope", "base_rope", "schedule", "resolved"}
 INTERRUPTED = "The same command with --resume goes on from the last checkpoint."
 
 ABOUT = """\
@@ -41,6 +43,7 @@ def make_parser() -> Any:
     from trl import ModelConfig, ScriptArguments, TrlParser
 
     from ..trainer import LongLoraSFTConfig
+    from ..tuner import LongLoraConfig
 
     @dataclass
     class RunArguments(ScriptArguments):
@@ -56,7 +59,7 @@ def make_parser() -> Any:
         )
 
     @dataclass
-    class AdapterArguments(ModelConfig):
+    class ModelArguments(ModelConfig):
         dtype: str | None = field(
             default=None,
             metadata={
@@ -71,14 +74,10 @@ def make_parser() -> Any:
         lora_target_modules: list[str] | None = field(
             default=None, metadata={"help": "What LoRA is put on. Default: the attention projections."}
         )
-        train_embeddings: bool = field(default=True, metadata={"help": "Train the embeddings whole."})
-        train_norms: bool = field(default=True, metadata={"help": "Train every norm whole."})
-        base_length: int | None = field(
-            default=None,
-            metadata={"help": "Tokens the base was first trained at, where its config doesn't say."},
-        )
 
-    parts: Any = (RunArguments, AdapterArguments, LongLoraSFTConfig)
+    hints = get_type_hints(LongLoraConfig)
+    own = [(f.name, hints[f.name], field(default=f.default, metadata=f.metadata)) for f in own_fields()]
+    parts: Any = (RunArguments, make_dataclass("AdapterArguments", own, bases=(ModelArguments,)), LongLoraSFTConfig)
     return TrlParser(
         parts,
         prog="hf-longlora train",
@@ -193,8 +192,16 @@ def _adapter(model: Any) -> Any:
         task_type=model.lora_task_type,
         use_rslora=model.use_rslora,
         use_dora=model.use_dora,
-        train_embeddings=model.train_embeddings,
-        train_norms=model.train_norms,
-        base_length=model.base_length,
+        **{f.name: getattr(model, f.name) for f in own_fields()},
         **given,
     )
+
+
+def own_fields() -> list[Any]:
+    """What `LongLoraConfig` has beside LoRA's fields, but for what the stages say and what is resolved on a model."""
+    from peft import LoraConfig
+
+    from ..tuner import LongLoraConfig
+
+    known = {f.name for f in fields(LoraConfig)} | OF_THE_STAGES | RESOLVED
+    return [f for f in fields(LongLoraConfig) if f.name not in known]

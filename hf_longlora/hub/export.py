@@ -183,7 +183,9 @@ def _plain_lora(
     base_config.save_pretrained(out / BASE_FOLDER)
     (out / CONFIG_NAME).write_text(json.dumps(plain, indent=2))
     save_file(weights, out / WEIGHTS_NAME, metadata={"format": "pt"})
-    (out / "README.md").write_text(_how_to_load(plain, base_name, output_dir.name, config.r))
+    whole = [key for key in OF_WHOLE_MODULES if plain.get(key)]
+    whole += ["LoRA on embeddings"] * any("lora_embedding_" in name for name in weights)
+    (out / "README.md").write_text(_how_to_load(whole, base_name, output_dir.name, config.r))
 
 
 def _tied_head(weights: dict[str, torch.Tensor], base_config: Any) -> tuple[str, torch.Tensor] | None:
@@ -210,11 +212,10 @@ def _tokenizer(source: Path, base_name: str, out: Path, rope: RopeScaling | None
     tokenizer.save_pretrained(out)
 
 
-def _how_to_load(plain: dict[str, Any], base_name: str, name: str, rank: int) -> str:
-    whole = [key for key in OF_WHOLE_MODULES if plain.get(key)]
+def _how_to_load(whole: list[str], base_name: str, name: str, rank: int) -> str:
+    """How to load a plain LoRA; `whole` is what it has that vLLM does not take."""
     serving = (
-        f"vLLM does not take it: it has more than low-rank weights ({', '.join(whole)}). Export the merged model for "
-        "that."
+        f"vLLM does not take it: it has more than LoRA on matrices ({', '.join(whole)}). Export the merged model for that."
         if whole
         else f"""For vLLM:
 
