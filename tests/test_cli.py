@@ -201,20 +201,15 @@ def test_train_all_weights_without_an_adapter(run):
 @pytest.mark.slow
 def test_train_under_accelerate_launch(run):
     """Two processes, by the module, as the help says."""
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "-m",
-        "hf_longlora",
-    ]
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "hf_longlora"]
     root = str(Path(__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "train", "--config", "run.yaml"], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", *launch, "train", "--config", "run.yaml"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Saved in") == 1

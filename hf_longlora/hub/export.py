@@ -215,7 +215,7 @@ def _tokenizer(source: Path, base_name: str, out: Path, rope: RopeScaling | None
 def _how_to_load(whole: list[str], base_name: str, name: str, rank: int) -> str:
     """How to load a plain LoRA; `whole` is what it has that vLLM does not take."""
     serving = (
-        f"vLLM does not take it: it has more than LoRA on matrices ({', '.join(whole)}). Export the merged model for that."
+        f"vLLM does not take it: it has more than LoRA on matrices ({', '.join(whole)}). Export the merged model."
         if whole
         else f"""For vLLM:
 
