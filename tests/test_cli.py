@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
 from hf_longlora import LongLoraConfig, S2AttentionConfig, perplexity_by_length, s2_attention_mode, set_s2_attention
 from hf_longlora.cli import main
@@ -75,6 +75,20 @@ def test_evaluate_a_plain_model_with_passkeys(adapter, capsys):
     for kind in ("passkey", "needles"):
         assert [(row["length"], row["depth"]) for row in results[kind]] == [(600, 0.0), (600, 1.0)]
         assert (folder / "out" / f"{kind}.png").stat().st_size > 5_000
+
+
+def test_evaluate_a_model_without_the_interface(adapter, capsys):
+    _, folder = adapter
+    config = FalconConfig(vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    FalconForCausalLM(config).save_pretrained(folder / "falcon")
+    shutil.copy(folder / "base" / "tokenizer.json", folder / "falcon")
+    shutil.copy(folder / "base" / "tokenizer_config.json", folder / "falcon")
+    arguments = ["evaluate", str(folder / "falcon"), "--documents", str(folder / "one.txt"), "--lengths", "64"]
+    arguments += ["--device", "cpu", "--output-dir", str(folder / "out")]
+    assert main(arguments) == 1
+    assert "With --dense-only" in capsys.readouterr().err
+    assert main([*arguments, "--dense-only"]) == 0
+    assert "dense" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("dense", "warned"), [(2.0, True), (0.5, False), (1.005, False)])

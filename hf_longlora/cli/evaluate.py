@@ -66,7 +66,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..attention import S2AttentionConfig
+    from ..attention import S2AttentionConfig, set_s2_attention
     from ..evaluation import (
         compare_attention,
         loss_by_position,
@@ -91,6 +91,10 @@ def run(options: argparse.Namespace) -> None:
     if options.dense_only:
         records = {"dense": perplexity_by_length(model, documents, options.lengths, options.stride, **windows)}
     else:
+        try:
+            set_s2_attention(model)
+        except ValueError as error:
+            raise ValueError(f"{error} With --dense-only it can be evaluated all the same.") from error
         attention = None if options.group_size is None else S2AttentionConfig(group_size=options.group_size)
         records = compare_attention(
             model, documents, options.lengths, attention=attention, stride=options.stride, **windows
