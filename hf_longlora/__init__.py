@@ -6,7 +6,8 @@ Importing it registers `attn_implementation="s2attn"` with transformers and the 
 from . import attention, tuner
 from .attention import S2AttentionConfig, s2_attention, s2_attention_mode, set_s2_attention
 from .evaluation import loss_by_position, passkey_accuracy, perplexity_by_length
-from .hub import PushAdapterCallback
+from .hub import PushAdapterCallback, export_adapter
+from .planning import plan_run
 from .trainer import ContextStage, LongLoraSFTConfig, LongLoraSFTTrainer
 from .tuner import LongLoraConfig, LongLoraModel
 
@@ -23,9 +24,11 @@ __all__ = [
     "LongLoraSFTTrainer",
     "PushAdapterCallback",
     "S2AttentionConfig",
+    "export_adapter",
     "loss_by_position",
     "passkey_accuracy",
     "perplexity_by_length",
+    "plan_run",
     "s2_attention",
     "s2_attention_mode",
     "set_s2_attention",

@@ -343,6 +343,11 @@ def _write(config: Any, scaling: RopeScaling) -> None:
         config.head_dim = config.hidden_size // config.num_attention_heads
 
 
+def write_rope(config: Any, scaling: RopeScaling) -> None:
+    """Put `scaling` in a config, for a model that is loaded with it later; on a live model: `apply_rope`."""
+    _write(_text_config(config), scaling)
+
+
 def rotary_modules(model: nn.Module) -> list[nn.Module]:
     """The rotary embeddings of the language model: they hold `*inv_freq` buffers and the config these come from."""
     text_config = _text_config(model.config)

@@ -1,12 +1,19 @@
 import gzip
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
 from hf_longlora import LongLoraConfig, S2AttentionConfig, perplexity_by_length, s2_attention_mode, set_s2_attention
-from hf_longlora.cli import main, read_documents
+from hf_longlora.cli import main
+from hf_longlora.cli.data import load_data, read_documents
 from hf_longlora.evaluation import compare
 from hf_longlora.evaluation.compare import compare_attention
 
@@ -48,18 +55,40 @@ def test_evaluate(adapter, tiny_tokenizer, capsys):
     with s2_attention_mode(model, "s2"):
         assert results["perplexity"]["as trained"] == perplexity_by_length(model, documents, [64, 256], **options)
     assert results["perplexity"]["dense"] != results["perplexity"]["as trained"]
+    assert [row["end"] for row in results["positions"]] == [4, 8, 16, 32, 64, 128, 256]
+    assert (folder / "out" / "positions.png").stat().st_size > 5_000
     printed = capsys.readouterr().out
+    assert "Context beyond 128 tokens" in results["far_context"]
+    assert " ".join(results["far_context"].split()) in " ".join(printed.split())
     assert f"{results['perplexity']['dense'][1]['perplexity']:.2f}" in printed and "as trained" in printed
 
 
 def test_evaluate_a_plain_model_with_passkeys(adapter, capsys):
     _, folder = adapter
     arguments = ["evaluate", str(folder / "base"), "--documents", str(folder / "one.txt"), "--lengths", "450"]
-    assert main([*arguments, "--passkey", "1", "--output-dir", str(folder / "out"), "--device", "cpu"]) == 0
-    passkey = json.loads((folder / "out" / "evaluation.json").read_text())["passkey"]
-    assert [row["depth"] for row in passkey] == [0.0, 0.25, 0.5, 0.75, 1.0]
-    assert "450 tokens" in capsys.readouterr().out
-    assert (folder / "out" / "passkey.png").stat().st_size > 5_000
+    arguments += ["--passkey", "1", "--needles", "1", "--retrieval-lengths", "600", "--depths", "0", "1"]
+    assert main([*arguments, "--dense-only", "--output-dir", str(folder / "out"), "--device", "cpu"]) == 0
+    results = json.loads((folder / "out" / "evaluation.json").read_text())
+    assert list(results["perplexity"]) == ["dense"]
+    printed = capsys.readouterr().out
+    assert "600 tokens" in printed and "One passkey of several" in printed
+    for kind in ("passkey", "needles"):
+        assert [(row["length"], row["depth"]) for row in results[kind]] == [(600, 0.0), (600, 1.0)]
+        assert (folder / "out" / f"{kind}.png").stat().st_size > 5_000
+
+
+def test_evaluate_a_model_without_the_interface(adapter, capsys):
+    _, folder = adapter
+    config = FalconConfig(vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    FalconForCausalLM(config).save_pretrained(folder / "falcon")
+    shutil.copy(folder / "base" / "tokenizer.json", folder / "falcon")
+    shutil.copy(folder / "base" / "tokenizer_config.json", folder / "falcon")
+    arguments = ["evaluate", str(folder / "falcon"), "--documents", str(folder / "one.txt"), "--lengths", "64"]
+    arguments += ["--device", "cpu", "--output-dir", str(folder / "out")]
+    assert main(arguments) == 1
+    assert "With --dense-only" in capsys.readouterr().err
+    assert main([*arguments, "--dense-only"]) == 0
+    assert "dense" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("dense", "warned"), [(2.0, True), (0.5, False), (1.005, False)])
@@ -83,6 +112,8 @@ def test_a_warning_where_dense_is_worse(tiny_llama, monkeypatch, dense, warned):
         (["base", "--documents", "bad.jsonl"], "bad.jsonl, line 2"),
         (["base", "--documents", "one.txt", "--lengths", "100000"], "no document has 100000 tokens"),
         (["base", "--documents", "one.txt", "--group-size", "1"], "at least 2"),
+        (["base", "--documents", "one.txt", "--passkey", "1"], "a passkey text has at least"),
+        (["base", "--documents", "one.txt", "--needles", "1"], "a passkey text has at least"),
     ],
 )
 def test_errors_are_one_message(adapter, monkeypatch, capsys, arguments, message):
@@ -120,3 +151,219 @@ def test_a_damaged_adapter_is_not_taken_for_a_model(adapter, capsys):
     arguments = ["evaluate", str(folder / "adapter"), "--documents", str(folder / "one.txt"), "--lengths", "64"]
     assert main([*arguments, "--device", "cpu"]) == 1
     assert "hf-longlora: error:" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# train
+
+
+@pytest.fixture
+def run(tiny_llama, tiny_tokenizer, tmp_path, monkeypatch):
+    """A folder with a base, data and a run's YAML, to stand in."""
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("base")
+    tiny_tokenizer.save_pretrained("base")
+    (tmp_path / "data").mkdir()
+    for split, rows in (("train", 6), ("test", 2)):
+        lines = [json.dumps({"text": f"{i} " + TEXT * 12}) for i in range(rows)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "notes.txt").write_text(TEXT)
+    (tmp_path / "run.yaml").write_text(
+        "model_name_or_path: base\n"
+        "dataset_name: data\n"
+        "output_dir: out\n"
+        "stages:\n"
+        "  - {max_length: 128, max_steps: 1}\n"
+        "  - {max_length: 256, max_steps: 2, dense_every: 2}\n"
+        "per_device_train_batch_size: 1\n"
+        "use_cpu: true\n"
+        "bf16: false\n"
+        "report_to: none\n"
+        "lora_r: 4\n"
+        "learning_rate: 1.0e-3\n"
+    )
+    return tmp_path
+
+
+def test_train_from_yaml_and_resume(run, capsys):
+    evaluating = ["--eval_strategy", "steps", "--eval_steps", "3"]
+    assert main(["train", "--config", "run.yaml", "--resume", "--lora_r", "2", *evaluating]) == 0
+    printed = capsys.readouterr()
+    assert "No whole checkpoint in out: starting afresh." in printed.err and "Saved in" in printed.out
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "out")
+    config = model.active_peft_config
+    assert (config.r, config.target_length) == (2, 256)  # the command line wins over the file
+    assert [stage["max_steps"] for stage in config.schedule["stages"]] == [1, 2]
+    state = json.loads((run / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert [entry for entry in state["log_history"] if "eval_loss" in entry]
+
+    shutil.rmtree(run / "out" / "checkpoint-3")
+    before = (run / "out" / "adapter_model.safetensors").read_bytes()
+    (run / "out" / "adapter_model.safetensors").unlink()
+    assert main(["train", "--config=run.yaml", "--resume", "--lora_r", "2"]) == 0
+    assert "Resuming from out/checkpoint-1." in capsys.readouterr().err
+    assert (run / "out" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_train_all_weights_without_an_adapter(run):
+    stages = '[{"max_length": 128, "max_steps": 1}]'
+    arguments = ["--no_use_peft", "--stages", stages, "--dataset_name", "data/test.jsonl", "--report", "false"]
+    assert main(["train", "--config", "run.yaml", *arguments]) == 0
+    assert (run / "out" / "model.safetensors").is_file() and not (run / "out" / "adapter_config.json").exists()
+
+
+@pytest.mark.slow
+def test_train_under_accelerate_launch(run):
+    """Two processes, by the module, as the help says."""
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "hf_longlora"]
+    root = str(Path(__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, "train", "--config", "run.yaml"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Saved in") == 1
+    state = json.loads((run / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3 and (run / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", None),
+        ("nonsense: 1", "unknown options: nonsense"),
+        ("stages: [", "not YAML"),
+        ("stages: sometimes", "`stages` must be"),
+        ("stages: [{max_length: 128}]", "missing ['max_steps']"),
+        ("model_name_or_path: null", "model_name_or_path"),
+        ("model_name_or_path: nobody/nothing", "nobody/nothing"),
+        ("dataset_name: null", "dataset_name"),
+        ("dataset_name: .", "data files of one kind"),
+        ("dataset_name: base", "can't be read as data"),
+        ("dataset_name: run.yaml", "no known kind"),
+        ("dataset_name: nobody/nothing", "no local file or folder"),
+        ("dataset_train_split: validation", "no split 'validation' (dataset_train_split); it has 'train', 'test'"),
+        ("dataset_streaming: true", "map-style"),
+    ],
+)
+def test_mistakes_in_a_runs_file_are_one_message(run, capsys, line, message):
+    lines = (run / "run.yaml").read_text().splitlines()
+    key = line.partition(":")[0]
+    kept = [old for old in lines if not (key and (old.startswith(f"{key}:") or (key == "stages" and old[0] == " ")))]
+    (run / "wrong.yaml").write_text("\n".join([*kept, line]) if message else "just text")
+    assert main(["train", "--config", "wrong.yaml"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.count("hf-longlora: error:") == 1 and "Traceback" not in printed
+    assert (message or "must contain a YAML mapping") in printed
+    assert not (run / "out").exists()
+
+
+def test_trains_usage(run, capsys, monkeypatch):
+    (run / "wrong.yaml").write_text((run / "run.yaml").read_text().replace("1.0e-3", "many"))
+    for arguments in (["--bogus", "1"], ["--config"], ["word"], ["--lora_r", "two"], ["--config", "wrong.yaml"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", *arguments])
+        assert stopped.value.code == 2
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert "accelerate launch -m hf_longlora train" in printed
+    assert all(option in printed for option in ("--stages", "--train_norms", "--resume", "--learning_rate"))
+    assert main(["train", "--config", "missing.yaml"]) == 1
+    monkeypatch.setenv("HF_LONGLORA_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["train", "--config", "missing.yaml"])
+
+
+def test_data_from_files_and_folders(tmp_path):
+    from datasets import Dataset
+
+    rows = [{"text": "one\ntwo"}, {"text": "three"}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    for name in ("rows.parquet", "rows.json", "rows.jsonl.gz"):
+        assert load_data(str(tmp_path / name))["train"][:] == {"text": ["one\ntwo", "three"]}
+    (tmp_path / "books").mkdir()
+    for name, text in (("a.txt", "one\n\ntwo\n"), ("b.txt", "three")):
+        (tmp_path / "books" / name).write_text(text)
+    (tmp_path / "books" / "README.md").write_text("not a book")
+    assert sorted(load_data(str(tmp_path / "books"))["train"]["text"]) == ["one\n\ntwo\n", "three"]
+    assert load_data(str(tmp_path / "books" / "a.txt"))["train"]["text"] == ["one\n\ntwo\n"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# merge, export, push
+
+
+def test_merge_and_export(adapter, capsys):
+    _, folder = adapter
+    assert main(["merge", str(folder / "adapter"), str(folder / "merged")]) == 0
+    assert AutoModelForCausalLM.from_pretrained(folder / "merged").config.max_position_embeddings == 256
+    assert main(["export", str(folder / "adapter"), str(folder / "plain"), "--form", "lora"]) == 0
+    assert json.loads((folder / "plain" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert "carries no RoPE" in capsys.readouterr().out
+    assert main(["merge", str(folder / "adapter"), str(folder / "merged")]) == 1
+    assert "not empty" in capsys.readouterr().err
+
+
+class Hub:
+    """Stands for `huggingface_hub.HfApi`, and remembers what is asked of it."""
+
+    calls: list = []
+    error: Exception | None = None
+
+    def create_repo(self, repo_id, **options):
+        self.calls.append(("create_repo", repo_id, options))
+        if self.error is not None:
+            raise self.error
+        return type("Url", (), {"repo_id": repo_id})
+
+    def create_branch(self, repo_id, **options):
+        self.calls.append(("create_branch", repo_id, options))
+
+    def upload_folder(self, **options):
+        self.calls.append(("upload_folder", options.pop("repo_id"), options))
+        return type("Commit", (), {"commit_url": "https://hub/commit"})
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(Hub, "calls", [])
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
+    return Hub
+
+
+def test_push(adapter, hub, capsys):
+    _, folder = adapter
+    (folder / "adapter" / "README.md").unlink()
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"schedule": None}))
+    assert main(["push", str(folder / "adapter"), "me/long", "--private", "--revision", "v1"]) == 0
+    (_, name, created), (_, _, branch), (_, _, uploaded) = hub.calls
+    assert name == "me/long" and created["private"] is True and branch["branch"] == uploaded["revision"] == "v1"
+    assert "checkpoint-*" in uploaded["ignore_patterns"] and uploaded["folder_path"] == folder / "adapter"
+    assert "64 to 256 tokens" in (folder / "adapter" / "README.md").read_text()
+    assert "https://hub/commit" in capsys.readouterr().out
+    assert not any("hf_secret" in str(call) for call in hub.calls)
+
+
+def test_what_can_fail_in_a_push_is_one_message(adapter, hub, monkeypatch, capsys):
+    _, folder = adapter
+    monkeypatch.setattr(hub, "error", ConnectionError("no route to host"))
+    assert main(["push", str(folder / "adapter"), "me/long"]) == 1
+    printed = capsys.readouterr().err
+    assert "no route to host" in printed and "complete here" in printed and "Traceback" not in printed
+    assert main(["push", str(folder), "me/long"]) == 1
+    assert "no adapter_config.json" in capsys.readouterr().err
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert main(["push", str(folder / "adapter"), "me/long"]) == 1
+    assert "hf auth login" in capsys.readouterr().err

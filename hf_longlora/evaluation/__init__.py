@@ -5,16 +5,20 @@ it stands: to evaluate with the training-time attention, put the call inside `s2
 """
 
 from .compare import compare_attention
-from .perplexity import loss_by_position, perplexity_by_length
-from .plots import plot_perplexity, plot_retrieval
-from .retrieval import passkey_accuracy, passkey_example
+from .perplexity import far_context, loss_by_position, perplexity_by_length
+from .plots import plot_perplexity, plot_positions, plot_retrieval
+from .retrieval import multi_needle_accuracy, multi_needle_example, passkey_accuracy, passkey_example
 
 __all__ = [
     "compare_attention",
+    "far_context",
     "loss_by_position",
+    "multi_needle_accuracy",
+    "multi_needle_example",
     "passkey_accuracy",
     "passkey_example",
     "perplexity_by_length",
     "plot_perplexity",
+    "plot_positions",
     "plot_retrieval",
 ]

@@ -164,7 +164,8 @@ def loss_by_position(
 
     Returns:
         One record per bucket that holds a target: `start`, `end` (positions `[start, end)` of the predicted tokens),
-        `nll` (nats per token), `perplexity`, `tokens`. Position 0 is never predicted.
+        `nll` (nats per token), `nll_error` (its standard error, tokens taken as independent), `perplexity`, `tokens`.
+        Position 0 is never predicted.
 
     Raises:
         ValueError: as `perplexity_by_length`; buckets that do not rise or do not fit into `[0, length]`.
@@ -188,18 +189,42 @@ def loss_by_position(
     targets_K = torch.tensor([first + index * (edges[-1] - first) // count for index in range(count)])
     bucket_K = torch.bucketize(targets_K, torch.tensor(edges[1:-1], dtype=torch.long), right=True)
 
-    sums = torch.zeros(len(edges) - 1, dtype=torch.float64)
+    sums = torch.zeros(2, len(edges) - 1, dtype=torch.float64)  # of the losses, and of their squares
     with _evaluating(model), logging.tqdm(total=len(windows), desc="loss", unit="window", disable=not progress) as bar:
         for batch in _batches(windows, batch_size):
             nll_BK = _position_nll(model, _input_ids(token_ids, batch, device or _device(model)), targets_K)
-            sums.index_add_(0, bucket_K, nll_BK.double().sum(dim=0).cpu())
+            nll_BK = nll_BK.double().cpu()
+            sums.index_add_(1, bucket_K, torch.stack([nll_BK.sum(dim=0), nll_BK.square().sum(dim=0)]))
             bar.update(len(batch))
-    counts = torch.bincount(bucket_K, minlength=len(sums)) * len(windows)
-    return [
-        {"start": start, "end": end, "nll": loss / tokens, "perplexity": _exp(loss / tokens), "tokens": tokens}
-        for start, end, loss, tokens in zip(edges[:-1], edges[1:], sums.tolist(), counts.tolist(), strict=True)
-        if tokens
-    ]
+    counts = torch.bincount(bucket_K, minlength=len(edges) - 1) * len(windows)
+    records = []
+    for start, end, loss, square, tokens in zip(edges[:-1], edges[1:], *sums.tolist(), counts.tolist(), strict=True):
+        if tokens:
+            nll = loss / tokens
+            error = math.sqrt(max(square / tokens - nll**2, 0.0) / tokens)
+            record = {"start": start, "end": end, "nll": nll, "nll_error": error, "perplexity": _exp(nll)}
+            records.append(record | {"tokens": tokens})
+    return records
+
+
+def far_context(records: Sequence[dict[str, Any]]) -> str:
+    """One line: does the farthest context help or hurt, by `loss_by_position`'s last two buckets?
+
+    They differ if their losses are two standard errors of the difference apart.
+
+    Raises:
+        ValueError: with fewer than two records.
+    """
+    if len(records) < 2:
+        raise ValueError("to compare the far context with a nearer one, at least two buckets are needed")
+    near, far = records[-2:]
+    change, error = far["nll"] - near["nll"], math.hypot(far["nll_error"], near["nll_error"])
+    verdict = "makes no difference that shows" if abs(change) <= 2 * error else "helps" if change < 0 else "hurts"
+    return (
+        f"Context beyond {far['start']:,} tokens {verdict}: loss {far['nll']:.3f} at positions {far['start']:,} to "
+        f"{far['end']:,}, {near['nll']:.3f} at {near['start']:,} to {near['end']:,} ({change:+.3f}, standard error "
+        f"{error:.3f})."
+    )
 
 
 # ----- the model --------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""The pictures of a context extension: perplexity by context length, and passkey retrieval by length and depth."""
+"""The pictures of a context extension: perplexity by length, loss by position, retrieval by length and depth."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +148,10 @@ def plot_perplexity(
 
 
 def plot_retrieval(records: Sequence[Mapping[str, Any]], path: str | Path, *, title: str | None = None) -> Path:
-    """Draw passkey accuracy over length and depth as a heat map, and save it.
+    """Draw accuracy over length and depth as a heat map, and save it.
 
     Args:
-        records: what `passkey_accuracy` returned: a record for each length and each depth.
+        records: what `passkey_accuracy` or `multi_needle_accuracy` returned: a record for each length and each depth.
         path: the file to write; the format follows its suffix. Folders are created.
         title: above the axes.
 
@@ -185,6 +186,55 @@ def plot_retrieval(records: Sequence[Mapping[str, Any]], path: str | Path, *, ti
     axes.set_ylabel("depth of the passkey")
     axes.set_title(title or "")
     figure.colorbar(image, ax=axes, format=lambda share, _: f"{share:.0%}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def plot_positions(
+    records_by_name: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path, *, title: str | None = None
+) -> Path:
+    """Draw mean loss by position, one stepped line per name with its standard error, and save it.
+
+    Args:
+        records_by_name: what `loss_by_position` returned, by the name to show, in drawing order.
+        path: the file to write; the format follows its suffix. Folders are created.
+        title: above the axes.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is missing (`pip install hf-longlora[plot]`).
+        ValueError: there is nothing to draw.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not any(records_by_name.values()):
+        raise ValueError("nothing to draw: no record")
+    figure = Figure(figsize=(7, 3.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for index, (name, records) in enumerate(records_by_name.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        edges = [max(records[0]["start"], 1), *(record["end"] for record in records)]
+        values = [record["nll"] for record in records]
+        axes.stairs(values, edges, baseline=None, color=colour, linewidth=1.8, label=name)
+        centres = [math.sqrt(low * high) for low, high in pairwise(edges)]
+        errors = [record["nll_error"] for record in records]
+        axes.errorbar(centres, values, errors, fmt="none", ecolor=colour, elinewidth=1, capsize=2)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: _short(round(value)))
+    axes.set_xlabel("position in the text (tokens of context)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(title or "")
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

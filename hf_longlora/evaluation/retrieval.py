@@ -1,13 +1,16 @@
-"""Passkey retrieval: is a number found again, wherever it stands in a long text (LongLoRA section 4.3, table 5)?
+"""Retrieval: is a number found again, wherever it stands in a long text?
 
-The text is that of Mohtashami and Jaggi (arXiv 2305.16300, appendix C): a task, a filler that repeats, the passkey at
-some depth, the filler again, and the question.
+Passkey (LongLoRA section 4.3, table 5): the text is that of Mohtashami and Jaggi (arXiv 2305.16300, appendix C): a
+task, a filler that repeats, the passkey at some depth, the filler again, and the question.
+
+Multi-needle (RULER's "multi-key", arXiv 2404.06654, section 3): a text hides several passkeys, each of a name, and the
+question names one. A model that finds whatever stands out passes the first and fails this one.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +27,15 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key? The pass key is"
 ANSWER = " {key}"
+NAMED_NEEDLE = "The pass key of {name} is {key}. Remember it. {key} is the pass key of {name}.\n"
+NAMED_QUESTION = "What is the pass key of {name}? The pass key of {name} is"
+NAMES = tuple(
+    f"the {who}"
+    for who in (
+        *("baker", "farmer", "doctor", "sailor", "teacher", "painter", "lawyer", "singer"),
+        *("driver", "writer", "miller", "hunter", "tailor", "banker", "gardener", "carpenter"),
+    )
+)
 
 
 class Passkey(NamedTuple):
@@ -41,27 +53,63 @@ def passkey_example(tokenizer: Any, length: int, depth: float, key: str) -> Pass
     Raises:
         ValueError: if `depth` is outside [0, 1], or the parts don't fit in `length` tokens.
     """
-    if not 0 <= depth <= 1:
-        raise ValueError(f"depth must lie in [0, 1], got {depth}")
+    return _example(tokenizer, length, [(depth, NEEDLE.format(key=key))], QUESTION, ANSWER.format(key=key))
+
+
+def multi_needle_example(
+    tokenizer: Any, length: int, depths: Sequence[float], keys: Sequence[str], names: Sequence[str], asked: int
+) -> Passkey:
+    """A text of exactly `length` tokens with a passkey for each name at the depth of the same index.
+
+    Args:
+        tokenizer: the model's.
+        length: tokens, the answer included.
+        depths: in [0, 1], rising.
+        keys, names: the passkeys and whose they are.
+        asked: the index of the one that the question is about.
+
+    Raises:
+        ValueError: if a depth is outside [0, 1], they don't rise, or the parts don't fit in `length` tokens.
+    """
+    needles = [
+        (depth, NAMED_NEEDLE.format(name=name, key=key)) for depth, key, name in zip(depths, keys, names, strict=True)
+    ]
+    question, answer = NAMED_QUESTION.format(name=names[asked]), ANSWER.format(key=keys[asked])
+    return _example(tokenizer, length, needles, question, answer)
+
+
+def _example(
+    tokenizer: Any, length: int, needles: Sequence[tuple[float, str]], question_text: str, answer_text: str
+) -> Passkey:
+    """The filler with each needle at its depth, and the question; `length` tokens with the answer."""
+    depths = [depth for depth, _ in needles]
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise ValueError(f"depth must lie in [0, 1], got {depth}")
+    if depths != sorted(depths):
+        raise ValueError(f"the depths of several needles must rise, got {depths}")
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     head += encode(TASK)
-    needle = encode(NEEDLE.format(key=key))
+    hidden = [encode(text) for _, text in needles]
     # Cut where the question with and without its answer differ: a tokenizer may join what stands at the border.
-    question, whole = encode(QUESTION), encode(QUESTION + ANSWER.format(key=key))
+    question, whole = encode(question_text), encode(question_text + answer_text)
     border = next((i for i, (a, b) in enumerate(zip(question, whole, strict=False)) if a != b), len(question))
     question, answer = whole[:border], whole[border:]
-    room = length - len(head) - len(needle) - len(question) - len(answer)
+    room = length - len(head) - sum(map(len, hidden)) - len(question) - len(answer)
     if room < 0:
         raise ValueError(f"a passkey text has at least {length - room} tokens with this tokenizer, more than {length}")
     filler = encode(FILLER)
-    before = round(depth * room)
     haystack = filler * (room // len(filler) + 1)
-    prompt = [*head, *haystack[:before], *needle, *haystack[: room - before], *question]
-    return Passkey(prompt, answer)
+    prompt, done = head, 0
+    for depth, needle in zip(depths, hidden, strict=True):
+        before = round(depth * room)
+        prompt += [*haystack[: before - done], *needle]
+        done = before
+    return Passkey([*prompt, *haystack[: room - done], *question], answer)
 
 
 def passkey_accuracy(
@@ -98,18 +146,76 @@ def passkey_accuracy(
     Raises:
         ValueError: a length too short for the text, a depth outside [0, 1], a count below 1.
     """
-    lengths = [lengths] if isinstance(lengths, int) else list(lengths)
     _check_counts(trials=trials, digits=digits)
     keys = random.Random(seed)
+
+    def example(length: int, depth: float) -> Passkey:
+        return passkey_example(tokenizer, length, depth, _key(keys, digits))
+
+    return _accuracy(model, example, lengths, depths, trials, "passkey", progress, device)
+
+
+def multi_needle_accuracy(
+    model: nn.Module,
+    tokenizer: Any,
+    lengths: int | Sequence[int],
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    *,
+    trials: int = 10,
+    digits: int = 5,
+    seed: int = 0,
+    progress: bool = True,
+    device: str | torch.device | None = None,
+) -> list[dict[str, Any]]:
+    """How often a model finds the passkey that is asked for among one at each of `depths`, by length and its depth.
+
+    Args:
+        model, tokenizer, lengths, trials, digits, seed, progress, device: as in `passkey_accuracy`.
+        depths: where the passkeys stand; each in turn is the one asked for. From 2 to 16 of them.
+
+    Returns:
+        One record for each length and depth: `length`, `depth`, `accuracy` (0 to 1), `trials`, `needles`.
+
+    Raises:
+        ValueError: as `passkey_accuracy`, or for fewer than 2 or more than 16 different depths.
+    """
+    _check_counts(trials=trials, digits=digits)
+    depths = sorted(set(depths))
+    if not 2 <= len(depths) <= len(NAMES):
+        raise ValueError(f"several needles need 2 to {len(NAMES)} different depths, got {depths}")
+    draw = random.Random(seed)
+
+    def example(length: int, depth: float) -> Passkey:
+        names, keys = draw.sample(NAMES, len(depths)), [_key(draw, digits) for _ in depths]
+        return multi_needle_example(tokenizer, length, depths, keys, names, depths.index(depth))
+
+    records = _accuracy(model, example, lengths, depths, trials, "needles", progress, device)
+    return [record | {"needles": len(depths)} for record in records]
+
+
+def _key(draw: random.Random, digits: int) -> str:
+    return str(draw.randrange(10 ** (digits - 1), 10**digits))
+
+
+def _accuracy(
+    model: nn.Module,
+    example: Callable[[int, float], Passkey],
+    lengths: int | Sequence[int],
+    depths: Sequence[float],
+    trials: int,
+    what: str,
+    progress: bool,
+    device: str | torch.device | None,
+) -> list[dict[str, Any]]:
+    lengths = [lengths] if isinstance(lengths, int) else list(lengths)
     records = []
     total = len(lengths) * len(depths) * trials
-    with _evaluating(model), logging.tqdm(total=total, desc="passkey", unit="text", disable=not progress) as bar:
+    with _evaluating(model), logging.tqdm(total=total, desc=what, unit="text", disable=not progress) as bar:
         for length in lengths:
             for depth in depths:
                 found = 0
                 for _ in range(trials):
-                    key = str(keys.randrange(10 ** (digits - 1), 10**digits))
-                    found += _answers(model, passkey_example(tokenizer, length, depth, key), device)
+                    found += _answers(model, example(length, depth), device)
                     bar.update()
                 records.append({"length": length, "depth": depth, "accuracy": found / trials, "trials": trials})
     return records

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from hf_longlora.evaluation import loss_by_position, perplexity_by_length
+from hf_longlora.evaluation import far_context, loss_by_position, perplexity_by_length
 from hf_longlora.evaluation import perplexity as module
 
 VOCABULARY = 97
@@ -257,3 +257,23 @@ def test_a_model_without_a_config(documents):
 
     records = perplexity_by_length(Bigram(), documents, [4, 8, 16], progress=False)
     assert records[0]["nll"] == pytest.approx(records[2]["nll"], abs=1e-6)
+
+
+def test_the_standard_error_and_what_it_says_of_the_far_context(model, documents):
+    records = loss_by_position(model, documents, 32, buckets=[1, 8, 32], progress=False)
+    losses = [token_nll(model, ids[at : at + 32], 0, target) for ids in documents for at in range(0, len(ids) - 31, 32)
+              for target in range(8, 32)]  # fmt: skip
+    deviation = math.sqrt(sum((loss - sum(losses) / len(losses)) ** 2 for loss in losses) / len(losses))
+    assert records[1]["nll_error"] == pytest.approx(deviation / math.sqrt(len(losses)), rel=1e-4)
+
+    def two(near, far, error):
+        return [
+            {"start": start, "end": 2 * start, "nll": nll, "nll_error": error}
+            for start, nll in ((512, near), (1024, far))
+        ]
+
+    assert "beyond 1,024 tokens helps" in far_context(two(2.0, 1.9, 0.01))
+    assert "hurts" in far_context(two(2.0, 2.1, 0.01)) and "+0.100" in far_context(two(2.0, 2.1, 0.01))
+    assert "makes no difference" in far_context(two(2.0, 2.1, 0.04))
+    with pytest.raises(ValueError, match="at least two buckets"):
+        far_context(two(1.0, 1.0, 0.1)[:1])

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from hf_longlora.evaluation import plot_perplexity, plot_retrieval
+from hf_longlora.evaluation import plot_perplexity, plot_positions, plot_retrieval
 
 
 def records(*values):
@@ -59,3 +59,14 @@ def test_retrieval_heat_map(tmp_path):
         with pytest.raises(ValueError, match="every depth at every length"):
             plot_retrieval(incomplete, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_loss_by_position(tmp_path):
+    records = [
+        {"start": start, "end": end, "nll": 3.0 - end / 1e4, "nll_error": 0.02}
+        for start, end in ((0, 512), (512, 1024), (1024, 2048))
+    ]
+    path = plot_positions({"dense": records, "as trained": records[1:]}, tmp_path / "new" / "positions.png")
+    assert path.stat().st_size > 5_000
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_positions({"dense": []}, tmp_path / "none.png")

@@ -1,10 +1,12 @@
+import re
+
 import pytest
 import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_longlora import passkey_accuracy
-from hf_longlora.evaluation import passkey_example
+from hf_longlora.evaluation import multi_needle_accuracy, multi_needle_example, passkey_example
 from hf_longlora.evaluation.retrieval import NEEDLE
 
 
@@ -83,3 +85,56 @@ def test_a_real_model_answers_as_it_generates(tiny_llama, tiny_tokenizer):
 def test_bad_arguments(tiny_llama, tiny_tokenizer, arguments, message):
     with pytest.raises(ValueError, match=message):
         passkey_accuracy(tiny_llama(), tiny_tokenizer, **{"lengths": 450, "progress": False} | arguments)
+
+
+def test_several_needles_stand_at_their_depths(tiny_tokenizer):
+    names, keys = ["the baker", "the farmer", "the doctor"], ["11111", "22222", "33333"]
+    prompt, answer = multi_needle_example(tiny_tokenizer, 1500, (0.0, 0.5, 1.0), keys, names, asked=1)
+    assert len(prompt) + len(answer) == 1500
+    text = tiny_tokenizer.decode(prompt + answer)
+    assert text.endswith("What is the pass key of the farmer? The pass key of the farmer is 22222")
+    at = [text.index(f"The pass key of {name} is {key}") for name, key in zip(names, keys, strict=True)]
+    whole = at[2] - at[0]
+    assert at == sorted(at) and abs((at[1] - at[0]) / whole - 0.5) < 0.05
+    assert text[: at[0]].count("grass") == 0 and text[at[2] :].count("grass") == 0
+
+
+class NamedReader(Reader):
+    """As `Reader`, but it takes the first passkey it sees, or the one of the name that is asked for."""
+
+    def __init__(self, tokenizer, by_name):
+        super().__init__(tokenizer, reach=10**6)
+        self.tokenizer, self.by_name = tokenizer, by_name
+
+    def forward(self, input_ids, use_cache=None, **kwargs):
+        text = self.tokenizer.decode(input_ids[0])
+        name = re.findall(r"The pass key of ([a-z ]+) is", text)[-1]
+        told = re.search(rf"The pass key of {name if self.by_name else '[a-z ]+'} is (\d+)", text)[1]
+        expected = self.tokenizer(f" {told}", add_special_tokens=False)["input_ids"]
+        logits = torch.zeros(1, input_ids.shape[1], self.embedding.num_embeddings)
+        for offset, token in enumerate(expected):
+            logits[0, offset - len(expected) - 1, token] = 1.0
+        return CausalLMOutput(logits=logits)
+
+
+def test_the_needle_that_is_asked_for_is_what_counts(tiny_tokenizer):
+    depths = (0.0, 0.5, 1.0)
+    for by_name, expected in ((True, [1.0, 1.0, 1.0]), (False, [1.0, 0.0, 0.0])):
+        model = NamedReader(tiny_tokenizer, by_name)
+        records = multi_needle_accuracy(model, tiny_tokenizer, 900, depths, trials=4, progress=False)
+        assert [record["accuracy"] for record in records] == expected
+        assert {record["needles"] for record in records} == {3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"depths": (0.5,)}, "2 to 16 different depths"),
+        ({"depths": tuple(i / 20 for i in range(20))}, "2 to 16 different depths"),
+        ({"depths": (0.0, 1.5)}, "depth must lie"),
+        ({"lengths": 100}, "at least .* tokens"),
+    ],
+)
+def test_bad_arguments_of_needles(tiny_llama, tiny_tokenizer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        multi_needle_accuracy(tiny_llama(), tiny_tokenizer, **{"lengths": 900, "progress": False} | arguments)

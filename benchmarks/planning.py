@@ -1,0 +1,111 @@
+"""The planner against measured steps: for each row of results/train_step.csv, the plan and by how much it errs.
+
+    python -m benchmarks.planning            # a table, and the largest errors
+    python -m benchmarks.planning --csv      # the same as results/planning.csv
+
+Needs no GPU. A row is compared if it is of our trainer (ours-*), on a card of the planner's table, and has no option
+that the planner doesn't know. Memory is torch's peak of allocated bytes, time
+the median step. `floor` rows have no attention and stay out.
+"""
+
+import argparse
+import csv
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_longlora import LongLoraConfig, plan_run
+from hf_longlora.planning import GPUS, Gpu, LengthPlan, RunSettings
+
+from .provenance import RESULTS, read_rows
+from .train_step import model_config
+
+KNOWN = {"cudnn", "flash", "liger", "compile", "tile", "offload", "qlora"}
+TILE = 8192
+"""As in the rows, from 32,768 tokens on."""
+COLUMNS = ("gpu", "model", "method", "length", "gib", "planned_gib", "gib_error", "s", "planned_s", "s_error")
+
+
+def planned(row: Mapping[str, str]) -> tuple[LengthPlan, float] | None:
+    """The plan of a measured row, and its seconds a step; `None` for a row that the planner doesn't cover."""
+    base, *options = row["method"].split("+")
+    card = card_of(row["gpu"])
+    if card is None or not base.startswith("ours-") or set(options) - KNOWN:
+        return None
+    group = int(row["group"] or 0)
+    settings = RunSettings(
+        adapter=LongLoraConfig(r=8),
+        quantization="4bit" if "qlora" in options else None,
+        fused="liger" in options or "compile" in options,
+        mlp_tile=TILE if "tile" in options else None,
+        activation_offloading="offload" in options,
+        group_size=group or None,
+        dense_every=0,
+        backend="flash" if "flash" in options else "cudnn" if "cudnn" in options else None,
+    )
+    length = int(row["length"])
+    (found,) = plan_run(model_config(row["model"], length), [length], gpu=card, settings=settings).lengths
+    return found, found.seconds_sparse if group else found.seconds_dense
+
+
+def card_of(name: str) -> Gpu | None:
+    """The card that torch calls `name`, the longest name that fits."""
+    words = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    fitting = [gpu for key, gpu in GPUS.items() if key.lower() in words]
+    return max(fitting, key=lambda gpu: len(gpu.name), default=None)
+
+
+def compared(rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    """A line for each row that was measured to its end; of rows for the same thing, the last."""
+    latest = {(row["gpu"], row["model"], row["method"], row["length"]): row for row in rows if row["status"] == "ok"}
+    for row in latest.values():
+        found = planned(row)
+        if found is None:
+            continue
+        plan, seconds = found
+        gib, measured = float(row["peak_gpu_gib"]), float(row["s_p50"])
+        yield {
+            "gpu": row["gpu"],
+            "model": row["model"],
+            "method": row["method"],
+            "length": int(row["length"]),
+            "gib": gib,
+            "planned_gib": round(plan.total, 2),
+            "gib_error": plan.total / gib - 1,
+            "s": measured,
+            "planned_s": round(seconds, 3),
+            "s_error": seconds / measured - 1,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS / "train_step.csv")
+    parser.add_argument("--csv", action="store_true", help="write results/planning.csv")
+    args = parser.parse_args()
+    lines = list(compared(read_rows(args.results)))
+    if not lines:
+        raise SystemExit(
+            f"{args.results} has no row that the planner covers: run benchmarks.train_step on a GPU first."
+        )
+    for line in lines:
+        print(
+            f"{line['gpu']:24} {line['model']:5} {line['method']:20} {line['length']:9,}  "
+            f"{line['gib']:6.1f} GiB, planned {line['planned_gib']:6.1f} ({line['gib_error']:+6.1%})  "
+            f"{line['s']:8.3f} s, planned {line['planned_s']:8.3f} ({line['s_error']:+6.1%})"
+        )
+    for what in ("gib_error", "s_error"):
+        worst = max(lines, key=lambda line: abs(line[what]))
+        print(f"largest {what}: {worst[what]:+.1%} ({worst['method']}, {worst['length']:,} tokens)")
+    if args.csv:
+        with (RESULTS / "planning.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            for line in lines:
+                errors = {what: f"{line[what]:+.3f}" for what in ("gib_error", "s_error")}
+                writer.writerow(line | errors)
+
+
+if __name__ == "__main__":
+    main()

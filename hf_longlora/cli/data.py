@@ -1,0 +1,98 @@
+"""Text from files and from the Hub, for training and for evaluation."""
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".md": "text"}
+"""The `datasets` builder of a local file, by its suffix before any `.gz`."""
+
+
+def load_data(name: str, config: str | None = None, streaming: bool = False) -> Any:
+    """A dataset by its name on the Hub, or from a local file or folder: a `DatasetDict` of its splits.
+
+    Local files are JSON Lines, JSON, Parquet, CSV or text; of text, each file is one document (a row with a `text`). A
+    file is the split "train"; in a folder the names tell (`train.jsonl`, `test.jsonl`), else all of it is "train".
+
+    Raises:
+        ValueError: if a local file is of no known kind or can't be read, or a folder holds several kinds or none.
+        OSError: if there is neither such a file nor such a dataset on the Hub.
+    """
+    from datasets import load_dataset
+
+    path = Path(name)
+    if path.is_file():
+        return _read(path, streaming=streaming, data_files=str(path), **_builder(path))
+    if path.is_dir() and not list(path.glob("*.py")):
+        files = [file for file in path.rglob("*") if file.is_file() and _suffix(file) in BUILDERS]
+        kinds = Counter(BUILDERS[_suffix(file)] for file in files if not file.name.startswith((".", "README")))
+        if len(kinds) != 1:
+            found = ", ".join(f"{count} of {kind}" for kind, count in kinds.items()) or "none"
+            raise ValueError(
+                f"{path} must hold data files of one kind ({', '.join(BUILDERS)}, .gz too), and holds {found}."
+            )
+        of_kind = next(file for file in files if BUILDERS[_suffix(file)] in kinds)
+        return _read(path, streaming=streaming, data_dir=str(path), **_builder(of_kind))
+    try:
+        return load_dataset(name, name=config, streaming=streaming)
+    except Exception as error:  # of many types: offline, no such repository, no such configuration
+        raise OSError(
+            f"{name} is no local file or folder, and can't be had from the Hub as a dataset: {error}"
+        ) from error
+
+
+def _read(file: Path, **options: Any) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        return load_dataset(**options)
+    except DatasetGenerationError as error:  # its own message says nothing; its cause does
+        raise ValueError(f"{file} can't be read as data: {error.__cause__ or error}") from error
+
+
+def split_of(data: Any, name: str, what: str) -> Any:
+    """A split, or a `ValueError` that names those there are."""
+    if name not in data:
+        raise ValueError(f"The data has no split {name!r} ({what}); it has {', '.join(map(repr, data))}.")
+    return data[name]
+
+
+def read_documents(file: Path) -> list[str]:
+    """The documents of a file: its text, or the `text` of each line of a `.jsonl` or `.jsonl.gz`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not UTF-8, or a line is not JSON with a `text`.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist or is no file")
+    raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+    if ".jsonl" not in file.suffixes:
+        return [text]
+    documents = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            documents.append(str(json.loads(line)["text"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}, line {number}: not a JSON object with a `text`") from error
+    return documents
+
+
+def _suffix(file: Path) -> str:
+    return Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
+
+
+def _builder(file: Path) -> dict[str, Any]:
+    builder = BUILDERS.get(_suffix(file))
+    if builder is None:
+        raise ValueError(f"{file} is of no known kind; known are {', '.join(BUILDERS)}, and .gz of them.")
+    return {"path": builder} | ({"sample_by": "document"} if builder == "text" else {})

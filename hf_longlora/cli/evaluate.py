@@ -1,0 +1,171 @@
+"""`hf-longlora evaluate`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="perplexity by length, loss by position, retrieval by length and depth, of a model or an adapter",
+        description=(
+            "Measure a model, or an adapter on its base, on long documents: perplexity by context length with dense "
+            "attention (what inference uses) beside the pattern of sparse training, with a warning where dense is "
+            "worse; loss by position in the longest context, and whether its far half helps; and, if asked for, the "
+            "retrieval of one passkey, or of one among several, by length and depth. Writes evaluation.json and plots."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    evaluate.add_argument("model", help="a model's or an adapter's name or path")
+    evaluate.add_argument(
+        "--documents",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="text files, a document each, or .jsonl files (.gz too) with a document's `text` on each line",
+    )
+    evaluate.add_argument(
+        "--lengths", nargs="+", type=int, required=True, metavar="N", help="context lengths in tokens"
+    )
+    evaluate.add_argument("--stride", type=int, help="tokens scored in each window; default 256, or half the shortest")
+    evaluate.add_argument("--max-windows", type=int, help="at most this many windows at each length")
+    evaluate.add_argument("--batch-size", type=int, default=1, help="windows in a forward")
+    evaluate.add_argument(
+        "--group-size",
+        type=int,
+        help="of the training's pattern; default: as the adapter says, or a quarter of the longest",
+    )
+    evaluate.add_argument("--dense-only", action="store_true", help="for models that can't have training's pattern")
+    evaluate.add_argument(
+        "--passkey", type=int, default=0, metavar="TRIALS", help="passkey texts at each length and depth"
+    )
+    evaluate.add_argument(
+        "--needles",
+        type=int,
+        default=0,
+        metavar="TRIALS",
+        help="texts at each length and depth with a named passkey at every depth, of which one is asked for",
+    )
+    evaluate.add_argument(
+        "--depths",
+        nargs="+",
+        type=float,
+        default=[0.0, 0.25, 0.5, 0.75, 1.0],
+        metavar="D",
+        help="where passkeys stand, 0 for the beginning of the text and 1 for its end",
+    )
+    evaluate.add_argument(
+        "--retrieval-lengths", nargs="+", type=int, metavar="N", help="lengths for passkeys; default: --lengths"
+    )
+    evaluate.add_argument("--dtype", default="auto", help="of the weights: auto, float32, bfloat16 or float16")
+    evaluate.add_argument("--device", help="cuda, cpu, ...; default: a GPU if there is one")
+    evaluate.add_argument("--output-dir", default="longlora-evaluation", help="where evaluation.json and plots go")
+    evaluate.set_defaults(run=run, after_interruption="Nothing has been written.")
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..attention import S2AttentionConfig, set_s2_attention
+    from ..evaluation import (
+        compare_attention,
+        loss_by_position,
+        multi_needle_accuracy,
+        passkey_accuracy,
+        passkey_example,
+        perplexity_by_length,
+    )
+    from ..evaluation.plots import require_matplotlib
+    from .data import read_documents
+
+    require_matplotlib()
+    documents = [document for file in options.documents for document in read_documents(Path(file))]
+    model, tokenizer = load(options.model, options.dtype, options.device)
+    texts = options.retrieval_lengths or options.lengths
+    # A text too short to hide its passkeys is refused now, not after an hour of windows.
+    if options.passkey:
+        passkey_example(tokenizer, min(texts), 0.0, "12345")
+    if options.needles:
+        multi_needle_accuracy(model, tokenizer, min(texts), options.depths, trials=1, progress=False)
+    windows = {"max_windows": options.max_windows, "batch_size": options.batch_size, "tokenizer": tokenizer}
+    if options.dense_only:
+        records = {"dense": perplexity_by_length(model, documents, options.lengths, options.stride, **windows)}
+    else:
+        try:
+            set_s2_attention(model)
+        except ValueError as error:
+            raise ValueError(f"{error} With --dense-only it can be evaluated all the same.") from error
+        attention = None if options.group_size is None else S2AttentionConfig(group_size=options.group_size)
+        records = compare_attention(
+            model, documents, options.lengths, attention=attention, stride=options.stride, **windows
+        )
+    results: dict[str, Any] = {"model": options.model, "perplexity": records}
+    longest = max(options.lengths)
+    results["positions"] = loss_by_position(model, documents, longest, buckets=_doubling(longest), **windows)
+    for name, measure in (("passkey", passkey_accuracy), ("needles", multi_needle_accuracy)):
+        if trials := getattr(options, name):
+            results[name] = measure(model, tokenizer, texts, options.depths, trials=trials)
+    _report(results, options)
+
+
+def _doubling(length: int) -> list[int]:
+    """Edges of position buckets, each twice as long as the one before, down to a 64th of the length."""
+    return [0, *sorted({length // 2**i for i in range(7) if length // 2**i > 1})]
+
+
+def _report(results: dict[str, Any], options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..evaluation import far_context, plot_perplexity, plot_positions, plot_retrieval
+
+    records, name = results["perplexity"], options.model
+    out = Path(options.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    results["far_context"] = far_context(results["positions"])
+    (out / "evaluation.json").write_text(json.dumps(results, indent=2))
+    plot_perplexity(records, out / "perplexity.png", title=f"{name}: perplexity by context length")
+    plot_positions({"dense": results["positions"]}, out / "positions.png", title=f"{name}: loss by position")
+
+    console = Console()
+    table = Table("Perplexity at", *(f"{length:,}" for length in options.lengths))
+    for attention, rows in records.items():
+        table.add_row(attention, *(f"{row['perplexity']:.2f}" for row in rows))
+    console.print(table)
+    console.print(results["far_context"], highlight=False)
+    titles = {"passkey": "Passkey", "needles": "One passkey of several"}
+    for kind in (kind for kind in titles if kind in results):
+        depths = sorted({row["depth"] for row in results[kind]})
+        table = Table(f"{titles[kind]} found at depth", *(f"{depth:.0%}" for depth in depths))
+        for length in dict.fromkeys(row["length"] for row in results[kind]):
+            found = {row["depth"]: row["accuracy"] for row in results[kind] if row["length"] == length}
+            table.add_row(f"{length:,} tokens", *(f"{found[depth]:.0%}" for depth in depths))
+        console.print(table)
+        plot_retrieval(results[kind], out / f"{kind}.png", title=f"{name}: {titles[kind].lower()}")
+    console.print(f"In {out}: {', '.join(sorted(path.name for path in out.iterdir()))}", highlight=False)
+
+
+def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
+    """A model, or an adapter on its base, on its device, and its tokenizer."""
+    import torch
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        adapter = PeftConfig.from_pretrained(name)
+    except (ValueError, OSError):
+        if (Path(name) / "adapter_config.json").is_file():  # an adapter, but a damaged one
+            raise
+        adapter = None  # a model, or a name that loading will refuse
+    base = name if adapter is None else adapter.base_model_name_or_path
+    if base is None:
+        raise ValueError(f"the adapter {name} doesn't name its base model (base_model_name_or_path)")
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    except OSError as error:
+        raise OSError(f"the model {base} can't be loaded: {error}") from error
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, name)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer_of = name if adapter is not None and (Path(name) / "tokenizer_config.json").is_file() else base
+    return model, AutoTokenizer.from_pretrained(tokenizer_of)

@@ -1,0 +1,126 @@
+"""`hf-longlora plan`."""
+
+import argparse
+import json
+from typing import Any
+
+HEADERS = {
+    "weights": "weights",
+    "gradients": "grads",
+    "optimizer": "optim.",
+    "activations": "activ.",
+    "logits": "logits",
+    "total": "GiB",
+    "host": "host GiB",
+}
+"""Columns of memory, in GiB; those that are 0 at every length and not in `ALWAYS` are left out."""
+ALWAYS = ("weights", "activations", "total")
+
+
+def add(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="memory and time of a training step by length, before anything but the config is downloaded",
+        description=(
+            "Say what a training step takes on a GPU: memory by what it is for, seconds, and the longest sequence "
+            "that fits. Only the model's config is read. Memory is what torch counts as allocated at its peak; a "
+            "length fits if it leaves room for CUDA and fragmentation. Parts are as they stand at the peak, where "
+            "gradients may not be there yet. Seconds are those of an optimizer step on one card."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    plan.add_argument("model", help="a model's name or path, or the folder of a config.json")
+    plan.add_argument("--lengths", nargs="+", type=int, default=[8192, 16384, 32768, 65536, 131072], metavar="N")
+    plan.add_argument("--gpu", help="a card of the table in hf_longlora/planning.py; default: this machine's, or H100")
+    plan.add_argument("--batch-size", type=int, default=1, help="sequences in a forward, on one card")
+    plan.add_argument("--accumulation", type=int, default=1, metavar="N", help="forwards in an optimizer step")
+    plan.add_argument("--lora-r", type=int, default=8, help="LoRA's rank")
+    plan.add_argument("--lora-target-modules", nargs="+", metavar="NAME", help="default: the attention projections")
+    plan.add_argument("--no-train-embeddings", action="store_true", help="leave the embeddings as they are")
+    plan.add_argument("--no-train-norms", action="store_true", help="leave the norms as they are")
+    plan.add_argument("--no-use-peft", action="store_true", help="train all weights")
+    plan.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of the base's weights; default: bfloat16, float32 without PEFT",
+    )
+    plan.add_argument("--quantized", choices=("4bit", "8bit"), help="a base quantized by bitsandbytes")
+    plan.add_argument("--no-gradient-checkpointing", action="store_true", help="keep all activations")
+    plan.add_argument("--activation-offloading", action="store_true", help="checkpoints wait in the host's memory")
+    plan.add_argument("--fused", action="store_true", help="with use_liger_kernel or compile_layers")
+    plan.add_argument("--mlp-tile", type=int, metavar="N", help="tokens that an MLP takes at a time; default: all")
+    plan.add_argument("--no-chunked-loss", action="store_true", help="all logits at once, as TRL before 1.16")
+    plan.add_argument("--group-size", type=int, help="tokens in a group; default: by --group-size-ratio")
+    plan.add_argument("--group-size-ratio", type=float, default=1 / 16, help="a group's share of the length")
+    plan.add_argument("--dense-every", type=int, default=4, metavar="K", help="each K-th step is dense; 0: none")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.set_defaults(run=run, after_interruption="Nothing has been changed.")
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..planning import RunSettings, local_gpu, plan_run
+    from ..tuner import LongLoraConfig
+
+    adapter = LongLoraConfig(
+        r=options.lora_r,
+        target_modules=options.lora_target_modules,
+        train_embeddings=not options.no_train_embeddings,
+        train_norms=not options.no_train_norms,
+    )
+    settings = RunSettings(
+        adapter=None if options.no_use_peft else adapter,
+        dtype=options.dtype or ("float32" if options.no_use_peft else "bfloat16"),
+        quantization=options.quantized,
+        batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        gradient_checkpointing=not options.no_gradient_checkpointing,
+        activation_offloading=options.activation_offloading,
+        fused=options.fused,
+        mlp_tile=options.mlp_tile,
+        chunked_loss=not options.no_chunked_loss,
+        group_size=options.group_size,
+        group_size_ratio=options.group_size_ratio,
+        dense_every=options.dense_every,
+    )
+    plan = plan_run(options.model, options.lengths, gpu=options.gpu or local_gpu() or "H100", settings=settings)
+    if options.json:
+        print(json.dumps(plan.to_dict(), indent=2))
+    else:
+        _show(plan, options)
+
+
+def _show(plan: Any, options: argparse.Namespace) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.width = max(console.width, 100)  # numbers are not cut; a narrower terminal wraps the lines
+    print(
+        f"{plan.model}: {plan.parameters / 1e9:,.2f} B parameters, {plan.trainable / 1e6:,.1f} M trained, on one "
+        f"{plan.gpu.name} ({plan.gpu.memory_gib:g} GiB)"
+    )
+    rows, mixed = plan.lengths, options.dense_every > 1
+    columns: dict[str, list[str]] = {"tokens": [f"{row.length:,}" for row in rows]}
+    for name, header in HEADERS.items():
+        values = [getattr(row, name) for row in rows]
+        if name in ALWAYS or any(values):
+            columns[header] = [f"{value:.1f}" for value in values]
+    if mixed:
+        columns |= {"s sparse": [f"{row.seconds_sparse:.3g}" for row in rows]}
+        columns |= {"s dense": [f"{row.seconds_dense:.3g}" for row in rows]}
+    columns["s/step"] = [f"{row.seconds:.3g}" for row in rows]
+    columns["tokens/s"] = [f"{row.tokens_per_second:,.0f}" for row in rows]
+    columns["fits"] = ["yes" if row.fits else "no" for row in rows]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for header in columns:
+        table.add_column(header, justify="right", no_wrap=True)
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
+    console.print(table)
+    if plan.longest:
+        print(f"The longest that fits: {plan.longest:,} tokens.")
+    else:
+        print("Not even 1,024 tokens fit: take a quantized base, a larger card, or train less.")
+    for note in plan.notes:
+        print(note)

@@ -1,0 +1,69 @@
+"""`hf-longlora push`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+IGNORED = ["checkpoint-*", "checkpoint-*/**", "last-good/**", "runs/**", "*.tmp", ".*"]
+"""What a run leaves in its output directory that is no part of the adapter."""
+
+
+def add(commands: Any) -> None:
+    push = commands.add_parser(
+        "push",
+        help="upload an adapter, or an exported model, to the Hugging Face Hub",
+        description=(
+            "Upload the folder of an adapter (or of a merged or exported one) to the Hub, its card (README.md) with "
+            "it; an adapter without a card gets one from what its config says. Checkpoints stay here. You are who you "
+            "have logged in as (`hf auth login`, or HF_TOKEN)."
+        ),
+    )
+    push.add_argument("folder", help="the folder of an adapter or a model")
+    push.add_argument("repository", help="user/name on the Hub; made if it is not there")
+    push.add_argument("--private", action="store_true", help="make a new repository private (default: public)")
+    push.add_argument("--revision", help="the branch to upload to, made if it is not there")
+    push.add_argument("--message", default="Upload with hf-longlora", help="of the commit")
+    push.set_defaults(run=run, after_interruption="The repository is as it was, or new and empty.")
+
+
+def run(options: argparse.Namespace) -> None:
+    from huggingface_hub import HfApi, get_token
+
+    folder = Path(options.folder)
+    if not (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no folder of an adapter or a model: no adapter_config.json, no config.json")
+    if get_token() is None:
+        raise ValueError("you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
+    if not (folder / "README.md").is_file() and (folder / "adapter_config.json").is_file():
+        _write_card(folder, options.repository)
+    api = HfApi()
+    try:
+        repository = api.create_repo(options.repository, private=options.private or None, exist_ok=True).repo_id
+        if options.revision:
+            api.create_branch(repository, branch=options.revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            revision=options.revision,
+            commit_message=options.message,
+            ignore_patterns=IGNORED,
+        )
+    except Exception as error:  # of many types: HTTP status, connection, names that can't be
+        raise OSError(
+            f"{folder} could not be pushed to {options.repository}; it is complete here, and the same command tries "
+            f"again. The reason: {str(error).strip() or type(error).__name__}"
+        ) from error
+    print(f"{folder} is on the Hub: {commit.commit_url}")
+
+
+def _write_card(folder: Path, name: str) -> None:
+    """Write the card of an adapter that has none; one of another type than LONGLORA stays without."""
+    from peft import PeftConfig
+
+    from ..hub import adapter_card
+    from ..tuner import LongLoraConfig
+
+    config = PeftConfig.from_pretrained(str(folder))
+    if isinstance(config, LongLoraConfig):
+        adapter_card(config, name=name, base_model=str(config.base_model_name_or_path)).save(folder / "README.md")
+        print(f"{folder} had no card; README.md is from the adapter's config.")

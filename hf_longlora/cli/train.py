@@ -1,0 +1,207 @@
+"""`hf-longlora train`: TRL's parser and field names, our trainer."""
+
+import argparse
+import sys
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+OF_THE_STAGES = {"target_length", "rope_type", "rope_parameters"}
+RESOLVED = {"rope", "base_rope", "schedule", "resolved"}
+INTERRUPTED = "The same command with --resume goes on from the last checkpoint."
+
+ABOUT = """\
+Extend a model's context in stages, as LongLoraSFTTrainer does it. Options are TRL's (ScriptArguments, ModelConfig),
+those of LongLoraSFTConfig with all that SFTConfig and TrainingArguments have, and the adapter's; from a YAML file by
+--config, and each of them on the command line, which wins.
+
+  hf-longlora train --config run.yaml
+  hf-longlora train --config run.yaml --resume              # after a stop, from the last whole checkpoint
+  accelerate launch -m hf_longlora train --config run.yaml  # several processes
+
+with run.yaml:
+
+  model_name_or_path: meta-llama/Llama-3.1-8B
+  dataset_name: books.jsonl        # or a dataset's name on the Hub, a folder, .parquet, .txt
+  output_dir: llama-long
+  stages:                          # or: auto, with max_length and max_steps
+    - {max_length: 262144, max_steps: 200}
+  packing: true
+  packing_strategy: wrapped
+  gradient_checkpointing: true
+"""
+
+
+def add(commands: Any) -> None:
+    commands.add_parser(
+        "train", help="extend a model's context in stages, from a YAML file or options", add_help=False
+    )
+
+
+def make_parser() -> Any:
+    """TRL's parser over its script and model arguments, ours, and `LongLoraSFTConfig`."""
+    from trl import ModelConfig, ScriptArguments, TrlParser
+
+    from ..trainer import LongLoraSFTConfig
+    from ..tuner import LongLoraConfig
+
+    @dataclass
+    class RunArguments(ScriptArguments):
+        dataset_name: str | None = field(
+            default=None,
+            metadata={
+                "help": "A dataset's name on the Hub, or a local file or folder: jsonl, json, parquet, csv, txt."
+            },
+        )
+        resume: bool = field(
+            default=False,
+            metadata={"help": "Go on from the last whole checkpoint in output_dir; start afresh if there is none."},
+        )
+
+    @dataclass
+    class ModelArguments(ModelConfig):
+        dtype: str | None = field(
+            default=None,
+            metadata={
+                "help": "The weights' dtype. Default: the checkpoint's with an adapter, float32 without one.",
+                "choices": ["auto", "bfloat16", "float16", "float32"],
+            },
+        )
+        use_peft: bool = field(default=True, metadata={"help": "Train a LONGLORA adapter, not all weights."})
+        lora_r: int = field(default=8, metadata={"help": "LoRA's rank."})
+        lora_alpha: int = field(default=16, metadata={"help": "LoRA's alpha."})
+        lora_dropout: float = field(default=0.0, metadata={"help": "LoRA's dropout."})
+        lora_target_modules: list[str] | None = field(
+            default=None, metadata={"help": "What LoRA is put on. Default: the attention projections."}
+        )
+
+    hints = get_type_hints(LongLoraConfig)
+    own = [(f.name, hints[f.name], field(default=f.default, metadata=f.metadata)) for f in own_fields()]
+    parts: Any = (RunArguments, make_dataclass("AdapterArguments", own, bases=(ModelArguments,)), LongLoraSFTConfig)
+    return TrlParser(
+        parts,
+        prog="hf-longlora train",
+        usage="hf-longlora train [--config FILE] [--resume] [OPTION VALUE ...]",
+        description=ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    from transformers import AutoConfig
+    from trl import get_quantization_config
+
+    from ..trainer import LongLoraSFTTrainer, last_checkpoint
+    from .data import load_data, split_of
+
+    script, model, args = _parse(options.arguments)
+    if model.model_name_or_path is None:
+        raise ValueError("No model: name it by model_name_or_path.")
+    if script.dataset_name is None:
+        raise ValueError("No data: name it by dataset_name, a dataset on the Hub or a local file or folder.")
+    checkpoint: str | None = args.resume_from_checkpoint
+    if script.resume and checkpoint is None:
+        checkpoint = last_checkpoint(args.output_dir)
+        if args.process_index == 0:
+            afresh = f"No whole checkpoint in {args.output_dir}: starting afresh."
+            print(f"Resuming from {checkpoint}." if checkpoint else afresh, file=sys.stderr)
+
+    try:
+        AutoConfig.from_pretrained(
+            model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code
+        )
+    except OSError as error:  # before the data are read
+        raise OSError(f"the model {model.model_name_or_path} can't be had: {error}") from error
+    data = load_data(script.dataset_name, script.dataset_config, script.dataset_streaming)
+    train = split_of(data, script.dataset_train_split, "dataset_train_split")
+    evaluated = None
+    if args.eval_strategy != "no":
+        evaluated = split_of(data, script.dataset_test_split, "dataset_test_split")
+
+    dtype = model.dtype or ("auto" if model.use_peft else "float32")
+    if model.load_in_4bit or model.load_in_8bit:
+        model.dtype = dtype = "float16" if args.fp16 else "bfloat16"
+    init: dict[str, Any] = {"revision": model.model_revision, "dtype": dtype}
+    if args.trust_remote_code:
+        init["trust_remote_code"] = True
+    if model.attn_implementation is not None:
+        init["attn_implementation"] = model.attn_implementation
+    if (quantization := get_quantization_config(model)) is not None:
+        init["quantization_config"] = quantization
+    args.model_init_kwargs = init | dict(args.model_init_kwargs or {})
+
+    trainer = LongLoraSFTTrainer(
+        model=model.model_name_or_path,
+        args=args,
+        train_dataset=train,
+        eval_dataset=evaluated,
+        peft_config=_adapter(model),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.print(f"Saved in {Path(args.output_dir).resolve()}")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+        trainer.accelerator.print(f"On the Hub: {trainer.hub_model_id}")
+
+
+def _parse(arguments: list[str]) -> Any:
+    import yaml
+
+    parser = make_parser()
+    arguments = [part for argument in arguments for part in _apart(argument)]
+    rest = list(arguments)
+    if "--config" in rest:
+        at = rest.index("--config")
+        if at + 1 == len(rest):
+            parser.error("--config needs a YAML file")
+        if not Path(rest[at + 1]).is_file():
+            raise FileNotFoundError(f"{rest[at + 1]} does not exist or is no file")
+        del rest[at : at + 2]
+    if unknown := parser.parse_known_args(rest)[1]:  # before anything is made of the others
+        parser.error(f"unknown: {' '.join(unknown)}")
+    try:
+        *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The --config file is not YAML: {error}") from error
+    if unknown:
+        names = ", ".join(name.removeprefix("--") for name in unknown[::2])
+        raise ValueError(f"The --config file has unknown options: {names}")
+    return parsed
+
+
+def _apart(argument: str) -> list[str]:
+    """`--config=FILE` in two, as TRL wants it."""
+    return ["--config", argument.removeprefix("--config=")] if argument.startswith("--config=") else [argument]
+
+
+def _adapter(model: Any) -> Any:
+    """The adapter that `ModelConfig`'s fields and ours describe; `None` to train all weights."""
+    from ..tuner import LongLoraConfig
+
+    if not model.use_peft:
+        return None
+    given = {} if model.lora_target_parameters is None else {"target_parameters": model.lora_target_parameters}
+    return LongLoraConfig(
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=model.lora_target_modules,
+        modules_to_save=model.lora_modules_to_save,
+        task_type=model.lora_task_type,
+        use_rslora=model.use_rslora,
+        use_dora=model.use_dora,
+        **{f.name: getattr(model, f.name) for f in own_fields()},
+        **given,
+    )
+
+
+def own_fields() -> list[Any]:
+    """What `LongLoraConfig` has beside LoRA's fields, but for what the stages say and what is resolved on a model."""
+    from peft import LoraConfig
+
+    from ..tuner import LongLoraConfig
+
+    known = {f.name for f in fields(LoraConfig)} | OF_THE_STAGES | RESOLVED
+    return [f for f in fields(LongLoraConfig) if f.name not in known]

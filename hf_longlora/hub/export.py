@@ -1,0 +1,242 @@
+"""Portable forms of an adapter: what runs without this package, with the scaled RoPE and the right length.
+
+| form     | what is written                                | transformers, PEFT | vLLM                           |
+|----------|------------------------------------------------|--------------------|--------------------------------|
+| `merged` | a whole model                                  | loads it           | serves it                      |
+| `lora`   | a plain LoRA, and the base's config in `base/` | PEFT loads it      | serves it, unless norms or     |
+|          |                                                |                    | embeddings were trained        |
+
+A plain LoRA carries no RoPE: on the base as it is, it would run, and be wrong. The config in `base/` has the scaled
+one, and the LoRA names that folder as its base, so that what loads a base by its name alone fails.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ..rope import RopeScaling, current_rope, reach, write_rope
+from ..tuner import LongLoraConfig
+from ..tuner.config import check_weights
+
+ExportForm = Literal["merged", "lora"]
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+BASE_FOLDER = "base"
+PREFIX = "base_model.model."
+"""Before each module's name in an adapter's weights."""
+OF_WHOLE_MODULES = ("modules_to_save", "trainable_token_indices")
+"""Fields of a plain LoRA's config that name more than low-rank weights; vLLM refuses an adapter that has them."""
+
+
+def export_adapter(
+    adapter: str | Path,
+    output_dir: str | Path,
+    *,
+    form: ExportForm = "merged",
+    base: str | Path | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+) -> Path:
+    """Write an adapter in a form that needs no `hf_longlora`: a merged model, or a plain LoRA and the base's config.
+
+    Args:
+        adapter: A LONGLORA adapter's folder, or its name on the Hub.
+        output_dir: Where it goes: a new or an empty folder. Nothing is there until all is.
+        form: "merged" or "lora"; what serves where is in the table above.
+        base: The base model, where it is not the one that the adapter names.
+        dtype: Of the merged model; "auto" is the base's.
+        device: Where merging is done.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        ValueError: if it is no LONGLORA adapter, the base is not its base or is quantized, weights are not finite, or
+            the output folder has files.
+        OSError: if the adapter or the base can't be had.
+    """
+    if form not in get_args(ExportForm):
+        raise ValueError(f"form must be one of {get_args(ExportForm)}, got {form!r}")
+    source = adapter_folder(adapter)
+    config = _config(source)
+    base_name = str(base or config.base_model_name_or_path or "")
+    if not base_name:
+        raise ValueError(f"the adapter {adapter} doesn't name its base model: pass base")
+    try:
+        base_config = AutoConfig.from_pretrained(base_name, revision=None if base else config.revision)
+    except (OSError, ValueError) as error:
+        raise OSError(f"the base model {base_name} can't be had: {error}") from error
+    rope = _rope(config, base_config, base_name)
+    if form == "merged" and getattr(base_config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{base_name} is quantized, and merging would round what was trained to its few bits. Merge into the "
+            "model that it was quantized from (base), or export a plain LoRA (form 'lora')."
+        )
+    with _new_folder(Path(output_dir)) as out:
+        if form == "merged":
+            _merge(source, base_name, out, dtype, device, revision=None if base else config.revision)
+        else:
+            _plain_lora(source, config, base_config, rope, base_name, out, Path(output_dir))
+        _tokenizer(source, base_name, out if form == "merged" else out / BASE_FOLDER, rope)
+    return Path(output_dir)
+
+
+def adapter_folder(adapter: str | Path) -> Path:
+    """The folder of an adapter; one on the Hub is downloaded.
+
+    Raises:
+        OSError: if there is no such adapter.
+        ValueError: if the folder or repository is something else.
+    """
+    folder = Path(adapter)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(adapter), ignore_patterns=["*.bin", "*.pt", "checkpoint-*"]))
+        except Exception as error:  # of many types: no such name, offline, no such repository
+            raise OSError(f"{adapter} is no folder, and can't be had from the Hub as an adapter: {error}") from error
+    if not (folder / CONFIG_NAME).is_file():
+        what = "a model" if (folder / "config.json").is_file() else "something else"
+        raise ValueError(f"{adapter} is no adapter but {what}: it has no {CONFIG_NAME}")
+    return folder
+
+
+def _config(folder: Path) -> LongLoraConfig:
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LongLoraConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(
+            f"{folder} is an adapter of type {kind}, not LONGLORA: PEFT merges it, and it carries no RoPE"
+        )
+    check_weights(str(folder))
+    return config
+
+
+def _rope(config: LongLoraConfig, base_config: Any, base_name: str) -> RopeScaling | None:
+    """The RoPE that the adapter runs with; `None` where it is the base's own."""
+    if config.base_rope is not None and RopeScaling.from_dict(config.base_rope) != current_rope(base_config):
+        raise ValueError(
+            f"{base_name} has another RoPE ({current_rope(base_config).rope_parameters}) than the base that the "
+            f"adapter was trained on ({config.base_rope['rope_parameters']})"
+        )
+    return None if config.rope is None else RopeScaling.from_dict(config.rope)
+
+
+@contextmanager
+def _new_folder(output_dir: Path) -> Iterator[Path]:
+    """A folder beside `output_dir` that takes its place when all is written; after an error nothing is left."""
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"{output_dir} exists and is not empty; choose another folder")
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}-"))
+    try:
+        partial.chmod(0o755)
+        yield partial
+        if output_dir.exists():
+            output_dir.rmdir()
+        partial.rename(output_dir)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _merge(source: Path, base_name: str, out: Path, dtype: Any, device: Any, revision: str | None) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(base_name, dtype=dtype, revision=revision)
+    model = PeftModel.from_pretrained(model.to(device), str(source))
+    model = model.merge_and_unload(safe_merge=True)
+    model.save_pretrained(out)
+
+
+def _plain_lora(
+    source: Path,
+    config: LongLoraConfig,
+    base_config: Any,
+    rope: RopeScaling | None,
+    base_name: str,
+    out: Path,
+    output_dir: Path,
+) -> None:
+    known = {field.name for field in fields(LoraConfig)}
+    plain = {key: value for key, value in json.loads((source / CONFIG_NAME).read_text()).items() if key in known}
+    plain |= {"peft_type": "LORA", "base_model_name_or_path": str((output_dir / BASE_FOLDER).resolve())}
+    weights = load_file(source / WEIGHTS_NAME)
+    if any(not weight.isfinite().all() for weight in weights.values()):
+        raise ValueError(f"{source / WEIGHTS_NAME} has weights that are not finite")
+    if plain.get("ensure_weight_tying") and (head := _tied_head(weights, base_config)) is not None:
+        # Told to tie a head, PEFT looks for its weight when it loads, and fails without: it is written twice, untied.
+        name, weight = head
+        weights[f"{PREFIX}{name}.weight"] = weight
+        plain |= {"ensure_weight_tying": False, "modules_to_save": [*plain["modules_to_save"], name]}
+    if rope is not None:
+        write_rope(base_config, rope)
+    base_config.save_pretrained(out / BASE_FOLDER)
+    (out / CONFIG_NAME).write_text(json.dumps(plain, indent=2))
+    save_file(weights, out / WEIGHTS_NAME, metadata={"format": "pt"})
+    whole = [key for key in OF_WHOLE_MODULES if plain.get(key)]
+    whole += ["LoRA on embeddings"] * any("lora_embedding_" in name for name in weights)
+    (out / "README.md").write_text(_how_to_load(whole, base_name, output_dir.name, config.r))
+
+
+def _tied_head(weights: dict[str, torch.Tensor], base_config: Any) -> tuple[str, torch.Tensor] | None:
+    """Name and weight of a head that is tied to embeddings trained whole, of which our adapter holds one copy."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(base_config)
+    names = {module: name for name, module in model.named_modules()}
+    embedding = weights.get(f"{PREFIX}{names[model.get_input_embeddings()]}.weight")
+    head = model.get_output_embeddings()
+    if embedding is None or head is None or f"{PREFIX}{names[head]}.weight" in weights:
+        return None
+    return names[head], embedding.clone()
+
+
+def _tokenizer(source: Path, base_name: str, out: Path, rope: RopeScaling | None) -> None:
+    """The adapter's tokenizer, else the base's; its `model_max_length` is raised, for vLLM clips the length by it."""
+    where = str(source) if (source / "tokenizer_config.json").is_file() else base_name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError):  # a base without one
+        return
+    if rope is not None:
+        tokenizer.model_max_length = max(tokenizer.model_max_length, reach(rope)[1])
+    tokenizer.save_pretrained(out)
+
+
+def _how_to_load(whole: list[str], base_name: str, name: str, rank: int) -> str:
+    """How to load a plain LoRA; `whole` is what it has that vLLM does not take."""
+    serving = (
+        f"vLLM does not take it: it has more than LoRA on matrices ({', '.join(whole)}). Export the merged model."
+        if whole
+        else f"""For vLLM:
+
+```
+vllm serve {base_name} --hf-config-path {name}/{BASE_FOLDER} \\
+    --enable-lora --max-lora-rank {rank} --lora-modules long={name}
+```"""
+    )
+    return f"""# A plain LoRA for `{base_name}` with a scaled RoPE
+
+The LoRA does not carry the RoPE scaling that it was trained with; `{BASE_FOLDER}/config.json` does. On `{base_name}`
+as it is, the adapter runs and is wrong. Load it so:
+
+```python
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+config = AutoConfig.from_pretrained("{name}/{BASE_FOLDER}")
+base = AutoModelForCausalLM.from_pretrained("{base_name}", config=config)
+model = PeftModel.from_pretrained(base, "{name}")
+```
+
+{serving}
+"""

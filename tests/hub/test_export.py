@@ -1,0 +1,180 @@
+"""Exported forms: each reloads without this package, in another process, to the same logits."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer
+
+from hf_longlora import LongLoraConfig, export_adapter
+from hf_longlora.rope import current_rope, reach
+from tests.test_rope import vllm_max_model_len
+from tests.tuner.helpers import ids, llama, logits, perturbed
+
+LORA_ONLY = {"train_norms": False, "train_embeddings": False}
+# The model's and the adapter's options, by name.
+CASES = {
+    "all": ({}, {"target_length": 256}),
+    "tied": ({"tied": True}, {"target_length": 256, "rope_type": "linear"}),
+    "lora": ({}, {"target_length": 256, "rope_type": "dynamic", **LORA_ONLY}),
+    "rslora bf16": ({"dtype": torch.bfloat16}, {"target_length": 256, "rope_type": "llama3", "use_rslora": True}),
+    "no rope": ({}, {"r": 4}),
+}
+
+RELOAD = """
+import sys
+
+class Block:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] == "hf_longlora":
+            raise ImportError("blocked")
+
+sys.meta_path.insert(0, Block())
+import json
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+ids = torch.load("ids.pt")
+for case in json.load(open("cases.json")):
+    merged = AutoModelForCausalLM.from_pretrained(f"{case}/merged").eval()
+    base = AutoModelForCausalLM.from_pretrained(
+        f"{case}/source", config=AutoConfig.from_pretrained(f"{case}/plain/base")
+    )
+    plain = PeftModel.from_pretrained(base, f"{case}/plain").eval()
+    with torch.no_grad():
+        torch.save({"merged": merged(ids).logits, "plain": plain(ids).logits}, f"{case}/logits.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """For each case: the logits of the live adapter, and its exported forms with theirs in another process."""
+    folder = tmp_path_factory.mktemp("exports")
+    expected = {}
+    for case, (model, adapter) in CASES.items():
+        base = llama(**model)
+        base.save_pretrained(folder / case / "source")
+        base.name_or_path = str(folder / case / "source")
+        peft_model = perturbed(base, LongLoraConfig(**adapter))
+        peft_model.save_pretrained(folder / case / "adapter")
+        reloaded = llama(**model)
+        reloaded = PeftModel.from_pretrained(reloaded, folder / case / "adapter").eval()
+        expected[case] = logits(reloaded)
+        export_adapter(folder / case / "adapter", folder / case / "merged")
+        export_adapter(folder / case / "adapter", folder / case / "plain", form="lora")
+    torch.save(ids(), folder / "ids.pt")
+    (folder / "cases.json").write_text(json.dumps(list(CASES)))
+    environment = {**os.environ, "PYTHONPATH": ""}
+    command = [sys.executable, "-c", RELOAD]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, expected
+
+
+@pytest.mark.parametrize("form", ["merged", "plain"])
+@pytest.mark.parametrize("case", CASES)
+def test_reloads_without_this_package_to_the_same_logits(exported, case, form):
+    folder, expected = exported
+    found = torch.load(folder / case / "logits.pt")[form]
+    half = found.dtype == torch.bfloat16
+    assert (found - expected[case]).abs().max() <= (0.05 if half else 1e-5) * expected[case].abs().max()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "no rope"])
+def test_length_and_rope_are_the_adapters_by_every_readers_rule(exported, case):
+    folder, _ = exported
+    for config in (folder / case / "merged", folder / case / "plain" / "base"):
+        read = AutoConfig.from_pretrained(config)
+        assert reach(current_rope(read)) == (64, 256)
+        assert vllm_max_model_len(read) == 256
+
+
+def test_a_plain_lora_does_not_run_on_the_unscaled_base_by_name(exported):
+    folder, _ = exported
+    with pytest.raises(OSError, match="base"):
+        AutoPeftModelForCausalLM.from_pretrained(str(folder / "lora" / "plain"))
+    said = (folder / "lora" / "plain" / "README.md").read_text()
+    assert "--hf-config-path plain/base" in said and "--max-lora-rank 8" in said
+    assert "vLLM does not take it" in (folder / "all" / "plain" / "README.md").read_text()
+
+
+@pytest.fixture
+def adapter(tiny_tokenizer, tmp_path):
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer.model_max_length = 64
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    perturbed(base, LongLoraConfig(target_length=256)).save_pretrained(tmp_path / "adapter")
+    return tmp_path
+
+
+def test_the_tokenizer_comes_along_and_allows_the_length(adapter):
+    for form, where in (("merged", "."), ("lora", "base")):
+        export_adapter(adapter / "adapter", adapter / form, form=form)
+        assert AutoTokenizer.from_pretrained(adapter / form / where).model_max_length == 256
+
+
+def _lora(folder):
+    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder / "adapter")
+
+
+def _nan(folder):
+    path = folder / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    weights[next(name for name in weights if "lora_B" in name)].fill_(float("nan"))
+    save_file(weights, path)
+
+
+def _base_rope(folder):
+    config = json.loads((folder / "base" / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 5.0
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+
+
+def _quantized(folder):
+    config = json.loads((folder / "base" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("form", ["merged", "lora"])
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (_lora, "type LORA, not LONGLORA"),
+        (_nan, "NaN|not finite"),
+        (_base_rope, "another RoPE"),
+        (lambda folder: (folder / "adapter" / "adapter_config.json").unlink(), "no adapter_config.json"),
+        (lambda folder: (folder / "adapter" / "adapter_model.safetensors").unlink(), "holds no weights"),
+        (lambda folder: (folder / "base").rename(folder / "elsewhere"), "base model .* can't be had"),
+        (lambda folder: (folder / "out").write_text("mine"), "not empty"),
+        (lambda folder: ((folder / "out").mkdir(), (folder / "out" / "mine").touch()), "not empty"),
+    ],
+)
+def test_bad_input_is_one_error_and_nothing_is_left(adapter, form, harm, message):
+    harm(adapter)
+    before = {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()}
+    with pytest.raises((ValueError, OSError), match=message):
+        export_adapter(adapter / "adapter", adapter / "out", form=form)
+    assert {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()} == before
+    assert not list(adapter.glob(".*"))
+
+
+def test_merging_into_a_quantized_base_is_refused(adapter):
+    _quantized(adapter)
+    with pytest.raises(ValueError, match="is quantized"):
+        export_adapter(adapter / "adapter", adapter / "out")
+
+
+def test_names_that_are_nowhere_and_unknown_forms(adapter):
+    with pytest.raises(OSError, match="can't be had from the Hub"):
+        export_adapter("nobody/nothing", adapter / "out")
+    with pytest.raises(ValueError, match="form must be"):
+        export_adapter(adapter / "adapter", adapter / "out", form="gguf")

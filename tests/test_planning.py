@@ -1,0 +1,263 @@
+"""The planner against torch's own record of live memory, against counted parameters, and against itself."""
+
+import copy
+import json
+import weakref
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3Config,
+    TrainerCallback,
+)
+
+from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer, plan_run
+from hf_longlora.cli import main
+from hf_longlora.planning import GIB, GPUS, RunSettings, _Shape, find_gpu
+
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 8192,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA = LlamaConfig(**SHAPE, num_key_value_heads=2)
+LLAMA_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
+EIGHT_LAYERS = copy.copy(LLAMA_8B)
+EIGHT_LAYERS.num_hidden_layers = 8
+LORA_ONLY = LongLoraConfig(train_norms=False, train_embeddings=False)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak of the bytes in storages that operators return and something still holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.sizes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.sizes:
+                    self.sizes[key] = storage.nbytes()
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self.gone, key)
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def gone(self, key):
+        self.live -= self.sizes.pop(key, 0)
+
+
+def peak_of_a_step(config, tokens, adapter, tokenizer, folder, **options):
+    """Bytes of the second step, what stood before it left out."""
+    record = LiveBytes()
+
+    class Second(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                record.__enter__()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                record.__exit__(None, None, None)
+
+    trainer = LongLoraSFTTrainer(
+        model=AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16),
+        args=LongLoraSFTConfig(
+            output_dir=str(folder),
+            stages=[ContextStage(tokens, 2, rope_type=None)],
+            dense_every=0,
+            per_device_train_batch_size=1,
+            bf16=True,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            report=False,
+            disable_tqdm=True,
+            **{"gradient_checkpointing": True} | options,
+        ),
+        train_dataset=Dataset.from_list([{"input_ids": torch.randint(4, config.vocab_size, (tokens,)).tolist()}]),
+        processing_class=tokenizer,
+        peft_config=copy.deepcopy(adapter),
+        callbacks=[Second()],
+    )
+    trainer.train()
+    return record.peak
+
+
+@pytest.mark.parametrize(
+    ("config", "adapter", "options", "tolerance"),
+    [
+        (LLAMA, LongLoraConfig(), {}, 0.01),
+        (LLAMA, LongLoraConfig(), {"gradient_checkpointing": False}, 0.01),
+        (LLAMA, LongLoraConfig(), {"mlp_tile": 8}, 0.01),
+        (LLAMA, LORA_ONLY, {}, 0.01),
+        (LLAMA, LongLoraConfig(target_modules="all-linear"), {}, 0.01),
+        (Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16), LongLoraConfig(), {}, 0.03),
+        (GPTNeoXConfig(**SHAPE), LongLoraConfig(), {}, 0.06),
+        (MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4), LongLoraConfig(), {}, 0.06),
+    ],
+    ids=["llama", "not checkpointed", "tiled", "lora only", "all-linear", "qwen3", "gpt_neox", "mixtral"],
+)
+def test_bytes_a_token_are_those_that_torch_holds(
+    config, adapter, options, tolerance, tiny_tokenizer, tmp_path, monkeypatch
+):
+    loss = pytest.importorskip("trl.kernels.chunked_logprob", reason="TRL < 1.16 has another loss")
+    monkeypatch.setattr(loss, "TOKEN_CHUNK_SIZE", 16)  # its tiles outweigh so small a model
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 64)
+    short, long = (
+        peak_of_a_step(config, tokens, adapter, tiny_tokenizer, tmp_path, **options) for tokens in (512, 1024)
+    )
+    plan = plan_run(config, [512, 1024], adapter=adapter, dense_every=0, **options).lengths
+    assert (plan[1].total - plan[0].total) * GIB == pytest.approx(long - short, rel=tolerance)
+
+
+@pytest.mark.parametrize("adapter", [LongLoraConfig(r=4), LORA_ONLY, LoraConfig(target_modules=["q_proj"]), None])
+def test_parameters_are_counted_as_they_are(adapter):
+    shape = _Shape.of(LLAMA, RunSettings(adapter=adapter))
+    model = AutoModelForCausalLM.from_config(LLAMA)
+    assert shape.parameters == model.num_parameters()
+    if adapter is not None:
+        model = get_peft_model(model, copy.deepcopy(adapter))
+    assert shape.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_the_parts_of_an_8b_step():
+    plan = plan_run(LLAMA_8B, [32768], gpu="H200")
+    (row,) = plan.lengths
+    assert plan.parameters == 8_030_261_248
+    # LoRA r=8 on q, k, v, o; an embedding of 128,256 x 4,096; 65 norms of 4,096.
+    assert plan.trainable == 32 * 8 * (2 * 8192 + 2 * 5120) + 128256 * 4096 + 65 * 4096
+    assert row.weights == pytest.approx((2 * plan.parameters + 4 * plan.trainable) / GIB)
+    assert row.optimizer == pytest.approx(8 * plan.trainable / GIB)
+    checkpoints = 32 * 32768 * 4096 * 2 / GIB
+    assert checkpoints < row.activations < 2.5 * checkpoints
+    assert row.total == pytest.approx(row.weights + row.gradients + row.optimizer + row.activations + row.logits)
+
+
+def of(length=32768, **changes):
+    return plan_run(EIGHT_LAYERS, [length], gpu="H200", **changes).lengths[0]
+
+
+def test_what_settings_change():
+    plain = of()
+    offloaded = of(activation_offloading=True)
+    moved = plain.activations - offloaded.activations
+    assert moved == pytest.approx(offloaded.host) == pytest.approx(2 * 32768 * 4096 * 2 / GIB)  # all but 6
+    assert of(gradient_checkpointing=False).activations > 4 * plain.activations
+    assert of(gradient_checkpointing=False, dense_every=0).seconds < of(dense_every=0).seconds
+    tiled, fused = of(mlp_tile=1024), of(fused=True)
+    assert tiled.activations < plain.activations and fused.activations < plain.activations
+    assert fused.seconds < plain.seconds == tiled.seconds
+    whole_logits = of(chunked_loss=False)
+    assert whole_logits.logits == pytest.approx(12 * 32768 * 128256 / GIB) and plain.logits == 0
+    assert of(quantization="4bit").weights == pytest.approx(plain.weights - 8 * 218.1e6 * (2 - 0.516) / GIB, rel=0.01)
+    assert of(adapter=LORA_ONLY).optimizer < 0.02 < plain.optimizer
+    assert of(batch_size=2).activations == pytest.approx(2 * plain.activations)
+    twice = of(gradient_accumulation_steps=2)
+    assert twice.seconds == pytest.approx(2 * plain.seconds, rel=0.01) and twice.gradients > 0 == plain.gradients
+    every_weight = of(adapter=None, dtype="float32")
+    parameters = plan_run(EIGHT_LAYERS, [64]).parameters
+    assert every_weight.optimizer == pytest.approx(8 * parameters / GIB)
+    assert every_weight.gradients == pytest.approx(4 * parameters / GIB)
+
+
+def test_seconds_follow_the_pattern():
+    rows = {group: of(131072, group_size=group, dense_every=0) for group in (2048, 32768, 131072)}
+    floor = 2 * rows[2048].seconds_sparse - rows[32768].seconds_sparse  # below any attention
+    assert floor < rows[2048].seconds < rows[32768].seconds < rows[131072].seconds
+    assert rows[131072].seconds == rows[131072].seconds_dense
+    # Groups of a quarter have 0.2345 of the dense pairs: half of the heads 4 groups, the others 3 and 2 halves.
+    base = 2 * of(131072, group_size=2048, dense_every=0).seconds - of(131072, group_size=4096, dense_every=0).seconds
+    share = (rows[32768].seconds - base) / (rows[131072].seconds - base)
+    assert share == pytest.approx(0.2345, abs=0.02)
+    mixed = of(131072, group_size=2048, dense_every=4)
+    assert mixed.seconds == pytest.approx((3 * mixed.seconds_sparse + mixed.seconds_dense) / 4)
+    assert of(backend="flash").seconds_dense > of(backend="cudnn").seconds_dense
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_the_longest_is_the_last_that_fits(gpu):
+    changes = {"quantization": "4bit", "gpu": gpu}
+    longest = plan_run(EIGHT_LAYERS, [1024], **changes).longest
+    assert longest >= 8192
+    fitting, too_long = plan_run(EIGHT_LAYERS, [longest, longest + 1024], **changes).lengths
+    assert fitting.fits and not too_long.fits
+    all_weights = plan_run(EIGHT_LAYERS, [1024], gpu=gpu, adapter=None, dtype="float32").longest  # 42 GiB of states
+    assert (all_weights > 0) == (GPUS[gpu].memory_gib > 44)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gpu": "H999"}, "known are H200, H100"),
+        ({"lengths": []}, "at least 2"),
+        ({"lengths": [1]}, "at least 2"),
+        ({"quantization": "4bit", "adapter": None}, "give an adapter"),
+        ({"quantization": "2bit"}, "4bit or 8bit"),
+        ({"activation_offloading": True, "gradient_checkpointing": False}, "with gradient checkpointing only"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"mlp_tile": 0}, "mlp_tile"),
+        ({"group_size": 1}, "group_size"),
+        ({"gpu": "A100-80GB", "backend": "cudnn"}, "no cudnn attention"),
+        ({"dtype": "int8"}, "dtype"),
+    ],
+)
+def test_what_can_not_be_planned(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plan_run(LLAMA, **{"lengths": [1024], **arguments})
+
+
+def test_cards_and_notes():
+    assert find_gpu("h200") is GPUS["H200"] and find_gpu(GPUS["H100"]) is GPUS["H100"]
+    assert plan_run(LLAMA, [64], gpu="H100").notes == ()
+    assert "data sheet" in plan_run(LLAMA, [64], gpu="L40S").notes[0]
+    gemma = Gemma3TextConfig(**SHAPE, num_key_value_heads=2, head_dim=16, sliding_window=64)
+    notes = plan_run(gemma, [64], gpu="H100").notes
+    assert "gemma3_text" in notes[0] and "sliding window" in notes[1]
+
+
+def test_plan_reads_nothing_but_the_config(tmp_path, capsys):
+    LLAMA_8B.save_pretrained(tmp_path)
+    arguments = ["plan", str(tmp_path), "--gpu", "H200", "--lengths", "8192", "131072"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "8.03 B parameters, 532.4 M trained" in printed and "131,072" in printed and "The longest that fits" in printed
+    )
+    assert main([*arguments, "--no-train-embeddings", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [row["length"] for row in plan["lengths"]] == [8192, 131072] and plan["trainable"] < 10_000_000
+    assert main([*arguments, "--no-use-peft", "--batch-size", "64"]) == 0
+    assert "Not even 1,024 tokens fit" in capsys.readouterr().out
+    for wrong, message in ((["--gpu", "H999"], "unknown GPU"), (["--quantized", "4bit", "--no-use-peft"], "adapter")):
+        assert main([*arguments, *wrong]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["plan", str(tmp_path / "nowhere")]) == 1
+    assert "can't be had" in capsys.readouterr().err
