@@ -16,10 +16,14 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.utils import logging
 
 from .config import AttentionMode, S2AttentionConfig, Shift, check_group_size
+from .dense import eager_attention
 from .kernels import select_kernel
 from .segments import Documents
+
+logger = logging.get_logger(__name__)
 
 NAME = "s2attn"
 
@@ -97,9 +101,9 @@ class S2Mask:
         return self.arguments["attention_mask"]
 
     @property
-    def local(self) -> bool:
-        """Whether it is the mask of sliding-window or chunked layers."""
-        return self.arguments.get("local_size") is not None
+    def window(self) -> int | None:
+        """Tokens in the window or chunk, for the mask of sliding-window or chunked layers."""
+        return self.arguments.get("local_size")
 
     @property
     def causal(self) -> bool:
@@ -108,7 +112,17 @@ class S2Mask:
             return True
         # Compiled, transformers can't look whether a row is packed, and makes the mask as if each were.
         packed = torch.compiler.is_compiling() or (self._documents is not None and self._documents.packed)
-        return packed and not self.arguments["use_vmap"]  # what others shape a mask by comes as a function to vmap
+        within = self.window is not None and self.arguments["q_length"] <= self.window
+        return (within or packed) and not self.arguments["use_vmap"]  # what else shapes a mask comes to be vmapped
+
+    def check_keys(self, module: nn.Module, key: torch.Tensor) -> None:
+        """Raise a `ValueError` if a layer has made other keys (compressed, added ones) than the mask is for."""
+        # A single query is a decoding step, where sdpa's mask broadcasts over whatever the cache holds.
+        if key.shape[2] != self.arguments["kv_length"] and self.arguments["q_length"] > 1:
+            raise ValueError(
+                f"{type(module).__name__} attends to {key.shape[2]} keys where the mask is for "
+                f"{self.arguments['kv_length']}: s2attn does not support it."
+            )
 
     def dense(self) -> torch.Tensor | None:
         """The mask of `attn_implementation="sdpa"`: `[B, 1, S, S]`, or `None` where causality says it all."""
@@ -172,6 +186,8 @@ class S2State:
 
 _ATTRIBUTE = "s2_attention_state"  # plain attributes of modules survive PEFT's wrapping and stay out of config.json
 _DEFAULT = S2State()
+# What changes the attention of some families (sparse indices, sinks that depend on the query) and sdpa ignores.
+_UNKNOWN = ("indices", "block_indices", "sinks")
 
 
 def s2_attention_forward(
@@ -198,24 +214,29 @@ def s2_attention_forward(
     Raises:
         ValueError: if the layer asks for what no kernel can honour, or comes with a custom 4-D mask in training.
     """
+    for name in _UNKNOWN:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} passes `{name}` to its attention, which s2attn does not know and would drop. "
+                "Use the model with the attention implementation it is made for."
+            )
     state: S2State = getattr(module, _ATTRIBUTE, _DEFAULT)
     sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    local = kwargs.get("sliding_window") is not None or (isinstance(attention_mask, S2Mask) and attention_mask.local)
+    local = _is_local(module, query.shape[2], kwargs.get("sliding_window"), attention_mask)
     segmented = (module.training or state.mode == "s2") and causal and not local and query.shape[2] == key.shape[2]
     if not segmented:
-        dropped = "attention sinks" if sinks is not None else "softcap" if softcap is not None else None
-        if dropped is not None:
-            raise ValueError(
-                f"{type(module).__name__} has {dropped}, which dense attention by sdpa lacks, and may drop silently. "
-                'Evaluate it with attn_implementation="eager".'
-            )
-        dense = attention_mask.dense() if isinstance(attention_mask, S2Mask) else attention_mask
+        dense = attention_mask
+        if isinstance(attention_mask, S2Mask):
+            attention_mask.check_keys(module, key)
+            dense = attention_mask.dense()
         if dense is not None:  # a model spread over devices shares one S2Mask
             dense = dense.to(query.device)
-        return sdpa_attention_forward(
-            module, query, key, value, dense, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
-        )
+        options = dict(kwargs, dropout=dropout, scaling=scaling)
+        if softcap is None and sinks is None:
+            return sdpa_attention_forward(module, query, key, value, dense, is_causal=is_causal, **options)
+        # As in sdpa: a single query without a mask sees every key.
+        return eager_attention(module, query, key, value, dense, causal=causal and query.shape[2] > 1, **options), None
 
     if kwargs.get("position_bias") is not None:
         raise ValueError(f"{type(module).__name__} adds a position bias to its scores, which s2attn does not support.")
@@ -241,6 +262,19 @@ def s2_attention_forward(
         sinks=sinks,
     )
     return out.contiguous(), None
+
+
+def _is_local(module: nn.Module, length: int, window: int | None, mask: "S2Mask | torch.Tensor | None") -> bool:
+    """Whether a layer sees a window or chunk only: one that the model's length can go beyond.
+
+    Phi-3's 128k checkpoints declare a window of 262,144 tokens in every layer: that is no window.
+    """
+    if window is None and isinstance(mask, S2Mask):
+        window = mask.window
+    if window is None:
+        return False
+    reach = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    return reach is None or window < max(reach, length)
 
 
 def _shift(shift: Shift, module: nn.Module) -> Literal["half", "none", "all"]:
@@ -300,7 +334,10 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
 def check_supported(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
     """Raise a `ValueError` if shifted sparse attention can't be used in a model class, saying why."""
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{model_class.__name__} is an encoder-decoder; shifted sparse attention is for decoders.")
+        raise ValueError(
+            f"{model_class.__name__} is an encoder-decoder; shifted sparse attention is for decoders. Train it with "
+            'attn_implementation="sdpa".'
+        )
     if not model_class._can_set_attn_implementation():
         raise ValueError(
             f"{model_class.__name__} does not call its attention through transformers' AttentionInterface, so nothing "
@@ -314,19 +351,42 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) 
     Switches a model of another attention implementation to `"s2attn"`. Call it again to change the configuration.
 
     Raises:
-        ValueError: if the model is not from transformers, or its attention does not go through `AttentionInterface`.
+        ValueError: if the model is not from transformers, its attention does not go through `AttentionInterface`, or
+            none of it is causal.
     """
     inner = _transformers_model(model)
     check_supported(type(inner), inner.config)
     modules = [module for _, module in attention_modules(inner)]
     if not modules:
         raise ValueError(f"{type(inner).__name__} has no attention modules.")
+    if not any(getattr(module, "is_causal", True) for module in modules):
+        raise ValueError(
+            f"{type(inner).__name__} has no causal attention: it is an encoder (or set up as one: is_decoder), or its "
+            "prompts see themselves both ways. Shifted sparse attention is for decoders; train it with "
+            'attn_implementation="sdpa".'
+        )
+    window = _window_everywhere(inner.config)
+    if window is not None:
+        logger.warning(
+            f"{type(inner).__name__} has a sliding window of {window} tokens in every layer, and layers with a window "
+            "stay as they are: nothing is left to be sparse. Load the model with sliding_window=None to have it "
+            "attend to the whole length."
+        )
     if inner.config._attn_implementation != NAME:
         inner.set_attn_implementation(NAME)
     state = _state(inner)
     state = S2State(config or S2AttentionConfig(), state.mode if state is not None else "auto")
     for module in modules:
         setattr(module, _ATTRIBUTE, state)
+
+
+def _window_everywhere(config: PreTrainedConfig) -> int | None:
+    """The window of a model all of whose layers have one that its length goes beyond."""
+    config = config.get_text_config()
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window is None or window >= getattr(config, "max_position_embeddings", window):
+        return None
+    return window if kinds is None or set(kinds) == {"sliding_attention"} else None
 
 
 def _state(model: nn.Module) -> S2State | None:
