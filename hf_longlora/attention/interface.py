@@ -217,8 +217,8 @@ def s2_attention_forward(
     for name in _UNKNOWN:
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"{type(module).__name__} passes `{name}` to its attention, which s2attn does not know and would drop. "
-                "Use the model with the attention implementation it is made for."
+                f"{type(module).__name__} passes `{name}` to its attention, which s2attn does not know and would "
+                "drop. Use the model with the attention implementation it is made for."
             )
     state: S2State = getattr(module, _ATTRIBUTE, _DEFAULT)
     sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
@@ -226,10 +226,11 @@ def s2_attention_forward(
     local = _is_local(module, query.shape[2], kwargs.get("sliding_window"), attention_mask)
     segmented = (module.training or state.mode == "s2") and causal and not local and query.shape[2] == key.shape[2]
     if not segmented:
-        dense = attention_mask
         if isinstance(attention_mask, S2Mask):
             attention_mask.check_keys(module, key)
             dense = attention_mask.dense()
+        else:
+            dense = attention_mask
         if dense is not None:  # a model spread over devices shares one S2Mask
             dense = dense.to(query.device)
         options = dict(kwargs, dropout=dropout, scaling=scaling)
