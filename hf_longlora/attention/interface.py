@@ -214,18 +214,12 @@ def s2_attention_forward(
     Raises:
         ValueError: if the layer asks for what no kernel can honour, or comes with a custom 4-D mask in training.
     """
-    for name in _UNKNOWN:
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{type(module).__name__} passes `{name}` to its attention, which s2attn does not know and would "
-                "drop. Use the model with the attention implementation it is made for."
-            )
+    refuse_unknown(module, kwargs)
     state: S2State = getattr(module, _ATTRIBUTE, _DEFAULT)
     sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    local = _is_local(module, query.shape[2], kwargs.get("sliding_window"), attention_mask)
-    segmented = (module.training or state.mode == "s2") and causal and not local and query.shape[2] == key.shape[2]
-    if not segmented:
+    alone = left_alone(module, query, key, attention_mask, causal, kwargs.get("sliding_window"))
+    if alone is not None or not (module.training or state.mode == "s2"):
         if isinstance(attention_mask, S2Mask):
             attention_mask.check_keys(module, key)
             dense = attention_mask.dense()
@@ -239,8 +233,7 @@ def s2_attention_forward(
         # As in sdpa: a single query without a mask sees every key.
         return eager_attention(module, query, key, value, dense, causal=causal and query.shape[2] > 1, **options), None
 
-    if kwargs.get("position_bias") is not None:
-        raise ValueError(f"{type(module).__name__} adds a position bias to its scores, which s2attn does not support.")
+    refuse_sparse(module, kwargs)
     documents = _documents(module, query, attention_mask, kwargs)
     group_size = None if state.mode == "dense" else state.config.resolve_group_size(documents.longest)
     kernel = select_kernel(
@@ -265,17 +258,53 @@ def s2_attention_forward(
     return out.contiguous(), None
 
 
-def _is_local(module: nn.Module, length: int, window: int | None, mask: "S2Mask | torch.Tensor | None") -> bool:
-    """Whether a layer sees a window or chunk only: one that the model's length can go beyond.
+def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` if a layer passes to its attention what nothing here knows."""
+    for name in _UNKNOWN:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} passes `{name}` to its attention, which s2attn does not know and would "
+                "drop. Use the model with the attention implementation it is made for."
+            )
 
-    Phi-3's 128k checkpoints declare a window of 262,144 tokens in every layer: that is no window.
+
+def refuse_sparse(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` if a layer that would be sparse asks for what the pattern excludes."""
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__} adds a position bias to its scores, which s2attn does not support.")
+    position_ids = kwargs.get("position_ids")
+    if position_ids is not None and position_ids.ndim != 2:
+        raise ValueError(
+            f"{type(module).__name__} has position_ids of shape {tuple(position_ids.shape)}; s2attn reads documents "
+            "off 2-D ones only."
+        )
+
+
+def left_alone(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: "S2Mask | torch.Tensor | None",
+    causal: bool,
+    window: int | None,
+) -> str | None:
+    """Why a layer is dense in training as well, in words; `None` if it is sparse.
+
+    A window or chunk that the model's length can't go beyond is none: Phi-3's 128k checkpoints declare one of 262,144
+    tokens in every layer.
     """
+    if not causal:
+        return "not causal"
+    if query.shape[2] != key.shape[2]:
+        return "other keys than queries"
     if window is None and isinstance(mask, S2Mask):
         window = mask.window
     if window is None:
-        return False
+        return None
     reach = getattr(getattr(module, "config", None), "max_position_embeddings", None)
-    return reach is None or window < max(reach, length)
+    if reach is None or window < max(reach, query.shape[2]):
+        return f"a window of {window:,} tokens"
+    return None
 
 
 def _shift(shift: Shift, module: nn.Module) -> Literal["half", "none", "all"]:
@@ -292,11 +321,6 @@ def _documents(
 ) -> Documents:
     """The documents of the batch that a layer is in the middle of."""
     cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
-    if position_ids is not None and position_ids.ndim != 2:
-        raise ValueError(
-            f"{type(module).__name__} has position_ids of shape {tuple(position_ids.shape)}; s2attn reads documents "
-            "off 2-D ones only (models with several position axes, such as vision-language models, are not supported)."
-        )
     if isinstance(mask, S2Mask):
         documents = mask.documents(cu_seqlens, position_ids)
         if mask.causal:
