@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from .attention import S2AttentionConfig, check_supported, set_s2_attention
-from .attention.interface import S2Mask, left_alone, refuse_sparse, refuse_unknown, s2_mask
+from .attention.interface import READS_MASK, S2Mask, left_alone, refuse_sparse, refuse_unknown, s2_mask
 from .attention.kernels import KERNELS
 from .families import Family, find_family
 from .rope import AUTO, RopeScaling, current_rope, reach
@@ -153,8 +153,12 @@ def _build(config: Any, found: ModelCheck, trust_remote_code: bool) -> PreTraine
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             found.refused.append(f"transformers has no causal language model of type {config.model_type!r}.")
             return None
-    with torch.device("meta"):
-        return auto.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a family's code makes of a config that lacks something
+        found.refused.append(f"transformers can't build the model from this config: {type(error).__name__}: {error}")
+        return None
 
 
 def _put_adapter(model: PreTrainedModel, found: ModelCheck, target_length: int | None, rope_type: str) -> None:
@@ -235,7 +239,11 @@ def _run(model: PreTrainedModel, found: ModelCheck) -> None:
             try:
                 model.train()(input_ids=ids, attention_mask=mask, use_cache=False)
                 break
-            except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            except Exception as error:  # whatever a family's code does with tensors that have no numbers
+                if str(error).startswith(READS_MASK):
+                    found.layers.clear()
+                    found.refused.append(f"{found.model_class}: {error}")
+                    break
                 if attempt == len(masks):
                     found.layers.clear()
                     found.notes.append(

@@ -101,6 +101,8 @@ def test_a_family_that_nobody_has_tested():
         (AutoConfig.for_model("falcon", **OUTSIDE["falcon"]), {}, "AttentionInterface"),
         (AutoConfig.for_model("mistral", **COMMON | {"sliding_window": 16}), {}, "no layer would be sparse"),
         (AutoConfig.for_model("vit"), {}, "no causal language model"),
+        (AutoConfig.for_model("doge", **COMMON), {}, "works on the attention mask itself"),
+        (LlamaConfig(**COMMON | {"head_dim": -1}), {}, "can't build the model"),
         (LlamaConfig(**COMMON), {"target_length": 64}, "reaches 64 tokens"),
         (AutoConfig.for_model("phi3", **COMMON), {"target_length": 256, "rope_type": "yarn"}, "longrope"),
         (AutoConfig.for_model("opt", **COMMON, **TINY["opt"][0]), {"target_length": 256}, "has no RoPE"),

@@ -470,6 +470,15 @@ def test_models_with_a_prefix_are_refused():
         set_s2_attention(PaliGemmaForConditionalGeneration(config))
 
 
+def test_families_that_work_on_the_mask_are_refused_in_the_first_step():
+    if "doge" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no doge")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("doge", **COMMON)).train()
+    set_s2_attention(model, S2AttentionConfig(group_size=GROUP))
+    with pytest.raises((AttributeError, ValueError), match="works on the attention mask itself"):
+        logits(model, torch.randint(3, 128, (1, 40)))
+
+
 def test_masks_with_a_prefix_are_refused_in_the_first_step():
     """Of a causal model, only the batch tells."""
     model = build("llama").train()

@@ -83,6 +83,12 @@ def s2_attention(
 # The mask
 
 
+READS_MASK = (
+    "This family works on the attention mask itself, and s2attn makes none (memory n^2): it is not supported. Use the "
+    "model with another attention implementation"
+)
+
+
 @dataclass(eq=False)
 class S2Mask:
     """What a forward knows about its mask, before anyone asks for one.
@@ -114,6 +120,12 @@ class S2Mask:
         packed = torch.compiler.is_compiling() or (self._documents is not None and self._documents.packed)
         within = self.window is not None and self.arguments["q_length"] <= self.window
         return (within or packed) and not self.arguments["use_vmap"]  # what else shapes a mask comes to be vmapped
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{READS_MASK} (`{name}`)")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise ValueError(READS_MASK)
 
     def check_keys(self, module: nn.Module, key: torch.Tensor) -> None:
         """Raise a `ValueError` if a layer has made other keys (compressed, added ones) than the mask is for."""
