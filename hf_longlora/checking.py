@@ -32,7 +32,7 @@ from .attention import S2AttentionConfig, check_supported, set_s2_attention
 from .attention.interface import READS_MASK, S2Mask, left_alone, refuse_sparse, refuse_unknown, s2_mask
 from .attention.kernels import KERNELS
 from .families import Family, find_family
-from .rope import AUTO, RopeScaling, current_rope, reach
+from .rope import AUTO, RopeScaling, current_rope, reach, rotary_modules
 from .tuner import LongLoraConfig
 from .tuner.modules import is_norm, language_modules, walk
 
@@ -230,6 +230,10 @@ def _run(model: PreTrainedModel, found: ModelCheck) -> None:
             found.layers.append(Layer(language[id(module)], query.shape[1], key.shape[1], alone, wanted))
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
+    rotary: Any
+    for rotary in rotary_modules(model):  # dynamic and longrope look how long the text is; the shapes are the same
+        kinds = getattr(rotary, "rope_type", None)
+        rotary.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
     # Some families look at the numbers of a mask and some at those of positions; one of these is never looked at.
     masks = (torch.ones(1, _TOKENS, dtype=torch.long), torch.ones_like(ids), None)

@@ -11,7 +11,7 @@ from hf_longlora import LongLoraConfig, S2AttentionConfig
 from hf_longlora.checking import check_model
 from hf_longlora.cli import main
 from hf_longlora.families import FAMILIES, find_family
-from hf_longlora.rope import current_rope, reach
+from hf_longlora.rope import ROPE_TYPES, current_rope, reach
 
 from .test_families import COMMON, EVERY, HALF_SLIDING, OUTSIDE, TINY, build, vision_language
 
@@ -77,6 +77,13 @@ def test_layers_that_are_left_alone_are_named():
     assert "unchanged" in said
     config = build("qwen3_next").config
     assert "1 layer left alone: no softmax attention" in str(check_model(config))
+
+
+@pytest.mark.parametrize("rope_type", ROPE_TYPES)
+def test_layers_are_found_under_every_rope_type(rope_type):
+    found = check_model(LlamaConfig(**COMMON), target_length=256, rope_type=rope_type)
+    assert len(found.sparse) == 2 and found.rope is not None and found.rope[1].rope_type == rope_type
+    assert ("vLLM takes the frequencies of the full length" in str(found)) == (rope_type == "dynamic")
 
 
 def test_one_key_value_head():
