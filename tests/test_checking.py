@@ -1,6 +1,7 @@
 """`check_model` and `hf-longlora check`: what they say is what happens, and no weights are needed for it."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -144,6 +145,17 @@ def test_the_command_reads_a_config_and_nothing_else(tmp_path, capsys):
     assert "REFUSED     target_length=32" in output.out and "can't be extended like this" in output.err
     assert main(["check", str(tmp_path / "nothing")]) == 1
     assert "hf-longlora: error:" in capsys.readouterr().err
+
+
+def test_a_lost_rope_theta_is_noted(tmp_path):
+    LlamaConfig(**COMMON).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text())
+    for scaling, lost in (({"factor": 2.0}, True), ({"factor": 2.0, "rope_theta": 5e5}, False)):
+        file.write_text(json.dumps(written | {"rope_parameters": {"rope_type": "linear", **scaling}}))
+        said = str(check_model(str(tmp_path)))
+        assert ("names no rope_theta: transformers takes 10000" in said) == lost
+        assert "REFUSED" not in said
 
 
 def test_a_forward_that_can_not_be_followed_is_said(monkeypatch):
