@@ -241,7 +241,7 @@ def scaled_rope(
             "dynamic RoPE computes from max_position_embeddings as the original length, and this family's readers "
             "take it for the extended one: no config says both. Pass another rope_type."
         )
-    factor = target_length / original
+    factor = _factor(target_length, original)
     parameters = {k: v for k, v in base.parameters.items() if v is not None}
     if base.rope_type != "default":
         parameters.pop("attention_factor", None)  # belonged to the old length; readers derive the new one
@@ -286,6 +286,12 @@ def _check_type(config: Any, base: RopeScaling, rope_type: str) -> None:
         raise ValueError(kept % "takes any scaled RoPE of a model with latent attention (kv_lora_rank) for YaRN")
 
 
+def _factor(target_length: int, original: int) -> float:
+    """The ratio, such that vLLM's `int(original * factor)` is not a token short (113 of 100: 112.999...)."""
+    factor = target_length / original
+    return factor if int(original * factor) >= target_length else math.nextafter(factor, math.inf)
+
+
 def _longest(base: RopeScaling, rope_type: str, original: int, target_length: int) -> int:
     """The `max_position_embeddings` to write: the module's table."""
     keeps_original = rope_type in ("linear", "dynamic", "default") and not base.counts_factor
@@ -318,7 +324,7 @@ def _explicit(
     if rope_type != "default" and parameters.get("factor") is None:
         if target_length is None:
             raise ValueError("rope_parameters without a factor needs a target_length.")
-        parameters["factor"] = target_length / original
+        parameters["factor"] = _factor(target_length, original)
     stretched = round(original * float(parameters.get("factor") or 1.0))
     if target_length is None:
         target_length = stretched

@@ -1,6 +1,7 @@
 """RoPE scaling: what is written, what transformers and vLLM derive from it, and what it does to a live model."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -233,6 +234,35 @@ def test_transformers_and_vllm_derive_the_same_from_the_saved_file(name, rope_ty
         sliding = vllm_rules.served(config, "sliding_attention")
         assert sliding.positions >= target
         assert config.rope_parameters["sliding_attention"] == base.rope_parameters["sliding_attention"]
+
+
+@pytest.mark.parametrize("rope_type", ROPE_TYPES)
+def test_readers_agree_at_any_length_width_and_base(rope_type, tmp_path):
+    """Also where a factor is no round number: not a token short, in vLLM's whole numbers."""
+    draw = random.Random(0)
+    for case in range(40):
+        original = draw.choice([64, 100, 2048, 3000, 4096, 8191, 8192])
+        target = draw.randint(original + 1, 64 * original)
+        if case == 0:
+            original, target = 100, 113  # 100 * (113 / 100) is 112.999...
+        theta = draw.choice([1e4, 5e5, 1e6])
+        part = draw.choice([0.25, 0.5, 1.0])
+        config = llama(
+            head_dim=draw.choice([32, 64, 128]),
+            max_position_embeddings=original,
+            rope_parameters={"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": part},
+        )
+        scaling = scaled_rope(config, target, rope_type)
+        config.rope_parameters = scaling.rope_parameters
+        config.max_position_embeddings = scaling.max_position_embeddings
+        config.save_pretrained(tmp_path / str(case))
+        config = AutoConfig.from_pretrained(tmp_path / str(case))
+        served = vllm_rules.served(config)
+        assert served.longest == target, (original, target)
+        assert served.positions >= target, (original, target)
+        inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", seq_len=target)
+        assert torch.allclose(inv_freq, served.inv_freq, rtol=1e-4)
+        assert attention_factor == pytest.approx(served.attention_factor)
 
 
 @pytest.mark.parametrize("rope_type", ROPE_TYPES)
