@@ -71,12 +71,41 @@ TINY: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "mistral": ({"sliding_window": None}, 2),
     "ministral": ({"head_dim": 8, **HALF_SLIDING}, 1),
+    "ministral3": (
+        {
+            "head_dim": 8,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 4.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+                "original_max_position_embeddings": 16,
+            },
+        },
+        2,
+    ),
     "mixtral": ({"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}, 2),
     "qwen2": ({}, 2),
     "qwen2_moe": ({**MIXTURE, "shared_expert_intermediate_size": 32}, 2),
     "qwen3": ({"head_dim": 8}, 2),
     "qwen3_moe": ({"head_dim": 8, **MIXTURE}, 2),
     "qwen3_next": ({"head_dim": 16, **MIXTURE, "shared_expert_intermediate_size": 32, **HALF_LINEAR}, 1),
+    "qwen3_5_text": (
+        {
+            "head_dim": 64,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e7,
+                "partial_rotary_factor": 0.25,
+                "mrope_section": [3, 3, 2],
+                "mrope_interleaved": True,
+            },
+            **HALF_LINEAR,
+        },
+        1,
+    ),
     "gemma": ({"head_dim": 8}, 2),
     "gemma2": ({"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, **HALF_SLIDING}, 1),
     "gemma3_text": ({"head_dim": 8, "query_pre_attn_scalar": 8, **HALF_SLIDING}, 1),
@@ -127,7 +156,21 @@ TINY: dict[str, tuple[dict[str, Any], int]] = {
     "exaone4": (HALF_SLIDING, 1),
     "seed_oss": ({"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0}, 2),
     "ernie4_5": ({"head_dim": 8}, 2),
+    "ernie4_5_moe": ({"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32}, 2),
     "arcee": ({}, 2),
+    "apertus": (
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 12e6,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+        2,
+    ),
     "deepseek_v3": (LATENT, 2),
     "gpt_oss": (
         {

@@ -180,6 +180,7 @@ def phi3(longest, original=None, **rope):
 
 
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0 + i / 4 for i in range(8)]}
+MINI = {"partial_rotary_factor": 0.75, "short_factor": [1.0] * 6, "long_factor": [1.0 + i / 4 for i in range(6)]}
 # name: config, original length, types
 READ: dict[str, tuple] = {
     "llama": (llama, 64, ROPE_TYPES),
@@ -191,6 +192,7 @@ READ: dict[str, tuple] = {
     # The class's default original length is 4,096, whatever the model's: a model that is not scaled has its own.
     "phi3": (lambda: phi3(64), 64, ("longrope",)),
     "phi3 scaled": (lambda: phi3(128, 64, **LONG), 64, ("longrope",)),
+    "phi4 mini": (lambda: phi3(128, 64, **LONG | MINI), 64, ("longrope",)),  # three quarters of the head
     **{f"llama with {kind}": (lambda kind=kind: scaled_llama(kind), 64, (kind,)) for kind in ROPE_TYPES},
 }
 
@@ -218,7 +220,7 @@ def test_transformers_and_vllm_derive_the_same_from_the_saved_file(name, rope_ty
     served = vllm_rules.served(config)
     assert served.longest == target
     assert served.positions >= target
-    assert served.default_length == (original if name.startswith("phi3") else target)
+    assert served.default_length == (original if name.startswith("phi") else target)
     parameters = vllm_rules.is_nested(config.rope_parameters)
     layer = {"layer_type": "full_attention"} if parameters else {}
     inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", seq_len=target, **layer)
