@@ -294,9 +294,10 @@ def _registered(model: PreTrainedModel, probe: Callable[..., Any]) -> Iterator[N
 def _judge(found: ModelCheck, config: Any) -> None:
     """What follows from the layers and from RoPE."""
     if found.layers and not found.sparse:
-        found.refused.append(
-            f"no layer would be sparse: {', '.join(sorted({str(layer.left_alone) for layer in found.layers}))} in "
-            "every one. A model with a sliding window can be loaded with sliding_window=None."
+        reasons = ", ".join(sorted({str(layer.left_alone) for layer in found.layers}))
+        found.notes.append(
+            f"no layer would be sparse ({reasons}), and training would be as without this package. A model with a "
+            "sliding window can be loaded with sliding_window=None."
         )
     needs = {need for layer in found.sparse for need in layer.needs}
     if needs:

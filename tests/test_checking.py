@@ -87,6 +87,12 @@ def test_layers_are_found_under_every_rope_type(rope_type):
     assert ("vLLM takes the frequencies of the full length" in str(found)) == (rope_type == "dynamic")
 
 
+def test_a_window_in_every_layer():
+    found = check_model(AutoConfig.for_model("mistral", **COMMON | {"sliding_window": 16}))
+    assert not found.sparse and not found.refused
+    assert "0 of 2 layers sparse" in str(found) and "no layer would be sparse (a window of 16 tokens)" in str(found)
+
+
 def test_one_key_value_head():
     said = str(check_model(LlamaConfig(**COMMON | {"num_key_value_heads": 1})))
     assert "shifted     2 of 4 query heads" in said
@@ -107,7 +113,6 @@ def test_a_family_that_nobody_has_tested():
         (T5Config(vocab_size=128, d_model=32, num_layers=1, num_heads=2), {}, "encoder-decoder"),
         (AutoConfig.for_model("bert", **COMMON), {}, "no causal attention"),
         (AutoConfig.for_model("falcon", **OUTSIDE["falcon"]), {}, "AttentionInterface"),
-        (AutoConfig.for_model("mistral", **COMMON | {"sliding_window": 16}), {}, "no layer would be sparse"),
         (AutoConfig.for_model("vit"), {}, "no causal language model"),
         (AutoConfig.for_model("doge", **COMMON), {}, "works on the attention mask itself"),
         (LlamaConfig(**COMMON | {"head_dim": -1}), {}, "can't build the model"),
