@@ -13,11 +13,16 @@ What is written follows what readers of `config.json` derive (vLLM's rule beside
 | llama3, longrope | the target length         | the original length                | `max_position_embeddings` |
 
 Gemma 3 is the exception: its `max_position_embeddings` counts the factor already, and vLLM knows that family by
-name.
+name. Command R's `model_max_length` overrides `max_position_embeddings` in vLLM, so that both are written.
+
+vLLM reads longrope's attention factor off the two lengths and not off `attention_factor`, and takes dynamic RoPE's
+frequencies at the full length for every text, where transformers lets them grow with the text: equal at the full
+length only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from dataclasses import asdict, dataclass
@@ -25,6 +30,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3", "longrope")
 AUTO = "auto"
@@ -35,6 +43,8 @@ CARRY_ORIGINAL = ("yarn", "llama3", "longrope")
 WITH_HISTORY = ("dynamic", "longrope")
 # The layer type that is scaled where `rope_parameters` is nested: sliding layers never see beyond their window.
 GLOBAL_LAYERS = "full_attention"
+# What a RoPE has besides its scaling, and keeps under any.
+_LASTING = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 
 # Attributes a rotary module derives from its config; a value left from another RoPE would be read again.
 _DERIVED = ("inv_freq", "max_seq_len_cached", "original_max_seq_len", "attention_scaling", "rope_type")
@@ -51,6 +61,8 @@ class RopeScaling:
     """The config attribute of that name (Phi-3 has it, and it overrides the parameters'); None where there is none."""
     counts_factor: bool = False
     """Whether `max_position_embeddings` includes a linear factor already (the Gemma 3 convention)."""
+    model_max_length: int | None = None
+    """The config attribute of that name (Command R has it, and vLLM reads it first); None where there is none."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,7 +88,8 @@ class RopeScaling:
         original = self.original_max_position_embeddings
         if original is not None and "original_max_position_embeddings" in parameters:
             original = parameters["original_max_position_embeddings"]
-        return RopeScaling(copy.deepcopy(whole), max_position_embeddings, original, self.counts_factor)
+        longest = None if self.model_max_length is None else max_position_embeddings
+        return RopeScaling(copy.deepcopy(whole), max_position_embeddings, original, self.counts_factor, longest)
 
 
 def _is_nested(parameters: dict[str, Any]) -> bool:
@@ -122,6 +135,7 @@ def current_rope(config: Any) -> RopeScaling:
         max_position_embeddings=int(config.max_position_embeddings),
         original_max_position_embeddings=getattr(config, "original_max_position_embeddings", None),
         counts_factor="gemma3" in getattr(config, "model_type", ""),
+        model_max_length=getattr(config, "model_max_length", None),
     )
 
 
@@ -133,10 +147,11 @@ def reach(config_or_scaling: Any, base_length: int | None = None) -> tuple[int, 
     """The original length and the length reached by now, both in tokens.
 
     The original length is `original_max_position_embeddings` for yarn, llama3 and longrope (the config's attribute
-    first, as transformers does), `max_position_embeddings` for default, linear and dynamic. `base_length` overrides.
+    first, as transformers does), `max_position_embeddings` (or a larger `model_max_length`) for default, linear and
+    dynamic. `base_length` overrides.
     """
     scaling = _as_scaling(config_or_scaling)
-    parameters, longest = scaling.parameters, scaling.max_position_embeddings
+    parameters, longest = scaling.parameters, max(scaling.max_position_embeddings, scaling.model_max_length or 0)
     if scaling.rope_type in CARRY_ORIGINAL:
         original = scaling.original_max_position_embeddings or parameters.get("original_max_position_embeddings")
         original = int(base_length or original or longest)
@@ -214,6 +229,7 @@ def scaled_rope(
             f"(original length {original}, RoPE type {base.rope_type!r}). Ask for more, leave target_length unset to "
             "train without a RoPE change, or pass base_length if the model was trained on shorter text."
         )
+    _check_type(config, base, rope_type)
     if base.rope_type not in ("default", rope_type):
         raise ValueError(
             f"this base is scaled by {base.rope_type!r} RoPE; {rope_type!r} on top of it would replace the "
@@ -225,10 +241,10 @@ def scaled_rope(
             "dynamic RoPE computes from max_position_embeddings as the original length, and this family's readers "
             "take it for the extended one: no config says both. Pass another rope_type."
         )
-    factor = target_length / original
+    factor = _factor(target_length, original)
     parameters = {k: v for k, v in base.parameters.items() if v is not None}
-    if parameters.get("factor") is not None:
-        parameters.pop("attention_factor", None)  # belonged to the old factor; readers derive the new one
+    if base.rope_type != "default":
+        parameters.pop("attention_factor", None)  # belonged to the old length; readers derive the new one
     parameters |= {"rope_type": rope_type, "factor": factor}
     if rope_type in CARRY_ORIGINAL:
         parameters["original_max_position_embeddings"] = original
@@ -241,6 +257,39 @@ def scaled_rope(
         parameters["long_factor"] = [a * b for a, b in zip(old, ramp, strict=True)] if old else ramp
         parameters.setdefault("short_factor", [1.0] * len(ramp))
     return _validated(config, base.with_parameters(parameters, _longest(base, rope_type, original, target_length)))
+
+
+def _check_type(config: Any, base: RopeScaling, rope_type: str) -> None:
+    """Raise a `ValueError` for what no RoPE type extends, and for a type that vLLM would serve as another one."""
+    if base.rope_type not in ("default", *ROPE_TYPES):
+        raise ValueError(
+            f"this base has RoPE of type {base.rope_type!r}, which none of {', '.join(ROPE_TYPES)} extends: they "
+            "would replace the frequencies it was trained with. Leave target_length unset to train without a RoPE "
+            "change."
+        )
+    if base.parameters.get("alpha") is not None:
+        raise ValueError(
+            "this base is scaled by a fixed NTK `alpha`, which readers take before any factor: it can't be extended "
+            "by one. Leave target_length unset, or set alpha yourself in config.json."
+        )
+    if rope_type == "yarn":
+        return
+    kept = f'{rope_type!r} RoPE would be served wrong by vLLM: it %s. Pass rope_type="yarn".'
+    if _is_nested(base.rope_parameters) and not base.counts_factor and rope_type in ("linear", "dynamic"):
+        raise ValueError(
+            kept % "makes the table of the sliding layers' positions of max_position_embeddings, which keeps the "
+            "original length under this type"
+        )
+    if base.parameters.get("mrope_section"):
+        raise ValueError(kept % "keeps the position axes of this model (mrope_section) under YaRN only")
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise ValueError(kept % "takes any scaled RoPE of a model with latent attention (kv_lora_rank) for YaRN")
+
+
+def _factor(target_length: int, original: int) -> float:
+    """The ratio, such that vLLM's `int(original * factor)` is not a token short (113 of 100: 112.999...)."""
+    factor = target_length / original
+    return factor if int(original * factor) >= target_length else math.nextafter(factor, math.inf)
 
 
 def _longest(base: RopeScaling, rope_type: str, original: int, target_length: int) -> int:
@@ -261,16 +310,21 @@ def _explicit(
     if "rope_type" not in given:
         raise ValueError(f"rope_parameters needs a rope_type (one of default, {', '.join(ROPE_TYPES)}).")
     rope_type = given["rope_type"]
-    kept: dict[str, Any] = {
-        k: base.parameters[k] for k in ("rope_theta", "partial_rotary_factor") if k in base.parameters
-    }
+    kept: dict[str, Any] = {k: base.parameters[k] for k in _LASTING if k in base.parameters}
     parameters = {**kept, **given}
+    if rope_type != "default":
+        _check_type(config, base, rope_type)
+    if base.rope_type not in ("default", rope_type):
+        logger.warning(
+            f"These rope_parameters put {rope_type!r} RoPE in the place of the base's {base.rope_type!r}, whose "
+            "frequencies it was trained with (reported for linear over llama3: perplexity 10 -> 976)."
+        )
     if rope_type in CARRY_ORIGINAL:
         original = int(parameters.setdefault("original_max_position_embeddings", original))
     if rope_type != "default" and parameters.get("factor") is None:
         if target_length is None:
             raise ValueError("rope_parameters without a factor needs a target_length.")
-        parameters["factor"] = target_length / original
+        parameters["factor"] = _factor(target_length, original)
     stretched = round(original * float(parameters.get("factor") or 1.0))
     if target_length is None:
         target_length = stretched
@@ -281,6 +335,15 @@ def _explicit(
             f"rope_parameters reach {stretched} tokens (factor {parameters.get('factor')} x {original}), which is "
             f"less than target_length={target_length}."
         )
+    if rope_type == "longrope":
+        ratio = target_length / original
+        if not math.isclose(parameters["factor"], ratio, rel_tol=1e-3):
+            raise ValueError(
+                f"longrope's factor {parameters['factor']} is not target_length / original length = {ratio:g}: "
+                "transformers would take the one for its attention factor and vLLM the other. Leave the factor out."
+            )
+        if parameters.get("attention_factor") is not None:
+            raise ValueError("vLLM does not read longrope's attention_factor. Leave it out: both derive it alike.")
     if rope_type == "default":
         return _validated(config, base.with_parameters(parameters, target_length))
     return _validated(config, base.with_parameters(parameters, _longest(base, rope_type, original, target_length)))
@@ -338,6 +401,8 @@ def _write(config: Any, scaling: RopeScaling) -> None:
     config.max_position_embeddings = scaling.max_position_embeddings
     if scaling.original_max_position_embeddings is not None:
         config.original_max_position_embeddings = scaling.original_max_position_embeddings
+    if scaling.model_max_length is not None:
+        config.model_max_length = scaling.model_max_length
     # For these types transformers multiplies by `head_dim`, set or not (Mixtral's is None): say it outright.
     if scaling.rope_type in ("dynamic", "yarn", "longrope") and getattr(config, "head_dim", 0) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
@@ -384,12 +449,26 @@ def _reinitialise(module: nn.Module) -> None:
             module.register_buffer(name, buffer.to(device), persistent=False)
 
 
+def _scales_softmax(module: nn.Module, *scalings: RopeScaling) -> bool:
+    """Whether it is an attention module that folds RoPE's `mscale_all_dim` into its softmax scale (DeepSeek's)."""
+    if not any(scaling.parameters.get("mscale_all_dim") for scaling in scalings):
+        return False
+    return "Attention" in type(module).__name__ and isinstance(getattr(module, "scaling", None), float)
+
+
+def _rescale_softmax(module: nn.Module) -> None:
+    """Give an attention module the softmax scale its class computes from its (changed) config."""
+    with torch.device("meta"):
+        fresh: Any = type(module)(config=module.config, layer_idx=module.layer_idx)
+    module.scaling = fresh.scaling
+
+
 def apply_rope(model: nn.Module, scaling: RopeScaling) -> None:
-    """Put `scaling` on a live model: config fields and rotary buffers, equal to saving and loading to the last bit.
+    """Put `scaling` on a live model: config fields, rotary buffers and softmax scales, equal to saving and loading to
+    the last bit.
 
     Raises:
-        ValueError: no rotary module, or a family whose attention derives more than frequencies from the RoPE. The
-            model is unchanged then.
+        ValueError: no rotary module, or one that does not take this RoPE. The model is unchanged then.
     """
     config = _text_config(model.config)
     before = current_rope(config)
@@ -399,21 +478,21 @@ def apply_rope(model: nn.Module, scaling: RopeScaling) -> None:
             f"{type(model).__name__} has no rotary module (inv_freq buffers with a config): its RoPE can't be scaled "
             "in place."
         )
-    # DeepSeek's attention folds a softmax scale computed from these two into itself when it is built.
-    if scaling != before and any(s.parameters.get("mscale_all_dim") for s in (scaling, before)):
-        raise ValueError(
-            f"{type(model).__name__} derives its softmax scale from RoPE's mscale_all_dim when it is built, which "
-            "can't be redone on a live model. Change config.json before loading it instead."
-        )
     configs = {id(c): c for c in [config, *(m.config for m in modules)]}.values()
+    scaled = [m for m in model.modules() if _scales_softmax(m, scaling, before)]
     try:
         for each in configs:
             _write(each, scaling)
         for module in modules:
             _reinitialise(module)
+        for module in scaled:
+            _rescale_softmax(module)
     except Exception as error:
         for each in configs:
             _write(each, before)
         for module in modules:
             _reinitialise(module)
+        for module in scaled:
+            with contextlib.suppress(Exception):  # one that can't be built anew was not changed
+                _rescale_softmax(module)
         raise ValueError(f"RoPE {scaling.to_dict()} can't be put on {type(model).__name__}: {error}") from error

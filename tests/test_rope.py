@@ -1,12 +1,15 @@
 """RoPE scaling: what is written, what transformers and vLLM derive from it, and what it does to a live model."""
 
-import copy
+import math
+import random
 
 import pytest
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    CohereForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -18,8 +21,12 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from hf_longlora import rope
 from hf_longlora.rope import ROPE_TYPES, RopeScaling, apply_rope, current_rope, reach, rope_factor, scaled_rope
+
+from . import vllm_rules
 
 SHAPE = {
     "vocab_size": 128,
@@ -100,31 +107,256 @@ def test_apply_equals_reload_and_undo_equals_the_original(name, rope_type, tmp_p
     assert not leftovers
 
 
-def vllm_max_model_len(config) -> int:
-    """vLLM's rule, from what it reads in config.json."""
-    length, factor = config.max_position_embeddings, 1.0
-    parameters = config.rope_parameters
-    entries = parameters.values() if "rope_type" not in parameters else [parameters]
-    if "gemma3" not in config.model_type:
-        for entry in entries:
-            if entry["rope_type"] not in ("su", "longrope", "llama3"):
-                factor = entry.get("factor", factor)
-                if entry["rope_type"] == "yarn":
-                    length = entry["original_max_position_embeddings"]
-    return int(length * factor)
+# -- what readers of the saved files derive --------------------------------------------------------------------------
+
+THETA = {"rope_theta": 10000.0}
+SCALED = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 2.0, "beta_fast": 16.0, "attention_factor": 1.25, "original_max_position_embeddings": 64},
+    "llama3": {
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "longrope": {
+        "short_factor": [1.0] * 8,
+        "long_factor": [1.0 + i / 4 for i in range(8)],
+        "attention_factor": 1.5,
+        "original_max_position_embeddings": 64,
+    },
+}
 
 
-@pytest.mark.parametrize(("name", "rope_type"), CASES)
-def test_vllm_derives_the_target_length(name, rope_type, tmp_path):
-    cls, make, _ = MODELS[name]
-    model = build(cls, make())
-    for target in (192, 256, 1000):
-        scaling = scaled_rope(model.config, target, rope_type)
-        other = copy.deepcopy(model)
-        apply_rope(other, scaling)
-        other.config.save_pretrained(tmp_path)
-        assert vllm_max_model_len(AutoConfig.from_pretrained(tmp_path)) == target
-        assert reach(scaling) == (64, target)
+def scaled_llama(kind):
+    """A base that reaches 128 tokens by a RoPE type of its own, as its publisher would have written it."""
+    longest = 64 if kind in ("linear", "dynamic") else 128
+    return llama(max_position_embeddings=longest, rope_parameters={**THETA, "rope_type": kind, **SCALED[kind]})
+
+
+def cohere():
+    from transformers import CohereConfig
+
+    return CohereConfig(**SHAPE, num_key_value_heads=2, model_max_length=128)
+
+
+def deepseek():
+    from transformers import DeepseekV3Config
+
+    yarn = {**THETA, "rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    return DeepseekV3Config(
+        **{**SHAPE, "max_position_embeddings": 128},
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=8,
+        v_head_dim=12,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+        rope_parameters={**yarn, "original_max_position_embeddings": 64},
+    )
+
+
+def olmo3():
+    from transformers import Olmo3Config
+
+    layers = ["sliding_attention", "full_attention"]
+    return Olmo3Config(**SHAPE, num_key_value_heads=2, sliding_window=16, layer_types=layers)
+
+
+def phi3(longest, original=None, **rope):
+    lengths = {**SHAPE, "max_position_embeddings": longest}
+    if original is not None:
+        lengths["original_max_position_embeddings"] = original
+    if rope:
+        lengths["rope_parameters"] = {**THETA, **rope}
+    return Phi3Config(**lengths, num_key_value_heads=2)
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0 + i / 4 for i in range(8)]}
+MINI = {"partial_rotary_factor": 0.75, "short_factor": [1.0] * 6, "long_factor": [1.0 + i / 4 for i in range(6)]}
+# name: config, original length, types
+READ: dict[str, tuple] = {
+    "llama": (llama, 64, ROPE_TYPES),
+    "gpt_neox": (lambda: GPTNeoXConfig(**SHAPE | {"hidden_size": 128}), 64, ROPE_TYPES),  # a quarter of the head
+    "gemma3": (gemma3, 64, ("linear", "yarn", "llama3", "longrope")),  # nested, counts its factor
+    "olmo3": (olmo3, 64, ("yarn", "llama3", "longrope")),  # nested
+    "cohere": (cohere, 128, ROPE_TYPES),  # vLLM reads its model_max_length first
+    "deepseek_v3": (deepseek, 64, ("yarn",)),
+    # The class's default original length is 4,096, whatever the model's: a model that is not scaled has its own.
+    "phi3": (lambda: phi3(64), 64, ("longrope",)),
+    "phi3 scaled": (lambda: phi3(128, 64, **LONG), 64, ("longrope",)),
+    "phi4 mini": (lambda: phi3(128, 64, **LONG | MINI), 64, ("longrope",)),  # three quarters of the head
+    **{f"llama with {kind}": (lambda kind=kind: scaled_llama(kind), 64, (kind,)) for kind in ROPE_TYPES},
+}
+
+
+@pytest.mark.parametrize(("name", "rope_type"), [(n, t) for n, (_, _, types) in READ.items() for t in types])
+@pytest.mark.parametrize("in_steps", [False, True])
+def test_transformers_and_vllm_derive_the_same_from_the_saved_file(name, rope_type, in_steps, tmp_path):
+    make, original, _ = READ[name]
+    config, target = make(), 1000
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"):
+        model = model_class(config)
+    model.to_empty(device="cpu")
+    base = current_rope(config)
+    assert reach(base)[0] == original
+    if in_steps:
+        apply_rope(model, scaled_rope(model.config, 512, rope_type))
+    scaling = scaled_rope(model.config, target, rope_type)
+    apply_rope(model, scaling)
+    assert reach(scaling) == (original, target)
+    assert rope_factor(scaling) == pytest.approx(target / original)
+    model.config.save_pretrained(tmp_path)
+
+    config = AutoConfig.from_pretrained(tmp_path)
+    served = vllm_rules.served(config)
+    assert served.longest == target
+    assert served.positions >= target
+    assert served.default_length == (original if name.startswith("phi") else target)
+    parameters = vllm_rules.is_nested(config.rope_parameters)
+    layer = {"layer_type": "full_attention"} if parameters else {}
+    inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", seq_len=target, **layer)
+    assert torch.allclose(inv_freq, served.inv_freq, rtol=1e-5)
+    assert attention_factor == pytest.approx(served.attention_factor)
+    # the live model, at the length it was made for, is what the file says
+    rotary = rope.rotary_modules(model)[0]
+    cos, _ = rotary(torch.zeros(1, 1), torch.arange(target)[None], **layer)
+    half = inv_freq * torch.arange(target)[:, None]
+    first = cos[0, :, ::2] if name == "cohere" else cos[0, :, : half.shape[1]]  # interleaved there
+    assert torch.allclose(first, half.cos() * attention_factor, atol=1e-3)
+    if parameters:
+        sliding = vllm_rules.served(config, "sliding_attention")
+        assert sliding.positions >= target
+        assert config.rope_parameters["sliding_attention"] == base.rope_parameters["sliding_attention"]
+
+
+@pytest.mark.parametrize("rope_type", ROPE_TYPES)
+def test_readers_agree_at_any_length_width_and_base(rope_type, tmp_path):
+    """Also where a factor is no round number: not a token short, in vLLM's whole numbers."""
+    draw = random.Random(0)
+    for case in range(40):
+        original = draw.choice([64, 100, 2048, 3000, 4096, 8191, 8192])
+        target = draw.randint(original + 1, 64 * original)
+        if case == 0:
+            original, target = 100, 113  # 100 * (113 / 100) is 112.999...
+        theta = draw.choice([1e4, 5e5, 1e6])
+        part = draw.choice([0.25, 0.5, 1.0])
+        config = llama(
+            head_dim=draw.choice([32, 64, 128]),
+            max_position_embeddings=original,
+            rope_parameters={"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": part},
+        )
+        scaling = scaled_rope(config, target, rope_type)
+        config.rope_parameters = scaling.rope_parameters
+        config.max_position_embeddings = scaling.max_position_embeddings
+        config.save_pretrained(tmp_path / str(case))
+        config = AutoConfig.from_pretrained(tmp_path / str(case))
+        served = vllm_rules.served(config)
+        assert served.longest == target, (original, target)
+        assert served.positions >= target, (original, target)
+        inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", seq_len=target)
+        assert torch.allclose(inv_freq, served.inv_freq, rtol=1e-4)
+        assert attention_factor == pytest.approx(served.attention_factor)
+
+
+@pytest.mark.parametrize("rope_type", ROPE_TYPES)
+def test_frequencies_are_those_of_the_formula(rope_type):
+    """Against the closed forms, at the two ends: the fastest pair of dimensions and the slowest."""
+    config = llama(head_dim=32)
+    factor, half = 16.0, 16
+    model = LlamaForCausalLM(config)
+    apply_rope(model, scaled_rope(config, int(64 * factor), rope_type))
+    inv_freq, _ = ROPE_INIT_FUNCTIONS[rope_type](model.config, "cpu", seq_len=1024)
+    fast, slow = 1.0, 10000.0 ** (-2 * (half - 1) / 32)
+    expected = {
+        "linear": (fast / factor, slow / factor),
+        # NTK: the slowest dimension is what it would be interpolated by factor^2 - factor + 1
+        "dynamic": (fast, (10000.0 * (factor * factor - (factor - 1)) ** (32 / 30)) ** (-2 * (half - 1) / 32)),
+    }
+    for value, wanted in zip((inv_freq[0], inv_freq[-1]), expected.get(rope_type, (fast, slow / factor)), strict=True):
+        assert value.item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_softmax_scale_made_of_rope_follows_it(tmp_path):
+    """DeepSeek folds mscale_all_dim into its attention when it is built."""
+    from transformers import DeepseekV3ForCausalLM
+
+    model = build(DeepseekV3ForCausalLM, deepseek())
+    attention = model.model.layers[0].self_attn
+    base, before = current_rope(model.config), attention.scaling
+    ids = torch.randint(3, 128, (1, 100))
+    with torch.no_grad():
+        plain = model(ids).logits
+        apply_rope(model, scaled_rope(model.config, 1024))
+        assert attention.scaling == pytest.approx(24**-0.5 * (0.1 * math.log(16) + 1) ** 2)
+        extended = model(ids).logits
+        model.save_pretrained(tmp_path)
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert torch.equal(reloaded(ids).logits, extended)
+        apply_rope(model, base)
+        assert attention.scaling == before
+        assert torch.equal(model(ids).logits, plain)
+
+
+def test_what_vllm_would_serve_as_another_type_is_refused():
+    with pytest.raises(ValueError, match="latent attention"):
+        config = deepseek()
+        config.rope_parameters = {**THETA, "rope_type": "default"}
+        scaled_rope(config, 1024, "llama3")
+    axes = llama(rope_parameters={**THETA, "rope_type": "default", "mrope_section": [2, 3, 3]})
+    for kind in ROPE_TYPES:
+        if kind != "yarn":
+            with pytest.raises(ValueError, match="mrope_section"):
+                scaled_rope(axes, 256, kind)
+    assert scaled_rope(axes, 256).parameters["mrope_section"] == [2, 3, 3]
+    explicit = scaled_rope(axes, rope_parameters={"rope_type": "yarn", "factor": 4.0})
+    assert explicit.parameters["mrope_section"] == [2, 3, 3]
+    for kind in ("linear", "dynamic"):
+        with pytest.raises(ValueError, match="sliding layers"):
+            scaled_rope(olmo3(), 1024, kind)
+    long = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    with pytest.raises(ValueError, match="attention_factor"):
+        scaled_rope(llama(), 256, rope_parameters={**long, "attention_factor": 1.1})
+    with pytest.raises(ValueError, match="longrope's factor"):
+        scaled_rope(llama(), 256, rope_parameters={**long, "factor": 8.0})
+
+
+def test_bases_that_no_factor_extends_are_refused():
+    with pytest.raises(ValueError, match="proportional"):
+        scaled_rope(llama(rope_parameters={**THETA, "rope_type": "proportional", "partial_rotary_factor": 0.5}), 256)
+    fixed = {**THETA, "rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0}
+    with pytest.raises(ValueError, match="alpha"):
+        scaled_rope(llama(rope_parameters=fixed), 256, "dynamic")
+
+
+def test_another_type_over_a_scaled_base_is_said(caplog):
+    with caplog.at_level("WARNING", logger=rope.logger.name):
+        scaled_rope(scaled_llama("llama3"), 512, rope_parameters={"rope_type": "linear", "factor": 8.0})
+    assert "in the place of the base's 'llama3'" in caplog.text
+
+
+def test_old_attention_factors_do_not_outlive_their_length():
+    for kind in ("yarn", "longrope"):
+        assert "attention_factor" not in scaled_rope(scaled_llama(kind), 512).parameters
+
+
+def test_command_r_is_as_long_as_it_says():
+    config = cohere()
+    assert reach(current_rope(config)) == (128, 128)
+    model = build(CohereForCausalLM, config)
+    base = current_rope(model.config)
+    apply_rope(model, scaled_rope(model.config, 512, "llama3"))
+    assert (model.config.max_position_embeddings, model.config.model_max_length) == (512, 512)
+    apply_rope(model, base)
+    assert (model.config.max_position_embeddings, model.config.model_max_length) == (64, 128)
 
 
 @pytest.mark.parametrize("rope_type", ROPE_TYPES)

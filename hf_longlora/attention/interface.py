@@ -17,10 +17,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 from .config import AttentionMode, S2AttentionConfig, Shift, check_group_size
+from .dense import eager_attention
 from .kernels import select_kernel
 from .segments import Documents
+
+logger = logging.get_logger(__name__)
 
 NAME = "s2attn"
 
@@ -80,6 +84,12 @@ def s2_attention(
 # The mask
 
 
+READS_MASK = (
+    "This family works on the attention mask itself, and s2attn makes none (memory n^2): it is not supported. Use the "
+    "model with another attention implementation"
+)
+
+
 @dataclass(eq=False)
 class S2Mask:
     """What a forward knows about its mask, before anyone asks for one.
@@ -98,9 +108,9 @@ class S2Mask:
         return self.arguments["attention_mask"]
 
     @property
-    def local(self) -> bool:
-        """Whether it is the mask of sliding-window or chunked layers."""
-        return self.arguments.get("local_size") is not None
+    def window(self) -> int | None:
+        """Tokens in the window or chunk, for the mask of sliding-window or chunked layers."""
+        return self.arguments.get("local_size")
 
     @property
     def causal(self) -> bool:
@@ -109,7 +119,23 @@ class S2Mask:
             return True
         # Compiled, transformers can't look whether a row is packed, and makes the mask as if each were.
         packed = torch.compiler.is_compiling() or (self._documents is not None and self._documents.packed)
-        return packed and not self.arguments["use_vmap"]  # what others shape a mask by comes as a function to vmap
+        within = self.window is not None and self.arguments["q_length"] <= self.window
+        return (within or packed) and not self.arguments["use_vmap"]  # what else shapes a mask comes to be vmapped
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{READS_MASK} (`{name}`)")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise ValueError(READS_MASK)
+
+    def check_keys(self, module: nn.Module, key: torch.Tensor) -> None:
+        """Raise a `ValueError` if a layer has made other keys (compressed, added ones) than the mask is for."""
+        # A single query is a decoding step, where sdpa's mask broadcasts over whatever the cache holds.
+        if key.shape[2] != self.arguments["kv_length"] and self.arguments["q_length"] > 1:
+            raise ValueError(
+                f"{type(module).__name__} attends to {key.shape[2]} keys where the mask is for "
+                f"{self.arguments['kv_length']}: s2attn does not support it."
+            )
 
     def dense(self) -> torch.Tensor | None:
         """The mask of `attn_implementation="sdpa"`: `[B, 1, S, S]`, or `None` where causality says it all."""
@@ -173,6 +199,8 @@ class S2State:
 
 _ATTRIBUTE = "s2_attention_state"  # plain attributes of modules survive PEFT's wrapping and stay out of config.json
 _DEFAULT = S2State()
+# What changes the attention of some families (sparse indices, sinks that depend on the query) and sdpa ignores.
+_UNKNOWN = ("indices", "block_indices", "sinks")
 
 
 def s2_attention_forward(
@@ -199,27 +227,26 @@ def s2_attention_forward(
     Raises:
         ValueError: if the layer asks for what no kernel can honour, or comes with a custom 4-D mask in training.
     """
+    refuse_unknown(module, kwargs)
     state: S2State = getattr(module, _ATTRIBUTE, _DEFAULT)
     sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    local = kwargs.get("sliding_window") is not None or (isinstance(attention_mask, S2Mask) and attention_mask.local)
-    segmented = (module.training or state.mode == "s2") and causal and not local and query.shape[2] == key.shape[2]
-    if not segmented:
-        dropped = "attention sinks" if sinks is not None else "softcap" if softcap is not None else None
-        if dropped is not None:
-            raise ValueError(
-                f"{type(module).__name__} has {dropped}, which dense attention by sdpa lacks, and may drop silently. "
-                'Evaluate it with attn_implementation="eager".'
-            )
-        dense = attention_mask.dense() if isinstance(attention_mask, S2Mask) else attention_mask
+    alone = left_alone(module, query, key, attention_mask, causal, kwargs.get("sliding_window"))
+    if alone is not None or not (module.training or state.mode == "s2"):
+        if isinstance(attention_mask, S2Mask):
+            attention_mask.check_keys(module, key)
+            dense = attention_mask.dense()
+        else:
+            dense = attention_mask
         if dense is not None:  # a model spread over devices shares one S2Mask
             dense = dense.to(query.device)
-        return sdpa_attention_forward(
-            module, query, key, value, dense, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
-        )
+        options = dict(kwargs, dropout=dropout, scaling=scaling)
+        if softcap is None and sinks is None:
+            return sdpa_attention_forward(module, query, key, value, dense, is_causal=is_causal, **options)
+        # As in sdpa: a single query without a mask sees every key.
+        return eager_attention(module, query, key, value, dense, causal=causal and query.shape[2] > 1, **options), None
 
-    if kwargs.get("position_bias") is not None:
-        raise ValueError(f"{type(module).__name__} adds a position bias to its scores, which s2attn does not support.")
+    refuse_sparse(module, kwargs)
     documents = _documents(module, query, attention_mask, kwargs)
     group_size = None if state.mode == "dense" else state.config.resolve_group_size(documents.longest)
     kernel = select_kernel(
@@ -244,6 +271,55 @@ def s2_attention_forward(
     return out.contiguous(), None
 
 
+def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` if a layer passes to its attention what nothing here knows."""
+    for name in _UNKNOWN:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} passes `{name}` to its attention, which s2attn does not know and would "
+                "drop. Use the model with the attention implementation it is made for."
+            )
+
+
+def refuse_sparse(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` if a layer that would be sparse asks for what the pattern excludes."""
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__} adds a position bias to its scores, which s2attn does not support.")
+    position_ids = kwargs.get("position_ids")
+    if position_ids is not None and position_ids.ndim != 2:
+        raise ValueError(
+            f"{type(module).__name__} has position_ids of shape {tuple(position_ids.shape)}; s2attn reads documents "
+            "off 2-D ones only."
+        )
+
+
+def left_alone(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: "S2Mask | torch.Tensor | None",
+    causal: bool,
+    window: int | None,
+) -> str | None:
+    """Why a layer is dense in training as well, in words; `None` if it is sparse.
+
+    A window or chunk that the model's length can't go beyond is none: Phi-3's 128k checkpoints declare one of 262,144
+    tokens in every layer.
+    """
+    if not causal:
+        return "not causal"
+    if query.shape[2] != key.shape[2]:
+        return "other keys than queries"
+    if window is None and isinstance(mask, S2Mask):
+        window = mask.window
+    if window is None:
+        return None
+    reach = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    if reach is None or window < max(reach, query.shape[2]):
+        return f"a window of {window:,} tokens"
+    return None
+
+
 def _shift(shift: Shift, module: nn.Module) -> Literal["half", "none", "all"]:
     """Which heads of a layer are shifted."""
     if shift == "heads":
@@ -258,11 +334,6 @@ def _documents(
 ) -> Documents:
     """The documents of the batch that a layer is in the middle of."""
     cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
-    if position_ids is not None and position_ids.ndim != 2:
-        raise ValueError(
-            f"{type(module).__name__} has position_ids of shape {tuple(position_ids.shape)}; s2attn reads documents "
-            "off 2-D ones only (models with several position axes, such as vision-language models, are not supported)."
-        )
     if isinstance(mask, S2Mask):
         documents = mask.documents(cu_seqlens, position_ids)
         if mask.causal:
@@ -301,7 +372,10 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
 def check_supported(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
     """Raise a `ValueError` if shifted sparse attention can't be used in a model class, saying why."""
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{model_class.__name__} is an encoder-decoder; shifted sparse attention is for decoders.")
+        raise ValueError(
+            f"{model_class.__name__} is an encoder-decoder; shifted sparse attention is for decoders. Train it with "
+            'attn_implementation="sdpa".'
+        )
     if not model_class._can_set_attn_implementation():
         raise ValueError(
             f"{model_class.__name__} does not call its attention through transformers' AttentionInterface, so nothing "
@@ -315,19 +389,42 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) 
     Switches a model of another attention implementation to `"s2attn"`. Call it again to change the configuration.
 
     Raises:
-        ValueError: if the model is not from transformers, or its attention does not go through `AttentionInterface`.
+        ValueError: if the model is not from transformers, its attention does not go through `AttentionInterface`, or
+            none of it is causal.
     """
     inner = _transformers_model(model)
     check_supported(type(inner), inner.config)
     modules = [module for _, module in attention_modules(inner)]
     if not modules:
         raise ValueError(f"{type(inner).__name__} has no attention modules.")
+    if not any(getattr(module, "is_causal", True) for module in modules):
+        raise ValueError(
+            f"{type(inner).__name__} has no causal attention: it is an encoder (or set up as one: is_decoder), or its "
+            "prompts see themselves both ways. Shifted sparse attention is for decoders; train it with "
+            'attn_implementation="sdpa".'
+        )
+    window = _window_everywhere(inner.config)
+    if window is not None:
+        logger.warning(
+            f"{type(inner).__name__} has a sliding window of {window} tokens in every layer, and layers with a window "
+            "stay as they are: nothing is left to be sparse. Load the model with sliding_window=None to have it "
+            "attend to the whole length."
+        )
     if inner.config._attn_implementation != NAME:
         inner.set_attn_implementation(NAME)
     state = _state(inner)
     state = S2State(config or S2AttentionConfig(), state.mode if state is not None else "auto")
     for module in modules:
         setattr(module, _ATTRIBUTE, state)
+
+
+def _window_everywhere(config: PreTrainedConfig) -> int | None:
+    """The window of a model all of whose layers have one that its length goes beyond."""
+    config = config.get_text_config()
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window is None or window >= getattr(config, "max_position_embeddings", window):
+        return None
+    return window if kinds is None or set(kinds) == {"sliding_attention"} else None
 
 
 def _state(model: nn.Module) -> S2State | None:

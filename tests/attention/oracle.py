@@ -15,7 +15,7 @@ def visible(length: int, documents: list[tuple[int, int]], group_size: int | Non
     return seen
 
 
-def oracle(query, key, value, rows, group_size, scale=None, shift="half"):
+def oracle(query, key, value, rows, group_size, scale=None, shift="half", softcap=None, sinks=None):
     """Shifted sparse attention in fp64 by brute force. `[B, H, S, D]` -> `[B, H, S, D_v]`, 0 in padding."""
     batch, heads, length, dim = query.shape
     kv_heads = key.shape[1]
@@ -34,6 +34,11 @@ def oracle(query, key, value, rows, group_size, scale=None, shift="half"):
         for h in range(heads):
             mask = masks[shifted[h]].to(query.device)
             scores = query[b, h].double() @ key[b, h // group].double().T * scale
-            weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0)
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            scores = scores.masked_fill(~mask, float("-inf"))
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[h].double().expand(length, 1)], dim=-1)
+            weights = scores.softmax(-1).nan_to_num(0.0)[:, :length]
             out[b, h] = weights @ value[b, h // group].double()
     return out

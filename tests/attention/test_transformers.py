@@ -281,8 +281,14 @@ def test_what_no_kernel_honours_is_refused(models):
         interface.s2_attention_forward(module, q, kv, kv, None, softcap=30.0)
     with pytest.raises(ValueError, match="sinks"):
         interface.s2_attention_forward(module, q, kv, kv, None, s_aux=torch.zeros(4))
-    with pytest.raises(ValueError, match="sinks"):
-        interface.s2_attention_forward(module.eval(), q, kv, kv, None, s_aux=torch.zeros(4))
+    for dropped in ({"softcap": 30.0}, {"s_aux": torch.zeros(4)}):  # Llama's own attention has neither
+        with pytest.raises(ValueError, match=r"softcap|sinks"):
+            interface.s2_attention_forward(module.eval(), q, kv, kv, None, **dropped)
+    with pytest.raises(ValueError, match="indices"):
+        interface.s2_attention_forward(module, q, kv, kv, None, indices=torch.zeros(1))
+    mask = interface.s2_mask(1, 16, 16)
+    with pytest.raises(ValueError, match="attends to 20 keys"):
+        interface.s2_attention_forward(module, q, torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8), mask)
     with pytest.raises(ValueError, match="position bias"):
         interface.s2_attention_forward(module.train(), q, kv, kv, None, position_bias=torch.zeros(1))
     with pytest.raises(ValueError, match="2-D"):

@@ -191,7 +191,7 @@ def test_a_tile_is_computed_again_under_the_autocast_of_the_forward(tiny_llama):
     assert set(dtypes) == {torch.bfloat16}
 
 
-def test_offloading_without_an_accelerator_is_one_clear_error(make, monkeypatch):  # noqa: F811
+def test_offloading_without_an_accelerator_is_one_clear_error(make, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(ValueError, match="activation_offloading"):
         make(stages=STAGES, activation_offloading=True)
@@ -199,7 +199,7 @@ def test_offloading_without_an_accelerator_is_one_clear_error(make, monkeypatch)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", [None, 50])
-def test_liger_trains_the_masters_of_norms(make, tiny_llama, tile):  # noqa: F811
+def test_liger_trains_the_masters_of_norms(make, tiny_llama, tile):
     """In a bf16 base the norms' masters are fp32, and Liger's kernels read both."""
     pytest.importorskip("liger_kernel")
     runs = {}

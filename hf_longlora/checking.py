@@ -1,0 +1,384 @@
+"""What would be done to a model, before any weight is downloaded: `hf-longlora check MODEL`.
+
+The model is built from its config on the meta device, where tensors have shapes and no numbers, given the adapter, and
+run once. What is reported is what the layers themselves asked for: a family that nobody has tested is checked by the
+same rules as any other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from .attention import S2AttentionConfig, check_supported, set_s2_attention
+from .attention.interface import READS_MASK, S2Mask, left_alone, refuse_sparse, refuse_unknown, s2_mask
+from .attention.kernels import KERNELS
+from .families import Family, find_family
+from .rope import AUTO, RopeScaling, current_rope, reach, rotary_modules
+from .tuner import LongLoraConfig
+from .tuner.modules import is_norm, language_modules, walk
+
+_PROBE = "s2attn_probe"
+_TOKENS = 16
+
+
+@dataclass
+class Layer:
+    """An attention layer, as it asked for attention in a training forward."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    left_alone: str | None
+    """Why it is dense in training as well; `None` if it is sparse."""
+    needs: tuple[str, ...] = ()
+    """What a kernel has to have for it."""
+
+    @property
+    def shifted(self) -> str:
+        """Which heads are shifted, in words."""
+        if self.kv_heads > 1:
+            half = self.kv_heads // 2
+            return f"the last {half} of {self.kv_heads} key/value heads, with {half * self.heads // self.kv_heads} of "
+        return f"{self.heads // 2} of "
+
+
+@dataclass
+class ModelCheck:
+    """What would be done to a model; `str()` of it is what `hf-longlora check` prints."""
+
+    name: str
+    model_type: str
+    model_class: str = "unknown"
+    family: Family | None = None
+    layers: list[Layer] = field(default_factory=list)
+    other_layers: int = 0
+    """Layers without softmax attention."""
+    group_size: int | None = None
+    length: int | None = None
+    rope: tuple[RopeScaling, RopeScaling] | None = None
+    """Before and after; `None` without RoPE."""
+    targets: list[str] = field(default_factory=list)
+    norms: list[str] = field(default_factory=list)
+    embeddings: list[str] = field(default_factory=list)
+    parameters: tuple[int, int] = (0, 0)
+    """Trained, and in all."""
+    notes: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    """Why the model, or what was asked of it, is refused. Empty: nothing is."""
+
+    @property
+    def sparse(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer.left_alone is None]
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def check_model(
+    model: str | PreTrainedConfig,
+    *,
+    target_length: int | None = None,
+    rope_type: str = AUTO,
+    attention: S2AttentionConfig | None = None,
+    trust_remote_code: bool = False,
+) -> ModelCheck:
+    """Say what LongLoRA would do to a model, without its weights.
+
+    Args:
+        model: A name on the Hub, a folder, or a config.
+        target_length: Tokens to extend RoPE to; `None` leaves RoPE as it is.
+        rope_type: As in `LongLoraConfig`.
+        attention: Group size and kernel; the trainer's default, groups of 1/16, if not given.
+        trust_remote_code: Run the code that comes with a model whose class transformers has not.
+
+    Returns:
+        What was found. A model that is refused is no error here: `refused` says why.
+
+    Raises:
+        OSError: if there is no such model.
+    """
+    if isinstance(model, str):
+        config: Any = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    else:
+        config = copy.deepcopy(model)
+    name = model if isinstance(model, str) else type(model).__name__
+    found = ModelCheck(name, config.model_type, family=find_family(config))
+    if isinstance(model, str):
+        _theta(PreTrainedConfig.get_config_dict(model)[0], config, found)
+    built = _build(config, found, trust_remote_code)
+    if built is None:
+        return found
+    found.model_class = type(built).__name__
+    try:
+        check_supported(type(built), config)
+        set_s2_attention(built)
+    except ValueError as error:
+        found.refused.append(str(error))
+        return found
+    _put_adapter(built, found, target_length, rope_type)
+    _group_size(found, built.config, target_length, attention)
+    _run(built, found)
+    _judge(found, built.config)
+    return found
+
+
+def _theta(written: dict[str, Any], config: Any, found: ModelCheck) -> None:
+    """Note a scaled RoPE whose file names no base of the frequencies: transformers puts the class's default there."""
+    written = written.get("text_config") or written
+    rope = written.get("rope_parameters") or written.get("rope_scaling") or {}
+    flat = {**written, **rope}
+    nested = any(isinstance(value, dict) for value in rope.values())
+    if rope and not nested and "rope_theta" not in flat and "rotary_emb_base" not in flat:
+        default = config.get_text_config().default_theta
+        found.notes.append(
+            f"config.json scales RoPE and names no rope_theta: transformers takes {default:g}. If the model was "
+            "trained with another (assigning config.rope_scaling drops it), set it there: reported for a lost one, "
+            "perplexity 13.8 -> 11,316."
+        )
+
+
+def _build(config: Any, found: ModelCheck, trust_remote_code: bool) -> PreTrainedModel | None:
+    if getattr(config, "is_encoder_decoder", False):
+        found.refused.append(
+            f"{config.model_type} is an encoder-decoder; shifted sparse attention is for decoders. Train it with "
+            'attn_implementation="sdpa".'
+        )
+        return None
+    auto: Any = AutoModelForCausalLM
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        auto = AutoModelForImageTextToText
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            found.refused.append(f"transformers has no causal language model of type {config.model_type!r}.")
+            return None
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a family's code makes of a config that lacks something
+        found.refused.append(f"transformers can't build the model from this config: {type(error).__name__}: {error}")
+        return None
+
+
+def _put_adapter(model: PreTrainedModel, found: ModelCheck, target_length: int | None, rope_type: str) -> None:
+    """Norms, embeddings, targets and RoPE, by putting the adapter on."""
+    try:
+        before = current_rope(model.config)
+    except ValueError as error:
+        before = None
+        if target_length is None:
+            found.notes.append(str(error))
+    try:
+        tuned: Any = get_peft_model(model, LongLoraConfig(target_length=target_length, rope_type=rope_type))
+    except ValueError as error:
+        found.refused.append(str(error))
+        tuned = get_peft_model(model, LongLoraConfig())
+    if before is not None:
+        found.rope = before, current_rope(model.config)
+    adapter = tuned.peft_config["default"]
+    found.targets = sorted(adapter.target_modules or ())
+    whole = set(adapter.modules_to_save or ())
+    for name, module in walk(model):
+        if any(name == kept or name.endswith(f".{kept}") for kept in whole):
+            (found.norms if is_norm(module) else found.embeddings).append(name)
+    found.parameters = tuned.get_nb_trainable_parameters()
+
+
+def _group_size(
+    found: ModelCheck, config: Any, target_length: int | None, attention: S2AttentionConfig | None
+) -> None:
+    from .trainer import LongLoraSFTConfig  # its default; importing TRL takes seconds
+
+    attention = attention or S2AttentionConfig(group_size_ratio=LongLoraSFTConfig.group_size_ratio)
+    text_config = config.get_text_config()
+    reached = reach(found.rope[1])[1] if found.rope else getattr(text_config, "max_position_embeddings", None)
+    found.length = target_length or reached
+    if found.length is not None:
+        found.group_size = attention.resolve_group_size(found.length)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One forward on the meta device
+
+
+def _run(model: PreTrainedModel, found: ModelCheck) -> None:
+    """The layers of the language model, as they call for attention in training."""
+    language = {id(module): name for name, module in language_modules(model)}
+
+    def probe(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: S2Mask | torch.Tensor | None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        if id(module) in language:
+            causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+            alone = left_alone(module, query, key, attention_mask, causal, kwargs.get("sliding_window"))
+            needs = {"softcap": kwargs.get("softcap"), "attention sinks": kwargs.get("s_aux")}
+            try:
+                refuse_unknown(module, kwargs)
+                if alone is None:
+                    refuse_sparse(module, kwargs)
+            except ValueError as error:
+                if str(error) not in found.refused:
+                    found.refused.append(str(error))
+            wanted = tuple(what for what, given in needs.items() if given is not None)
+            found.layers.append(Layer(language[id(module)], query.shape[1], key.shape[1], alone, wanted))
+        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+    rotary: Any
+    for rotary in rotary_modules(model):  # dynamic and longrope look how long the text is; the shapes are the same
+        kinds = getattr(rotary, "rope_type", None)
+        rotary.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+    # Some families look at the numbers of a mask and some at those of positions; one of these is never looked at.
+    masks = (torch.ones(1, _TOKENS, dtype=torch.long), torch.ones_like(ids), None)
+    with _registered(model, probe), torch.no_grad():
+        for attempt, mask in enumerate(masks, start=1):
+            found.layers.clear()
+            try:
+                model.train()(input_ids=ids, attention_mask=mask, use_cache=False)
+                break
+            except Exception as error:  # whatever a family's code does with tensors that have no numbers
+                if str(error).startswith(READS_MASK):
+                    found.layers.clear()
+                    found.refused.append(f"{found.model_class}: {error}")
+                    break
+                if attempt == len(masks):
+                    found.layers.clear()
+                    found.notes.append(
+                        f"The forward of {found.model_class} can't be followed without numbers ({error}), so that its "
+                        "layers are not listed: run a training step of a tiny model of the family."
+                    )
+    total = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if found.layers and isinstance(total, int):
+        found.other_layers = max(0, total - len(found.layers))
+
+
+@contextmanager
+def _registered(model: PreTrainedModel, probe: Callable[..., Any]) -> Iterator[None]:
+    """Have the model call `probe` for attention."""
+    AttentionInterface.register(_PROBE, probe)
+    AttentionMaskInterface.register(_PROBE, s2_mask)
+    try:
+        model.set_attn_implementation(_PROBE)
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation("batched_mm")  # the default looks at which experts were chosen
+        yield
+    finally:
+        AttentionInterface._global_mapping.pop(_PROBE, None)
+        AttentionMaskInterface._global_mapping.pop(_PROBE, None)
+
+
+def _judge(found: ModelCheck, config: Any) -> None:
+    """What follows from the layers and from RoPE."""
+    if found.layers and not found.sparse:
+        reasons = ", ".join(sorted({str(layer.left_alone) for layer in found.layers}))
+        found.notes.append(
+            f"no layer would be sparse ({reasons}), and training would be as without this package. A model with a "
+            "sliding window can be loaded with sliding_window=None."
+        )
+    needs = {need for layer in found.sparse for need in layer.needs}
+    if needs:
+        able = [
+            name
+            for name, kernel in KERNELS.items()
+            if (kernel.softcap or "softcap" not in needs) and (kernel.sinks or "attention sinks" not in needs)
+        ]
+        found.notes.append(
+            f"{' and '.join(sorted(needs))}: train with one of the kernels {', '.join(able)}; dense attention is the "
+            "family's own eager one, in blocks of queries."
+        )
+    if found.rope is None:
+        return
+    before, after = found.rope
+    if before != after and after.rope_type == "dynamic":
+        found.notes.append(
+            "dynamic RoPE: vLLM takes the frequencies of the full length for every text, transformers those of the "
+            "text's own length."
+        )
+    if after.rope_type == "longrope" and after.original_max_position_embeddings is not None:
+        found.notes.append(
+            f"vLLM serves {after.original_max_position_embeddings:,} tokens of a longrope model unless it is given "
+            f"--max-model-len {reach(after)[1]}."
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# In words
+
+
+def _lines(found: ModelCheck) -> Iterator[str]:
+    tested = f"tested: {found.family.name}" if found.family is not None else "not among the tested families"
+    yield f"{found.name}: {found.model_class}, model type {found.model_type} ({tested})"
+    if found.layers:
+        yield f"attention   {len(found.sparse)} of {_count(len(found.layers) + found.other_layers, 'layer')} sparse"
+        for reason in sorted({layer.left_alone for layer in found.layers if layer.left_alone}):
+            names = [layer.name for layer in found.layers if layer.left_alone == reason]
+            yield f"            {_count(len(names), 'layer')} left alone: {reason} ({_short(names)})"
+        if found.other_layers:
+            yield f"            {_count(found.other_layers, 'layer')} left alone: no softmax attention"
+        for kind in sorted({f"{layer.shifted}{layer.heads} query heads" for layer in found.sparse}):
+            yield f"shifted     {kind}"
+    if found.group_size is not None:
+        yield f"groups      {found.group_size:,} tokens, at {found.length:,}"
+    if found.targets:
+        yield f"LoRA on     {', '.join(found.targets)}"
+    if found.norms or found.embeddings:
+        yield f"trained     {_count(len(found.norms), 'norm')} ({_short(found.norms)})"
+        yield f"            {_count(len(found.embeddings), 'embedding')} ({_short(found.embeddings)})"
+    if found.parameters[1]:
+        share = found.parameters[0] / found.parameters[1]
+        yield f"            {found.parameters[0]:,} of {found.parameters[1]:,} parameters ({share:.2%})"
+    if found.rope is not None:
+        before, after = found.rope
+        yield f"RoPE        {_rope(before)}"
+        yield f"            -> {_rope(after)}" if before != after else "            unchanged"
+    elif found.layers:
+        yield "RoPE        none"
+    if found.family is not None and found.family.note:
+        yield f"family      {found.family.note}"
+    for note in found.notes:
+        yield f"note        {note}"
+    for reason in found.refused:
+        yield f"REFUSED     {reason}"
+
+
+def _rope(scaling: RopeScaling) -> str:
+    original, longest = reach(scaling)
+    shown = {k: v for k, v in scaling.parameters.items() if k != "rope_type" and not isinstance(v, list)}
+    values = ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
+    )
+    return f"{scaling.rope_type}, {longest:,} tokens of originally {original:,} ({values})"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _short(names: list[str], most: int = 3) -> str:
+    if not names:
+        return "none"
+    return ", ".join(names[:most]) + (f", ... {names[-1]}" if len(names) > most else "")

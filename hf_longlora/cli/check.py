@@ -1,0 +1,43 @@
+"""`hf-longlora check`: what would be done to a model."""
+
+import argparse
+import warnings
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    from ..rope import AUTO, ROPE_TYPES
+
+    check = commands.add_parser(
+        "check",
+        help="say what would be done to a model, from its config alone",
+        description=(
+            "Say what LongLoRA would do to a model: which layers are sparse and which are left alone, how heads are "
+            "split, what is trained, RoPE before and after, and what is refused and why. Reads the config only; no "
+            "weights are downloaded. Exit code 1 if something is refused."
+        ),
+    )
+    check.add_argument("model", help="a model's name or path")
+    check.add_argument("--target-length", type=int, metavar="N", help="tokens to extend the context to")
+    check.add_argument("--rope-type", default=AUTO, choices=(AUTO, *ROPE_TYPES), help="default: %(default)s")
+    check.add_argument("--group-size", type=int, metavar="N", help="default: 1/16 of the length, as in the trainer")
+    check.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
+    check.set_defaults(run=run, after_interruption="Nothing has been written.")
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..attention import S2AttentionConfig
+    from ..checking import check_model
+
+    attention = None if options.group_size is None else S2AttentionConfig(group_size=options.group_size)
+    warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers, and nothing to the user
+    found = check_model(
+        options.model,
+        target_length=options.target_length,
+        rope_type=options.rope_type,
+        attention=attention,
+        trust_remote_code=options.trust_remote_code,
+    )
+    print(found)
+    if found.refused:
+        raise ValueError(f"{options.model} can't be extended like this; the reasons are above")

@@ -1,0 +1,173 @@
+"""`check_model` and `hf-longlora check`: what they say is what happens, and no weights are needed for it."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, T5Config
+
+from hf_longlora import LongLoraConfig, S2AttentionConfig
+from hf_longlora.checking import check_model
+from hf_longlora.cli import main
+from hf_longlora.families import FAMILIES, find_family
+from hf_longlora.rope import ROPE_TYPES, current_rope, reach
+
+from .test_families import COMMON, EVERY, HALF_SLIDING, OUTSIDE, TINY, build, vision_language
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_it_says_what_happens(family):
+    """Layers as the families' training test found them sparse; modules and RoPE as the adapter takes them."""
+    model = build(family)
+    config = copy.deepcopy(model.config)
+    known = find_family(config)
+    assert known is not None and known.model_type == family
+    target = 4 * reach(config)[1] if known.rope_types else None
+    found = check_model(config, target_length=target)
+    assert found.refused == []
+    assert found.family is known
+    sparse, total = TINY[family][1], config.num_hidden_layers
+    assert (len(found.sparse), len(found.layers) + found.other_layers) == (sparse, total)
+    assert {layer.heads for layer in found.layers} == {config.num_attention_heads}
+    assert config == model.config  # a config that was passed is not changed
+
+    tuned = get_peft_model(model, LongLoraConfig(target_length=target))
+    trained = {n for n, p in tuned.named_parameters() if p.requires_grad}
+    for name in found.norms + found.embeddings:
+        assert any(f"{name}.modules_to_save" in n for n in trained), name
+    assert len(found.norms) + len(found.embeddings) == len(tuned.peft_config["default"].modules_to_save)
+    assert sorted(tuned.peft_config["default"].target_modules) == found.targets
+    assert found.parameters == tuned.get_nb_trainable_parameters()
+    if target is None:
+        assert found.rope is None
+    else:
+        assert found.rope is not None
+        assert found.rope[1] == current_rope(model.config)
+        assert reach(found.rope[1])[1] == target
+        assert found.group_size == -(-target // 16)
+
+
+def test_the_words():
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    config = LlamaConfig(**COMMON | {"max_position_embeddings": 512}, rope_parameters=rope)
+    said = str(check_model(config, target_length=2048, attention=S2AttentionConfig(group_size=100)))
+    for words in (
+        "LlamaForCausalLM, model type llama (tested: Llama)",
+        "2 of 2 layers sparse",
+        "the last 1 of 2 key/value heads, with 2 of 4 query heads",
+        "100 tokens, at 2,048",
+        "LoRA on     k_proj, o_proj, q_proj, v_proj",
+        "5 norms",
+        "1 embedding (model.embed_tokens)",
+        "llama3, 512 tokens of originally 64",
+        "-> llama3, 2,048 tokens of originally 64",
+        "factor 32",
+    ):
+        assert words in said, said
+    assert "REFUSED" not in said
+
+
+def test_layers_that_are_left_alone_are_named():
+    said = str(check_model(AutoConfig.for_model("gemma2", **COMMON | HALF_SLIDING | {"head_dim": 8})))
+    assert "1 of 2 layers sparse" in said
+    assert "1 layer left alone: a window of 16 tokens (model.layers.0.self_attn)" in said
+    assert "softcap: train with one of the kernels" in said and "reference" in said
+    assert "unchanged" in said
+    config = build("qwen3_next").config
+    assert "1 layer left alone: no softmax attention" in str(check_model(config))
+
+
+@pytest.mark.parametrize("rope_type", ROPE_TYPES)
+def test_layers_are_found_under_every_rope_type(rope_type):
+    found = check_model(LlamaConfig(**COMMON), target_length=256, rope_type=rope_type)
+    assert len(found.sparse) == 2 and found.rope is not None and found.rope[1].rope_type == rope_type
+    assert ("vLLM takes the frequencies of the full length" in str(found)) == (rope_type == "dynamic")
+
+
+def test_a_window_in_every_layer():
+    found = check_model(AutoConfig.for_model("mistral", **COMMON | {"sliding_window": 16}))
+    assert not found.sparse and not found.refused
+    assert "0 of 2 layers sparse" in str(found) and "no layer would be sparse (a window of 16 tokens)" in str(found)
+
+
+def test_one_key_value_head():
+    said = str(check_model(LlamaConfig(**COMMON | {"num_key_value_heads": 1})))
+    assert "shifted     2 of 4 query heads" in said
+
+
+def test_a_family_that_nobody_has_tested():
+    tested = {family.model_type for family in FAMILIES}
+    config = AutoConfig.for_model("hunyuan_v1_dense", **COMMON | {"head_dim": 8})
+    assert config.model_type not in tested
+    found = check_model(config, target_length=256)
+    assert found.family is None and not found.refused and len(found.sparse) == 2
+    assert "not among the tested families" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "reason"),
+    [
+        (T5Config(vocab_size=128, d_model=32, num_layers=1, num_heads=2), {}, "encoder-decoder"),
+        (AutoConfig.for_model("bert", **COMMON), {}, "no causal attention"),
+        (AutoConfig.for_model("falcon", **OUTSIDE["falcon"]), {}, "AttentionInterface"),
+        (AutoConfig.for_model("vit"), {}, "no causal language model"),
+        (AutoConfig.for_model("doge", **COMMON), {}, "works on the attention mask itself"),
+        (LlamaConfig(**COMMON | {"head_dim": -1}), {}, "can't build the model"),
+        (LlamaConfig(**COMMON), {"target_length": 64}, "reaches 64 tokens"),
+        (AutoConfig.for_model("phi3", **COMMON), {"target_length": 256, "rope_type": "yarn"}, "longrope"),
+        (AutoConfig.for_model("opt", **COMMON, **TINY["opt"][0]), {"target_length": 256}, "has no RoPE"),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_what_is_refused_and_why(config, options, reason):
+    found = check_model(config, **options)
+    assert len(found.refused) == 1 and reason in found.refused[0]
+    assert f"REFUSED     {found.refused[0]}" in str(found)
+
+
+def test_a_vision_language_model_is_its_text_decoder():
+    config = vision_language("LlavaForConditionalGeneration")[0].config
+    found = check_model(config, target_length=256)
+    assert not found.refused and found.family is not None and found.family.name == "Llama"
+    assert [layer.name for layer in found.layers] == [f"model.language_model.layers.{i}.self_attn" for i in (0, 1)]
+    assert not [name for name in found.norms + found.embeddings if "vision" in name]
+
+
+def test_the_command_reads_a_config_and_nothing_else(tmp_path, capsys):
+    LlamaConfig(**COMMON).save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+    assert main(["check", str(tmp_path), "--target-length", "256"]) == 0
+    said = capsys.readouterr().out
+    assert "-> yarn, 256 tokens of originally 64" in said
+    assert main(["check", str(tmp_path), "--target-length", "256", "--rope-type", "linear", "--group-size", "32"]) == 0
+    said = capsys.readouterr().out
+    assert "-> linear, 256 tokens" in said and "groups      32 tokens, at 256" in said
+    assert main(["check", str(tmp_path), "--target-length", "32"]) == 1
+    output = capsys.readouterr()
+    assert "REFUSED     target_length=32" in output.out and "can't be extended like this" in output.err
+    assert main(["check", str(tmp_path / "nothing")]) == 1
+    assert "hf-longlora: error:" in capsys.readouterr().err
+
+
+def test_a_lost_rope_theta_is_noted(tmp_path):
+    LlamaConfig(**COMMON).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text())
+    for scaling, lost in (({"factor": 2.0}, True), ({"factor": 2.0, "rope_theta": 5e5}, False)):
+        file.write_text(json.dumps(written | {"rope_parameters": {"rope_type": "linear", **scaling}}))
+        said = str(check_model(str(tmp_path)))
+        assert ("names no rope_theta: transformers takes 10000" in said) == lost
+        assert "REFUSED" not in said
+
+
+def test_a_forward_that_can_not_be_followed_is_said(monkeypatch):
+    def looks(self, input_ids=None, **_):
+        return bool(torch.zeros(1, device="meta").item())
+
+    monkeypatch.setattr(type(AutoModelForCausalLM.from_config(LlamaConfig(**COMMON))), "forward", looks)
+    found = check_model(LlamaConfig(**COMMON))
+    assert not found.layers and "can't be followed without numbers" in str(found)
+    assert found.norms and found.rope is not None
