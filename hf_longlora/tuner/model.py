@@ -190,7 +190,22 @@ class LongLoraModel(LoraModel):
             if base.weight is head.weight:
                 base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
 
+    def _refuse_repacked(self) -> None:
+        """bitsandbytes repacks 4-bit weights for some CPUs in their first evaluation, and PEFT then reads them wrongly.
+
+        Seen with bitsandbytes 0.50.2 and PEFT 0.21.2, on a CPU with AVX512-BF16.
+        """
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                state = getattr(getattr(module.get_base_layer(), "weight", None), "quant_state", None)
+                if getattr(state, "packing_format_for_cpu", False):
+                    raise RuntimeError(
+                        "bitsandbytes has repacked the 4-bit weights for this CPU, and a merge would garble them. "
+                        "Load the adapter on the base without quantization and merge there (it is more exact, too)."
+                    )
+
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_repacked()
         self._part_from_head()
         super().merge_adapter(*args, **kwargs)
 
@@ -370,6 +385,8 @@ class LongLoraModel(LoraModel):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
+        if merge:
+            self._refuse_repacked()
         for name, wrapper, module in list(self._copies()):
             masters.demote(module, masters.base_dtype(wrapper.original_module))
             if isinstance(module, masters.TiedHead):
