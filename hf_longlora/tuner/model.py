@@ -191,7 +191,7 @@ class LongLoraModel(LoraModel):
                 base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
 
     def _refuse_repacked(self) -> None:
-        """bitsandbytes repacks 4-bit weights for some CPUs in their first evaluation, and PEFT then reads them wrongly.
+        """bitsandbytes repacks 4-bit weights for some CPUs when they first evaluate, and PEFT then reads them wrongly.
 
         Seen with bitsandbytes 0.50.2 and PEFT 0.21.2, on a CPU with AVX512-BF16.
         """
