@@ -34,17 +34,28 @@ test: $(VENV)/.installed ## the default suite: CPU, offline (the slow and the th
 test-lowest: $(VENV_LOWEST)/.installed ## the default suite with the oldest dependencies we support
 	$(VENV_LOWEST)/bin/python -m pytest -n $(JOBS) $(ARGS)
 
-# PEFT's sdist carries its tests; they are unpacked beside the environment and never committed.
-test-third-party: $(VENV)/.installed ## PEFT's own suite for custom models, with our adapter in the place of LoRA
+# The sdists of PEFT and transformers carry tests; they are unpacked beside the environment and never committed.
+define sdist
+	rm -rf $(VENV)/$(1) && mkdir $(VENV)/$(1)
+	$(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps --no-build-isolation --no-binary :all: -d $(VENV)/$(1) \
+		"$(1)==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("$(1)"))')"
+	tar -xzf $(VENV)/$(1)/$(1)-*.tar.gz -C $(VENV)/$(1) --strip-components 1
+	touch $(VENV)/$(1)/tests/__init__.py # the sdists leave it out
+endef
+OTHERS_PYTEST = HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/$(VENV)/hub PYTHONPATH=$(CURDIR)/tests/third_party \
+	$(CURDIR)/$(BIN)/python -m pytest -o addopts= -q -n $(JOBS) -p no:warnings -p no:cacheprovider
+OF_LORA = -k "-LoraConfig- or [LoraConfig- or (lora and not Config)"
+
+test-third-party: $(VENV)/.installed ## PEFT's and transformers' own suites, with our adapter and attention in the place of theirs
 	$(BIN)/python -m pip install -qq --disable-pip-version-check parameterized
-	rm -rf $(VENV)/peft && mkdir $(VENV)/peft
-	$(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps --no-build-isolation --no-binary :all: -d $(VENV)/peft \
-		"peft==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("peft"))')"
-	tar -xzf $(VENV)/peft/peft-*.tar.gz -C $(VENV)/peft --strip-components 1
-	touch $(VENV)/peft/tests/__init__.py # the sdist leaves it out
-	cd $(VENV)/peft && PYTHONPATH=$(CURDIR)/tests/third_party HF_HUB_OFFLINE=1 $(CURDIR)/$(BIN)/python -m pytest -o addopts= -q -n $(JOBS) \
-		-p longlora_for_lora -p no:warnings tests/test_custom_models.py \
-		-k "-LoraConfig- or (lora and not Config)" $(ARGS)
+	$(call sdist,peft)
+	$(call sdist,transformers)
+	$(BIN)/python tests/third_party/hub_cache.py $(VENV)/hub
+	cp tests/third_party/transformers_common.py $(VENV)/transformers/tests/test_s2attn_common.py
+	cd $(VENV)/peft && $(OTHERS_PYTEST) -p longlora_for_lora tests/test_custom_models.py tests/test_decoder_models.py $(OF_LORA) $(ARGS)
+	cd $(VENV)/peft && LONGLORA_TARGET_LENGTH=2048 $(OTHERS_PYTEST) -p longlora_for_lora tests/test_decoder_models.py $(OF_LORA) $(ARGS)
+	cd $(VENV)/peft && LONGLORA_LORA_ALONE=1 $(OTHERS_PYTEST) -p longlora_for_lora tests/test_decoder_models.py $(OF_LORA) $(ARGS)
+	cd $(VENV)/transformers && $(OTHERS_PYTEST) tests/test_s2attn_common.py $(ARGS)
 
 # Results of a GPU are kept (benchmarks/results); those of a CPU show no more than that the scripts run.
 bench: $(VENV)/.installed ## what this machine can measure: attention, a training step, with CORPUS=DIR quality

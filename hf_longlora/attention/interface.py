@@ -90,17 +90,19 @@ READS_MASK = (
 )
 
 
-@dataclass(eq=False)
 class S2Mask:
     """What a forward knows about its mask, before anyone asks for one.
+
+    No dataclass: FSDP2 rebuilds those in each layer's arguments, to cast their tensors.
 
     Args:
         arguments: What transformers passed to build a mask with.
     """
 
-    arguments: dict[str, Any]
-    _documents: Documents | None = field(default=None, init=False)
-    _dense: tuple[torch.Tensor | None] | None = field(default=None, init=False)
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self._documents: Documents | None = None
+        self._dense: tuple[torch.Tensor | None] | None = None
 
     @property
     def padding(self) -> torch.Tensor | None:

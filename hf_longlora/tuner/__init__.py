@@ -10,6 +10,7 @@ if "LONGLORA" not in PeftType.__members__:
     extend_enum(PeftType, "LONGLORA", "LONGLORA")
 
 from .config import LongLoraConfig
+from .hotswap import hotswap_adapter
 from .model import LongLoraModel
 
 
@@ -30,4 +31,4 @@ def register() -> None:
     register_peft_method(name="longlora", config_cls=LongLoraConfig, model_cls=LongLoraModel, prefix="lora_")
 
 
-__all__ = ["LongLoraConfig", "LongLoraModel", "register"]
+__all__ = ["LongLoraConfig", "LongLoraModel", "hotswap_adapter", "register"]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType, TaskType
 from safetensors import SafetensorError, safe_open
 
-from ..rope import AUTO, ROPE_TYPES
+from ..rope import AUTO, ROPE_TYPES, RopeScaling
+
+StoredShapes = dict[str, tuple[int, ...]]
+"""Name in an adapter's file -> shape."""
 
 
 @dataclass
@@ -32,6 +38,13 @@ class LongLoraConfig(LoraConfig):
     train_embeddings: bool = field(
         default=True,
         metadata={"help": "Train the embeddings fully. A head that is tied to them stays tied."},
+    )
+    embedding_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train the embeddings by LoRA of this rank instead of fully: rank * (V + d) numbers for V tokens "
+            "of width d instead of V * d. A head that is tied to them stays as the base has it."
+        },
     )
     train_norms: bool = field(default=True, metadata={"help": "Train every normalisation's weights fully."})
     target_length: int | None = field(
@@ -78,10 +91,20 @@ class LongLoraConfig(LoraConfig):
             raise ValueError(f"target_length must be a number of tokens, got {self.target_length!r}.")
         if self.base_length is not None and (not isinstance(self.base_length, int) or self.base_length < 2):
             raise ValueError(f"base_length must be a number of tokens, got {self.base_length!r}.")
+        rank = self.embedding_rank
+        if rank is not None and (not isinstance(rank, int) or rank < 1):
+            raise ValueError(f"embedding_rank must be a positive rank, got {rank!r}.")
+        if rank is not None and (not self.train_embeddings or self.trainable_token_indices is not None):
+            raise ValueError(
+                "embedding_rank, trainable_token_indices and train_embeddings=False are three ways to save the memory "
+                "of trained embeddings; choose one."
+            )
         if self.rope_type not in (AUTO, *ROPE_TYPES):
             raise ValueError(f"unknown rope_type {self.rope_type!r}; supported: {AUTO}, {', '.join(ROPE_TYPES)}.")
         if self.rope_parameters is not None and not isinstance(self.rope_parameters, dict):
             raise ValueError(f"rope_parameters must be a dict, got {type(self.rope_parameters).__name__}.")
+        for name in ("rope", "base_rope"):
+            check_rope(name, getattr(self, name))
         targets = self.target_modules
         if isinstance(targets, str):
             hit = re.fullmatch(targets, "lm_head") is not None
@@ -96,18 +119,65 @@ class LongLoraConfig(LoraConfig):
     ) -> LongLoraConfig:
         """Load a config; if it belongs to a saved adapter, make sure first that the adapter's weights are whole.
 
-        PEFT reads the weights only after it has changed the model. Checked here, a missing or truncated file leaves
-        the model alone. A config that was saved by itself (`inference_mode` false) needs no weights.
+        PEFT reads the weights only after it has changed the model. Checked here, a missing or damaged file leaves the
+        model alone. A config that was saved by itself (`inference_mode` false) needs no weights.
 
         Raises:
             FileNotFoundError: the adapter has no weights.
-            ValueError: the weights are truncated, not safetensors, or a pickle.
+            ValueError: the config is not one, or of a later version; the weights are truncated, not safetensors, a
+                pickle, or not finite.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        name = str(pretrained_model_name_or_path)
+        try:
+            config = super().from_pretrained(name, subfolder=subfolder, **kwargs)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"the adapter_config.json of {name} is not valid: {error}") from error
         if isinstance(config, LongLoraConfig) and config.inference_mode:
             download_kwargs, _, _ = cls._split_kwargs(kwargs)
-            check_weights(str(pretrained_model_name_or_path), subfolder, download_kwargs)
+            # Beside the fields: compared with the model when the adapter is put on it, and never saved.
+            vars(config)["_stored_shapes"] = check_weights(name, subfolder, download_kwargs)
         return config
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Refuse settings of a later version. PEFT warns and drops them, and the adapter would be another one."""
+        unknown = {k: v for k, v in kwargs.items() if k not in cls.__dataclass_fields__ and v}
+        unknown.pop("peft_version", None)
+        if kwargs.get("peft_type") == "LONGLORA" and unknown:
+            raise ValueError(
+                f"adapter_config.json has settings that this version does not know: {unknown}. Upgrade hf-longlora "
+                "and PEFT to load the adapter."
+            )
+        return super().check_kwargs(**kwargs)
+
+
+def check_rope(name: str, values: Any) -> None:
+    """Raise a `ValueError` unless a stored RoPE can be one: the fields of `RopeScaling`, with finite numbers."""
+    if values is None:
+        return
+    try:
+        scaling = RopeScaling.from_dict(values)
+        numbers = list(_numbers(scaling.rope_parameters))
+        lengths = [scaling.max_position_embeddings]
+        if scaling.original_max_position_embeddings is not None:
+            lengths.append(scaling.original_max_position_embeddings)
+        good = all(type(n) is int and n > 0 for n in lengths) and all(map(math.isfinite, numbers))
+        good = good and all((scaling.parameters.get(key) or 1) > 0 for key in ("rope_theta", "factor"))
+        good = good and isinstance(scaling.rope_type, str)
+    except (AttributeError, KeyError, TypeError):
+        good = False
+    if not good:
+        raise ValueError(f"{name} is no stored RoPE: {values!r}. It is written for you; leave it alone.")
+
+
+def _numbers(values: Any) -> Iterator[float]:
+    if isinstance(values, dict):
+        values = list(values.values())
+    if isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _numbers(value)
+    elif isinstance(values, (int, float)):
+        yield values
 
 
 def refuse_head(name: str) -> None:
@@ -118,8 +188,15 @@ def refuse_head(name: str) -> None:
     )
 
 
-def check_weights(model_id: str, subfolder: str | None = None, download_kwargs: dict[str, Any] | None = None) -> None:
-    """Raise one clear error unless `model_id` (a folder or a Hub id) has whole adapter weights in safetensors."""
+def check_weights(
+    model_id: str, subfolder: str | None = None, download_kwargs: dict[str, Any] | None = None
+) -> StoredShapes:
+    """The shapes of an adapter's weights in `model_id`, a folder or a Hub id.
+
+    Raises:
+        FileNotFoundError: it has none.
+        ValueError: they are truncated, not safetensors, a pickle, or not finite.
+    """
     folder = os.path.join(model_id, subfolder) if subfolder else model_id
     if os.path.isdir(folder):
         path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
@@ -135,8 +212,22 @@ def check_weights(model_id: str, subfolder: str | None = None, download_kwargs: 
             path = hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **(download_kwargs or {}))
         except Exception as error:
             raise FileNotFoundError(f"{SAFETENSORS_WEIGHTS_NAME} can't be had from {model_id}: {error}") from error
+    shapes: StoredShapes = {}
     try:
         with safe_open(path, framework="pt") as file:
-            file.keys()
+            for key in file.keys():  # noqa: SIM118 (no dict: it has no other iteration)
+                tensor = file.get_tensor(key)
+                check_finite(key, tensor, path)
+                shapes[key] = tuple(tensor.shape)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+    return shapes
+
+
+def check_finite(key: str, tensor: torch.Tensor, path: str) -> None:
+    # The sum is not finite if an element is not, at a fraction of isfinite's memory; an overflow is looked at closely.
+    if tensor.is_floating_point() and not tensor.float().sum().isfinite() and not tensor.float().isfinite().all():
+        raise ValueError(
+            f"{path} is damaged or from a run that diverged: {key} has values that are not finite. Load an earlier "
+            "checkpoint."
+        )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,14 +14,16 @@ import torch
 import transformers
 from packaging.version import Version
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from .. import rope
 from ..rope import RopeScaling
 from . import masters
-from .config import LongLoraConfig, refuse_head
+from .config import LongLoraConfig, check_finite, refuse_head
 from .modules import attention_projections, is_norm, language_modules, walk
+from .stored import check_fit
 
 # On the base model, so that it outlives the tuner: transformers' own `load_adapter` builds one per adapter.
 _BASE_ROPE = "_longlora_base_rope"
@@ -71,6 +75,9 @@ class LongLoraModel(LoraModel):
                 state_dict=state_dict,
             )
             self._tie(adapter_name)
+            stored = vars(config).pop("_stored_shapes", None)
+            if stored is not None:
+                check_fit(self, adapter_name, stored)
             if config.rope is not None and getattr(model, _BASE_ROPE, None) is None:
                 setattr(model, _BASE_ROPE, rope.current_rope(model.config))
             config.resolved = True
@@ -96,6 +103,8 @@ class LongLoraModel(LoraModel):
         if config.target_modules is None and not config.target_parameters:
             found: Any = attention_projections(model) or None
             config.target_modules = found
+        if config.embedding_rank is not None and not config.resolved:
+            self._target_embeddings(model, config, config.embedding_rank)
         get_head: Any = getattr(model, "get_output_embeddings", None)
         head = get_head() if get_head is not None else None
         if config.target_modules is not None:
@@ -121,27 +130,84 @@ class LongLoraModel(LoraModel):
                 wanted.append(name)
         config.modules_to_save = wanted or None
 
+    def _target_embeddings(self, model: nn.Module, config: LongLoraConfig, rank: int) -> None:
+        """Add the embeddings to what LoRA targets, with a rank of their own and the others' scaling."""
+        _maybe_include_all_linear_layers(config, model)
+        names = [name for name, module in language_modules(model) if isinstance(module, nn.Embedding)]
+        ratio = rank / config.r
+        alpha = config.lora_alpha * (math.sqrt(ratio) if config.use_rslora else ratio)
+        targets: Any = config.target_modules
+        if isinstance(targets, str):
+            targets = "|".join([f"({targets})", *map(re.escape, names)])
+        else:
+            targets = {*(targets or ()), *names}
+        config.target_modules = targets
+        config.rank_pattern = {**(config.rank_pattern or {}), **dict.fromkeys(names, rank)}
+        config.alpha_pattern = {**(config.alpha_pattern or {}), **dict.fromkeys(names, alpha)}
+        missed = [name for name in names if not self._check_target_module_exists(config, name)]
+        if missed:
+            raise ValueError(
+                f"embedding_rank can't reach {missed[0]}, which exclude_modules leaves out. Leave one of them away."
+            )
+
     def _check_tied_modules(self, model: nn.Module, peft_config: LongLoraConfig) -> None:
         """PEFT ties by the names embed_tokens and lm_head only; this goes by what is the input embedding."""
         saved = tuple(peft_config.modules_to_save or ())
         get_embedding: Any = getattr(model, "get_input_embeddings", None)
         inside = re.compile(r"\.(modules_to_save\.[^.]+|original_module)$")
-        embedding: Any = get_embedding() if saved and get_embedding is not None else None
+        embedding: Any = get_embedding() if get_embedding is not None else None
         if isinstance(embedding, AuxiliaryTrainingWrapper):
             embedding = embedding.original_module
+        elif isinstance(embedding, BaseTunerLayer):
+            embedding = embedding.get_base_layer()
         name = next((n for n, m in walk(model) if embedding is not None and m is embedding), None)
-        if name is None or not name.endswith(saved):
+        targeted = name is not None and self._check_target_module_exists(peft_config, name)
+        if name is None or not (targeted or name.endswith(saved)):
             return super()._check_tied_modules(model, peft_config)
         # PEFT finds what is tied by names only, and nothing on a model that has an adapter; modules tell at any time.
         tied = set(self._get_module_names_tied_with_embedding())
         tied = {inside.sub("", n) for n in tied}
         tied |= {n for n, m in walk(model) if m._parameters.get("weight") is embedding.weight}
         tied.discard(name)
-        if tied:
+        if tied and targeted:
+            # PEFT would warn that a merge changes the head too; `_part_from_head` sees to it that it doesn't.
+            if peft_config.ensure_weight_tying:
+                refuse_head(f"{sorted(tied)[0]} by ensure_weight_tying")
+        elif tied:
             peft_config.ensure_weight_tying = True
             peft_config.modules_to_tie = tied
             peft_config.target_modules_to_tie = None
             peft_config.modules_to_save = [m for m in saved if not any(t.endswith(m) for t in tied)]
+
+    def _part_from_head(self) -> None:
+        """Give an embedding that LoRA is about to be merged into weights of its own, apart from a head tied to it."""
+        get_embedding: Any = getattr(self.model, "get_input_embeddings", None)
+        get_head: Any = getattr(self.model, "get_output_embeddings", None)
+        embedding = get_embedding() if get_embedding is not None else None
+        head = get_head() if get_head is not None else None
+        if isinstance(embedding, LoraLayer) and head is not None:
+            base: Any = embedding.get_base_layer()
+            if base.weight is head.weight:
+                base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+
+    def _refuse_repacked(self) -> None:
+        """bitsandbytes repacks 4-bit weights for some CPUs when they first evaluate, and PEFT then reads them wrongly.
+
+        Seen with bitsandbytes 0.50.2 and PEFT 0.21.2, on a CPU with AVX512-BF16.
+        """
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                state = getattr(getattr(module.get_base_layer(), "weight", None), "quant_state", None)
+                if getattr(state, "packing_format_for_cpu", False):
+                    raise RuntimeError(
+                        "bitsandbytes has repacked the 4-bit weights for this CPU, and a merge would garble them. "
+                        "Load the adapter on the base without quantization and merge there (it is more exact, too)."
+                    )
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_repacked()
+        self._part_from_head()
+        super().merge_adapter(*args, **kwargs)
 
     def _tie(self, adapter_name: str) -> None:
         tied = getattr(self.peft_config[adapter_name], "modules_to_tie", None) or ()
@@ -149,6 +215,32 @@ class LongLoraModel(LoraModel):
             embedding = self.model.get_input_embeddings().modules_to_save[adapter_name]
             # Over PEFT's copy, which shares the parameter only until someone assigns the embedding another.
             self.model.get_submodule(name).modules_to_save[adapter_name] = masters.TiedHead(embedding)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """As PEFT's; weights that can't be loaded are refused before any is (torch loads what it can)."""
+        state: Any = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = model.state_dict()
+        for key, tensor in state.items():
+            if key in own and own[key].shape != tensor.shape:
+                raise ValueError(
+                    f"the weights don't fit the adapter {adapter_name!r}: {key} has shape {tuple(tensor.shape)} there "
+                    f"and {tuple(own[key].shape)} here."
+                )
+            check_finite(key, tensor, "the adapter's weights")
+        return state
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls, peft_model: Any, peft_config: Any, path: str, output_state_dict: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """PiSSA and its like as plain LoRA. PEFT does it for peft_type LORA alone, and drops what is not LoRA's."""
+        peft_config.init_lora_weights = True
+        peft_config.save_pretrained(path)
+        lora = super()._convert_state_dict_for_initial_model(peft_model, peft_config, path, output_state_dict, kwargs)
+        return {k: v for k, v in output_state_dict.items() if "lora_" not in k} | lora
 
     # -- RoPE ------------------------------------------------------------------------------------------------------
 
@@ -263,6 +355,18 @@ class LongLoraModel(LoraModel):
         super()._enable_adapter_layers(enabled)
         self._adapters_off = not enabled
         self._sync_rope()
+        if not enabled:
+            self._warn_of_changed_base()
+
+    def _warn_of_changed_base(self) -> None:
+        for name, config in self.peft_config.items():
+            start: Any = getattr(config, "init_lora_weights", True)
+            if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+                warnings.warn(
+                    f"adapter {name!r} was started by {start!r}, which takes a part out of the base's weights: what "
+                    "is left without the adapter is not the base. Load the base again to have it.",
+                    stacklevel=4,
+                )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
@@ -281,12 +385,17 @@ class LongLoraModel(LoraModel):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
+        if merge:
+            self._refuse_repacked()
         for name, wrapper, module in list(self._copies()):
             masters.demote(module, masters.base_dtype(wrapper.original_module))
             if isinstance(module, masters.TiedHead):
                 wrapper.modules_to_save[name] = module.to_linear()
         self._adapters_off = not merge
-        if not merge:
+        if merge:
+            self._part_from_head()
+        else:
+            self._warn_of_changed_base()
             # PEFT hands back the trained copies even then; what was asked for is the base.
             for module in self.model.modules():
                 if isinstance(module, ModulesToSaveWrapper):

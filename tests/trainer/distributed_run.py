@@ -1,4 +1,4 @@
-"""A tiny staged run, started by `test_distributed.py` in one process and in two, and once more: OUTPUT BATCH_SIZE."""
+"""A tiny staged run, new or resumed, for `test_distributed.py`: OUTPUT BATCH_SIZE [tied] [bf16]."""
 
 import os
 import sys
@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -17,8 +19,7 @@ from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLor
 from hf_longlora.trainer import last_checkpoint
 
 
-def main(output: str, batch_size: int) -> None:
-    torch.set_num_threads(1)
+def tiny_model(*options: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -32,8 +33,15 @@ def main(output: str, batch_size: int) -> None:
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=0,
+            tie_word_embeddings="tied" in options,
         )
     )
+    return model.to(torch.bfloat16) if "bf16" in options else model
+
+
+def main(output: str, batch_size: int, *options: str) -> None:
+    torch.set_num_threads(1)
+    model = tiny_model(*options)
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"t{i}": i for i in range(3, 128)}}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>")),
@@ -45,8 +53,8 @@ def main(output: str, batch_size: int) -> None:
         output_dir=output,
         stages=[ContextStage(128, 3), ContextStage(256, 3)],
         dense_every=2,
-        use_cpu=True,
-        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        bf16="bf16" in options,
         report_to="none",
         disable_tqdm=True,
         logging_steps=1,
@@ -56,6 +64,9 @@ def main(output: str, batch_size: int) -> None:
         save_strategy="steps",
         save_steps=4,
     )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
+        # accelerate looks at FSDP's settings on accelerators alone, and takes the CPU for DDP.
+        PartialState().distributed_type = DistributedType.MULTI_GPU
     trainer = LongLoraSFTTrainer(
         model,
         args,
@@ -68,8 +79,10 @@ def main(output: str, batch_size: int) -> None:
     if trainer.is_world_process_zero():
         keys = ("loss", "stage", "attention")
         logs = [{key: log[key] for key in keys} for log in trainer.state.log_history if "stage" in log]
-        Path(output, "logs.json").write_text(json.dumps(logs))
+        kinds = {type(p).__name__ for p in trainer.model.parameters()}
+        run = {"logs": logs, "by": str(trainer.accelerator.distributed_type), "parameters": sorted(kinds)}
+        Path(output, "run.json").write_text(json.dumps(run))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

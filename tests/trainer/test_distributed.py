@@ -1,5 +1,6 @@
-"""One run in two processes (DDP over gloo), by `accelerate launch`."""
+"""Several processes are one of a batch as large: DDP, FSDP2 and DeepSpeed, as `examples/accelerate_configs` say."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -9,53 +10,94 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from peft import PeftModel
 from safetensors.torch import load_file
+from torch.distributed.utils import _apply_to_tensors
+
+from hf_longlora.attention.interface import S2Mask
+
+from .distributed_run import tiny_model
 
 SCRIPT = str(Path(__file__).with_name("distributed_run.py"))
-LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "examples" / "accelerate_configs"
+BY = {"ddp": "MULTI_", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+OPTIONS = [(), ("tied",), ("bf16",), ("tied", "bf16")]
+STEPS = [(1, "s2attn"), (1, "dense"), (1, "s2attn"), (2, "dense"), (2, "s2attn"), (2, "dense")]
+
+slow = pytest.mark.slow
+deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed (pip install deepspeed)"
+)
+CASES = [pytest.param("ddp", (), id="ddp")]
+for kind, marks in (("fsdp2", [slow]), ("zero2", [slow, deepspeed]), ("zero3", [slow, deepspeed])):
+    CASES += [pytest.param(kind, o, id="-".join((kind, *o)), marks=marks) for o in OPTIONS]
 
 
-def run(out: Path, *command: str):
-    """The adapter and the logs of the run."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=500)
+def start(*command: str) -> None:
+    # DeepSpeed takes the CPU only if it is told; none of the others looks at it.
+    environment = os.environ | ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(out / "adapter_model.safetensors"), json.loads((out / "logs.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    out = tmp_path_factory.mktemp("two")
-    return out, *run(out, *LAUNCH, SCRIPT, str(out), "1")
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_two_processes_are_one_of_twice_the_batch(name, options, tmp_path):
+    """The same adapter and the same logs, across a stage boundary; and the adapter loads in one process."""
+    precision = "bf16" if "bf16" in options else "no"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
+    launch += ["--num_processes", "2", "--mixed_precision", precision, "--main_process_port", "0"]
+    start(SCRIPT, str(tmp_path / "one"), "2", *options)
+    start(*launch, SCRIPT, str(tmp_path / "two"), "1", *options)
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
+    one_run, two_run = (json.loads((tmp_path / n / "run.json").read_text()) for n in ("one", "two"))
+    assert BY[name] in two_run["by"]
+    if name == "fsdp2":
+        assert two_run["parameters"] == ["DTensor"]  # all of them sharded
+    assert [(log["stage"], log["attention"]) for log in one_run["logs"]] == STEPS
+    for log, other in zip(one_run["logs"], two_run["logs"], strict=True):
+        assert log == other | {"loss": pytest.approx(other["loss"], abs=0.02 if "bf16" in options else 1e-4)}
+    assert one.keys() == two.keys()
+    if "bf16" in options:  # each step rounds, and Adam turns a gradient near zero into a whole step of 0.01
+        assert max((one[k].float() - two[k].float()).abs().mean() for k in one) < 1e-3
+    else:
+        assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
+    loaded = PeftModel.from_pretrained(tiny_model(*options), tmp_path / "two")
+    assert loaded.config.max_position_embeddings == 256
+    assert loaded.get_parameter("base_model.model.model.norm.modules_to_save.default.weight").ne(1).any()
 
 
-def test_two_processes_are_one_of_twice_the_batch(two, tmp_path):
-    """The same adapter and the same logs, across a stage boundary."""
-    one, one_logs = run(tmp_path, SCRIPT, str(tmp_path), "2")
-    out, adapter, logs = two
-    assert one.keys() == adapter.keys()
-    assert all(torch.allclose(one[key], adapter[key], atol=1e-5) for key in one)
-    assert [(log["stage"], log["attention"]) for log in one_logs] == [
-        (1, "s2attn"),
-        (1, "dense"),
-        (1, "s2attn"),
-        (2, "dense"),
-        (2, "s2attn"),
-        (2, "dense"),
-    ]
-    for log, other in zip(one_logs, logs, strict=True):
-        assert log == other | {"loss": pytest.approx(other["loss"], abs=1e-4)}
+@slow
+def test_two_processes_resume(tmp_path):
+    """From the last whole checkpoint: the one after it has lost its last file."""
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp.yaml"), "--num_processes", "2"]
+    launch += ["--mixed_precision", "no", "--main_process_port", "0", SCRIPT]
+    out, again = tmp_path / "out", tmp_path / "again"
+    start(*launch, str(out), "1")
+    shutil.copytree(out, again)
+    (again / "adapter_model.safetensors").unlink()
+    (again / "checkpoint-6" / "trainer_state.json").unlink()
+    start(*launch, str(again), "1")
+    whole, resumed = (load_file(n / "adapter_model.safetensors") for n in (out, again))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert (out / "run.json").read_text() == (again / "run.json").read_text()
     assert (out / "report.html").is_file() and "None" not in (out / "README.md").read_text()
 
 
-@pytest.mark.slow
-def test_two_processes_resume(two, tmp_path):
-    """From the last whole checkpoint: the one after it has lost its last file."""
-    out, adapter, logs = two
-    again = shutil.copytree(out, tmp_path / "again")
-    (again / "adapter_model.safetensors").unlink()
-    (again / "checkpoint-6" / "trainer_state.json").unlink()
-    resumed, resumed_logs = run(again, *LAUNCH, SCRIPT, str(again), "1")
-    assert all(torch.equal(resumed[key], adapter[key]) for key in adapter)
-    assert resumed_logs == logs
+def test_fsdp_leaves_the_mask_as_it_is():
+    """FSDP2 rebuilds the dataclasses among a layer's arguments, and with them what the first layer has found out."""
+    mask = S2Mask({"attention_mask": torch.ones(1, 4, dtype=torch.bool)})
+    assert _apply_to_tensors(lambda tensor: tensor.half(), {"attention_mask": mask})["attention_mask"] is mask
+
+
+@pytest.mark.parametrize("name", BY)
+def test_a_config_is_one_that_accelerate_knows(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = CONFIGS / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == "bf16"
+    assert BY[name] in config.distributed_type
+    assert yaml.safe_load(path.read_text())["num_processes"] == 8

@@ -9,21 +9,23 @@ from hf_longlora.tuner import LongLoraConfig, register
 register()
 
 LENGTH, TARGET = 64, 256
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def llama(tied=False, dtype=torch.float32, **kwargs):
     """Two layers, grouped keys and values, weights large enough for positions to matter."""
     config = LlamaConfig(
         vocab_size=128,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=LENGTH,
         tie_word_embeddings=tied,
         pad_token_id=0,
-        **kwargs,
+        **SHAPE | kwargs,
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()

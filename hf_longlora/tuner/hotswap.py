@@ -1,0 +1,64 @@
+"""Other weights and another RoPE for an adapter that is on a model already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+
+from .config import LongLoraConfig
+from .model import LongLoraModel
+from .stored import check_fit
+
+# What the weights alone don't say, and a swap leaves as it is.
+_KEPT = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules")
+
+
+def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "default", **kwargs: Any) -> None:
+    """Put the weights and the RoPE of the adapter in `model_id` in the place of `adapter_name`'s, in place.
+
+    For a server or an evaluation that follows a run's checkpoints. PEFT's `hotswap_adapter` takes peft_type LORA
+    alone, and its `load_adapter` under a name that is taken loads the weights and leaves RoPE as it was. No module and
+    no parameter is replaced; a failure leaves the model as it was.
+
+    Args:
+        model: A model with a LONGLORA adapter.
+        model_id: A folder or a Hub id.
+        adapter_name: The adapter whose place it takes, and whose name it goes by.
+        kwargs: For the download, as `PeftModel.load_adapter` takes them (`revision`, `subfolder`, `token`, ...).
+
+    Raises:
+        ValueError: there is no such adapter or it is merged, the two differ in rank, scaling or trained modules, the
+            new one doesn't fit the base, or it has another RoPE than a second adapter on the model.
+    """
+    tuner = model.base_model
+    if not isinstance(tuner, LongLoraModel) or adapter_name not in model.peft_config:
+        raise ValueError(f"the model has no LONGLORA adapter {adapter_name!r} to be swapped.")
+    if adapter_name in {name for m in tuner.model.modules() for name in getattr(m, "merged_adapters", ())}:
+        raise ValueError(f"adapter {adapter_name!r} is merged into the base; call unmerge_adapter() first.")
+    own: Any = model.peft_config[adapter_name]
+    new: Any = LongLoraConfig.from_pretrained(model_id, **kwargs)
+    if not isinstance(new, LongLoraConfig):
+        raise ValueError(f"{model_id} is a {type(new).__name__} adapter, not a LONGLORA one.")
+    differing = [
+        f"{key} {getattr(new, key)} for {getattr(own, key)}" for key in _KEPT if _of(new, key) != _of(own, key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{model_id} can't take the place of {adapter_name!r}: {'; '.join(differing)}. Load it under a name of "
+            "its own (load_adapter)."
+        )
+    check_fit(tuner, adapter_name, vars(new).get("_stored_shapes") or {})
+    if new.base_rope is not None or tuner.base_rope is not None:
+        if new.base_rope is not None and tuner.base_rope is not None and new.base_rope != tuner.base_rope.to_dict():
+            raise ValueError(
+                f"{model_id} was trained on a base with another RoPE: {new.base_rope['rope_parameters']}."
+            )
+        tuner.set_rope(new.rope, adapter_name)
+    model.load_adapter(model_id, adapter_name, is_trainable=not own.inference_mode, **kwargs)
+    own.schedule = new.schedule
+
+
+def _of(config: LongLoraConfig, key: str) -> Any:
+    value = getattr(config, key)
+    return set(value) if isinstance(value, list) else value

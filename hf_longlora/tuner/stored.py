@@ -1,0 +1,67 @@
+"""Whether an adapter's stored weights fit the model they are put on, told before any of them is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from .config import StoredShapes
+
+
+def check_fit(tuner: BaseTuner, adapter_name: str, stored: StoredShapes) -> None:
+    """Raise one `ValueError` unless the weights of an adapter are what this model's adapter needs.
+
+    Args:
+        tuner: What has put the adapter on the model.
+        adapter_name: The adapter.
+        stored: The shapes in its file.
+    """
+    # Names as in a file: "base_model.model." and the base model's own.
+    state: Any = get_peft_model_state_dict(tuner, adapter_name=adapter_name, save_embedding_layers=False)
+    needed = {f"base_model.{key}": tuple(tensor.shape) for key, tensor in state.items()}
+    # PEFT saves biases and resized embeddings of the base with an adapter, the latter in more than one place.
+    known = {f"base_model.{key}": tuple(tensor.shape) for key, tensor in tuner.state_dict().items()} | needed
+    missing = sorted(needed.keys() - stored.keys())
+    places = tuple(f"{key.rpartition('.')[0]}." for key in needed)
+    foreign = sorted(key for key in stored.keys() - known.keys() if not key.startswith(places))
+    unequal = sorted(key for key in stored.keys() & known.keys() if stored[key] != known[key])
+    if unequal:
+        key = unequal[0]
+        here, there = known[key], stored[key]
+        vocabulary = ""
+        if (
+            len(here) == len(there) == 2
+            and here[1] == there[1]
+            and here[0] != there[0]
+            and _is_vocabulary(tuner.model, here)
+        ):
+            vocabulary = f" It was trained with {there[0]:,} tokens, and this model has {here[0]:,}: " + (
+                f"call model.resize_token_embeddings({there[0]}) on the base first."
+                if there[0] > here[0]
+                else "load it on a base whose embeddings were not resized."
+            )
+        raise ValueError(
+            f"the adapter does not fit this model: {key} has shape {there} in its file and {here} here"
+            + (f", and {len(unequal) - 1} more differ." if len(unequal) > 1 else ".")
+            + (vocabulary or " Load it on the model it was trained on.")
+        )
+    if missing or foreign:
+        raise ValueError(
+            "the adapter's weights are not what its adapter_config.json and this model call for: "
+            + "; ".join(
+                f"{len(keys)} {words}, such as {keys[0]}"
+                for keys, words in ((missing, "missing"), (foreign, "unknown"))
+                if keys
+            )
+            + ". The file is damaged, or belongs to another config or base."
+        )
+
+
+def _is_vocabulary(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    get_embedding: Any = getattr(model, "get_input_embeddings", None)
+    embedding = get_embedding() if get_embedding is not None else None
+    weight = getattr(embedding, "weight", None)
+    return weight is not None and tuple(weight.shape) == shape

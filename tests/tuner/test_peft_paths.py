@@ -1,0 +1,267 @@
+"""PEFT's variants of LoRA and its ways with adapters, each with norms, embeddings and RoPE beside."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora import LoraLayer
+from peft.utils.hotswap import hotswap_adapter as pefts_hotswap_adapter
+from safetensors.torch import load_file
+
+from hf_longlora.rope import current_rope
+from hf_longlora.tuner import LongLoraConfig, hotswap_adapter
+
+from .helpers import LENGTH, TARGET, ids, llama, logits, perturbed
+
+VARIANTS = {
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "all-linear": {"target_modules": "all-linear"},
+    "rank_pattern": {"rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 16}, "alpha_pattern": {"q_proj": 32}},
+    "layers_to_transform": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "target_parameters": {"target_parameters": ["model.layers.0.mlp.gate_proj.weight"]},
+    "trainable_token_indices": {"trainable_token_indices": [5, 7, 9]},
+    "embedding_rank": {"embedding_rank": 4},
+    "embedding_rank, all-linear": {"embedding_rank": 4, "target_modules": "all-linear"},
+    "embedding_rank, a pattern, rslora": {"embedding_rank": 4, "target_modules": r".*q_proj", "use_rslora": True},
+    "embeddings targeted": {"target_modules": ["q_proj", "embed_tokens"]},
+}
+CHANGE_THE_BASE = ("pissa", "olora")
+
+
+def adapted(variant, tied=False):
+    return perturbed(llama(tied), LongLoraConfig(target_length=TARGET, **copy.deepcopy(VARIANTS[variant])))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_is_saved_loaded_disabled_merged_and_unloaded(variant, tied, tmp_path):
+    plain = logits(llama(tied))
+    model = adapted(variant, tied)
+    expected = logits(model)
+    assert (expected - plain).abs().max() > 0.1
+    model.save_pretrained(tmp_path)
+    assert (logits(PeftModel.from_pretrained(llama(tied), tmp_path).eval()) - expected).abs().max() <= 1e-6
+    if variant not in CHANGE_THE_BASE:
+        with model.disable_adapter():
+            assert torch.equal(logits(model), plain)
+        assert torch.equal(logits(copy.deepcopy(model).unload()), plain)
+    model.merge_adapter()
+    assert (logits(model) - expected).abs().max() <= 5e-5
+    model.unmerge_adapter()
+    merged = model.merge_and_unload()
+    assert (logits(merged) - expected).abs().max() <= 5e-5
+    merged.save_pretrained(tmp_path / "merged")
+    assert (logits(type(merged).from_pretrained(tmp_path / "merged").eval()) - expected).abs().max() <= 5e-5
+
+
+@pytest.mark.parametrize("variant", CHANGE_THE_BASE)
+def test_a_start_that_changes_the_base_says_so(variant):
+    model = adapted(variant)
+    with pytest.warns(UserWarning, match="is not the base"), model.disable_adapter():
+        assert not torch.equal(logits(model), logits(llama()))
+    with pytest.warns(UserWarning, match="is not the base"):
+        model.unload()
+
+
+def test_pissa_becomes_plain_lora_for_a_base_of_its_own(tmp_path):
+    model = get_peft_model(llama(), LongLoraConfig(target_length=TARGET, init_lora_weights="pissa"))
+    model.save_pretrained(tmp_path / "start")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    expected = logits(model.eval())
+    model.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "lora").eval()
+    assert loaded.peft_config["default"].r == 16  # the difference of two adapters of rank 8
+    assert (logits(loaded) - expected).abs().max() <= 5e-5
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), logits(llama()))
+
+
+def test_lora_plus_trains_everything():
+    model = get_peft_model(llama(), LongLoraConfig(target_length=TARGET))
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # PEFT gives all vectors B's rate, norms among them; the README says so.
+            fast = "lora_B" in name or parameter.ndim == 1
+            assert rates[id(parameter)] == pytest.approx(1.6e-2 if fast else 1e-3), name
+    model.train()
+    for _ in range(2):  # B starts at zero, so A moves in the second step
+        model(ids(32), labels=ids(32)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    still = [n for n, p in model.named_parameters() if n in before and torch.equal(p, before[n])]
+    assert not still
+
+
+# -- embeddings at a small cost ----
+
+
+def test_embedding_rank_is_lora_on_the_embeddings_with_the_others_scaling(tmp_path):
+    config = LongLoraConfig(r=8, lora_alpha=16, embedding_rank=2)
+    model = get_peft_model(llama(), config)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and "embed" in n}
+    assert sum(p.numel() for p in trained.values()) == 2 * (128 + 32)
+    assert {layer.scaling["default"] for layer in model.modules() if isinstance(layer, LoraLayer)} == {2.0}
+    model.save_pretrained(tmp_path)
+    shapes = {k: v.shape for k, v in load_file(tmp_path / "adapter_model.safetensors").items() if "embed" in k}
+    assert sorted(shapes.values()) == [(2, 128), (32, 2)]  # and not the base's weights
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"embedding_rank": 0},
+        {"embedding_rank": "8"},
+        {"embedding_rank": 8, "train_embeddings": False},
+        {"embedding_rank": 8, "trainable_token_indices": [1]},
+    ],
+)
+def test_embedding_rank_refuses(kwargs):
+    with pytest.raises(ValueError, match="embedding_rank"):
+        LongLoraConfig(**kwargs)
+
+
+def test_embedding_rank_that_reaches_no_embedding_is_refused():
+    model = llama()
+    with pytest.raises(ValueError, match="can't reach"):
+        get_peft_model(model, LongLoraConfig(embedding_rank=8, exclude_modules=["embed_tokens"]))
+    assert not any(isinstance(m, LoraLayer) for m in model.modules())
+
+
+def test_lora_on_a_head_through_weight_tying_is_refused():
+    with pytest.raises(ValueError, match="ensure_weight_tying"):
+        get_peft_model(llama(True), LongLoraConfig(embedding_rank=8, ensure_weight_tying=True))
+
+
+def test_merging_into_a_tied_embedding_leaves_the_head(tmp_path):
+    """PEFT 0.21 merges into the shared weight, and the head moves with it."""
+    base = llama(True)
+    head = base.lm_head.weight.detach().clone()
+    model = perturbed(base, LongLoraConfig(target_length=TARGET, embedding_rank=4))
+    merged = model.merge_and_unload()
+    assert torch.equal(merged.lm_head.weight, head)
+    assert not torch.equal(merged.model.embed_tokens.weight, head)
+    assert merged.config.tie_word_embeddings is False
+
+
+# -- added tokens ----
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_added_tokens_come_back_on_a_resized_base_only(tied, tmp_path):
+    base = llama(tied)
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(131)
+    model = perturbed(base)
+    model.save_pretrained(tmp_path / "adapter")
+    tokens = torch.cat([ids(20), torch.tensor([[128, 130]])], 1)
+    expected = logits(model, tokens)
+    plain = type(base).from_pretrained(tmp_path / "base").eval()
+    before, modules = logits(plain), [n for n, _ in plain.named_modules()]
+    with pytest.raises(ValueError, match=r"resize_token_embeddings\(131\)"):
+        PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    assert [n for n, _ in plain.named_modules()] == modules
+    assert torch.equal(logits(plain), before)
+    plain.resize_token_embeddings(131)
+    loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    assert (logits(loaded, tokens) - expected).abs().max() <= 1e-6
+    assert loaded.merge_and_unload().config.vocab_size == 131
+
+
+def test_a_padded_vocabulary_is_never_shrunk(tmp_path):
+    """A model has more rows than its tokenizer has tokens; an adapter keeps them, and one of fewer rows is refused."""
+    base = llama()
+    model = perturbed(base)
+    model.save_pretrained(tmp_path)
+    assert model.get_input_embeddings().weight.shape[0] == 128
+    padded = llama()
+    padded.resize_token_embeddings(100, pad_to_multiple_of=64)
+    assert padded.get_input_embeddings().weight.shape[0] == 128
+    assert torch.equal(logits(PeftModel.from_pretrained(padded, tmp_path).eval()), logits(model))
+    padded = llama()
+    padded.resize_token_embeddings(130, pad_to_multiple_of=64)
+    with pytest.raises(ValueError, match="whose embeddings were not resized"):
+        PeftModel.from_pretrained(padded, tmp_path)
+    assert padded.get_input_embeddings().weight.shape[0] == 192
+
+
+# -- several adapters, and other weights for one ----
+
+
+def test_adapters_of_one_rope_switch_freely(tmp_path):
+    expected = {}
+    for seed, name in enumerate("ab"):
+        model = perturbed(llama())
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        expected[name] = logits(model)
+        model.save_pretrained(tmp_path / name)
+    model = PeftModel.from_pretrained(llama(), tmp_path / "a", adapter_name="a").eval()
+    model.load_adapter(tmp_path / "b", "b")
+    for name in "baab":
+        model.set_adapter(name)
+        assert (logits(model) - expected[name]).abs().max() <= 1e-6
+        with model.disable_adapter():
+            assert torch.equal(logits(model), logits(llama()))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("length", [TARGET, 2 * TARGET, None], ids=["equal RoPE", "another RoPE", "none"])
+def test_hotswap(tied, length, tmp_path):
+    new = perturbed(llama(tied), LongLoraConfig(target_length=length, rope_type="linear"))
+    for parameter in new.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    new.save_pretrained(tmp_path / "new")
+    perturbed(llama(tied)).save_pretrained(tmp_path / "old")
+    model = PeftModel.from_pretrained(llama(tied), tmp_path / "old").eval()
+    places = {n: p.data_ptr() for n, p in model.named_parameters()}
+    hotswap_adapter(model, str(tmp_path / "new"))
+    assert {n: p.data_ptr() for n, p in model.named_parameters()} == places
+    assert (logits(model) - logits(new)).abs().max() <= 1e-6
+    assert current_rope(model.config) == current_rope(new.config)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(tied), tmp_path / "again").eval()), logits(model))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(llama(tied)))
+
+
+def test_hotswap_refuses_what_differs(tmp_path):
+    perturbed(llama(), LongLoraConfig(target_length=TARGET, r=4)).save_pretrained(tmp_path / "rank")
+    perturbed(llama(), LongLoraConfig(target_length=2 * TARGET)).save_pretrained(tmp_path / "rope")
+    perturbed(llama(max_seq_len=1)).save_pretrained(tmp_path / "same")
+    perturbed(llama(), LongLoraConfig(target_length=TARGET, train_norms=False)).save_pretrained(tmp_path / "norms")
+    model = perturbed(llama())
+    model.add_adapter("second", LongLoraConfig(target_length=TARGET))
+    before = logits(model)
+    for name, words in (("rank", "r 4 for 8"), ("rope", "another RoPE"), ("norms", "missing"), ("none", "find")):
+        with pytest.raises(ValueError, match=words):
+            hotswap_adapter(model, str(tmp_path / name))
+        assert torch.equal(logits(model), before)
+    with pytest.raises(ValueError, match="no LONGLORA adapter 'third'"):
+        hotswap_adapter(model, str(tmp_path / "same"), "third")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge"):
+        hotswap_adapter(model, str(tmp_path / "same"))
+
+
+def test_pefts_own_hotswap_refuses(tmp_path):
+    model = perturbed(llama())
+    model.save_pretrained(tmp_path)
+    before = logits(model)
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA"):
+        pefts_hotswap_adapter(model, str(tmp_path), "default")
+    assert torch.equal(logits(model), before)
+    assert model.config.max_position_embeddings == TARGET != LENGTH
