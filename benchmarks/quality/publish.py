@@ -26,8 +26,8 @@ from .table import Row, find
 
 OWNER = "hf-longlora"
 BASE_NAME = f"{OWNER}/llama-44m-books-math-512"
-BESIDE = {"dense training in its place": "dense", "the base, RoPE scaled and nothing trained": "rope only"}
-ADAPTERS = {f"{OWNER}/llama-44m-books-math-{run.target}": run for run in FINAL if run.name == "s2 1/16 dense_every 4"}
+RECIPE = "s2 1/16 dense_every 4"
+ADAPTERS = {f"{OWNER}/llama-44m-books-math-{run.target}": run for run in FINAL if run.name == f"{RECIPE}, lora r 64"}
 CARDS = Path(__file__).parents[2] / "model_cards"
 
 
@@ -39,14 +39,23 @@ def records(row: Row, corpus: str) -> list[dict[str, Any]]:
 def results(run: Run, rows: list[Row]) -> dict[str, Any]:
     """The row of an adapter, and by the names to show those of what it is compared with."""
     row = next(row for row in find(rows, run) if row["seed"] == str(run.seed))
+    beside = {
+        "dense training in its place": run.name.replace(RECIPE, "dense"),
+        "the base, RoPE scaled and nothing trained": "rope only",
+    }
     found = {}
-    for label, method in BESIDE.items():
+    for label, method in beside.items():
         others = (other for other in rows if other["name"] == method and other["target"] == row["target"])
         match = [o for o in others if (o["base"], o["rope_type"]) == (row["base"], row["rope_type"])]
         match = [o for o in match if method == "rope only" or o["seed"] == row["seed"]]
         if match:
             found[label] = match[0]
-    return {**row, "beside": found}
+    passkeys = [
+        other
+        for other in read_rows(RESULTS / "passkey.csv")
+        if (other["name"], other["target"], other["passkey_length"]) == (run.name, row["target"], "512")
+    ]
+    return {**row, "beside": found, **({"retrieval": passkeys} if passkeys else {})}
 
 
 def card(folder: Path) -> ModelCard:
@@ -59,15 +68,21 @@ def card(folder: Path) -> ModelCard:
         found["as trained"] = [{"length": int(row["target"]), "perplexity": float(row[f"{corpus}_trained"])}]
         found |= {label: records(other, corpus) for label, other in row["beside"].items()}
         perplexity[f"{corpus}.test"] = found
+    retrieval = [
+        {"length": int(found["length"]), "depth": float(found["depth"]), "accuracy": float(found["accuracy"])}
+        for found in row.get("retrieval", [])
+    ]
     return adapter_card(
         config,
         name=f"{OWNER}/{folder.name}",
         base_model=BASE_NAME,
         perplexity=perplexity,
+        retrieval=retrieval or None,
         about=(
-            "An experiment and not a model to use: what the trainer's defaults do to a Llama of 44 M parameters that "
-            "was trained on English novels and mathematics at 512 tokens. Neither it nor its base is on the Hub; "
-            "`python -m benchmarks.quality.run` makes the base, `python -m benchmarks.quality.publish` the adapter."
+            "An experiment and not a model to use: what the trainer's schedule and LoRA alone do to a Llama of 44 M "
+            "parameters that was trained on English novels and mathematics at 512 tokens. Neither it nor its base is "
+            "on the Hub; `python -m benchmarks.quality.run` makes the base, `python -m benchmarks.quality.publish` "
+            "the adapter." + (" Passkeys: after a fine-tune on the task at 512 tokens." if retrieval else "")
         ),
         training={
             "text": "English novels and mathematics, the training split",
