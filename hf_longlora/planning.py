@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -53,7 +54,7 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         Gpu(name="H200", memory_gib=139.8, tflops=989, bandwidth=4800, link=50, attention=HOPPER, measured=True),
-        Gpu(name="H100", memory_gib=79.2, tflops=989, bandwidth=3350, link=50, attention=HOPPER, measured=True),
+        Gpu(name="H100", memory_gib=79.2, tflops=989, bandwidth=3350, link=50, attention=HOPPER),
         Gpu(name="H100-PCIe", memory_gib=79.2, tflops=756, bandwidth=2000, link=50, attention=HOPPER),
         Gpu(name="A100-80GB", memory_gib=79.2, tflops=312, bandwidth=2039, link=24, attention={"flash": 0.6}),
         Gpu(name="A100-40GB", memory_gib=39.4, tflops=312, bandwidth=1555, link=24, attention={"flash": 0.6}),
@@ -72,9 +73,9 @@ COUNTED = (
 11% at most. Others keep more than is counted: DeepSeek-V3 1.5 times, Gemma 3, whose norms are all fp32, more."""
 
 # Fitted constants, and what to.
-MATMUL_SHARE = 0.65
-"""Of a card's FLOPs that long matrix products reach."""
-TRAFFIC = 21.0
+MATMUL_SHARE = 0.70
+"""Of a card's FLOPs that long matrix products reach; with the two below, to the rows of train_step.csv."""
+TRAFFIC, TRAFFIC_FUSED = 22.0, 11.0
 """Bytes moved between matrix products in a step with checkpointing, over the bytes that autograd keeps of a layer."""
 SHORT_SEGMENT = 1600
 """Tokens in a segment at which attention runs at half its rate (benchmarks/results/attention.csv, cuDNN)."""
@@ -88,8 +89,8 @@ NORM_BACKWARD, NORM_BACKWARD_FUSED = 20, 6
 """Bytes of h and token in the backward of a norm, beside what is kept of its layer."""
 TOKEN_BYTES = 96
 """Of a token whatever the model: ids, labels, positions, log probabilities, entropy."""
-STASHED = 6
-"""Checkpoints that TRL's activation offloading keeps on the card: five on their way, one in use."""
+STASHED = 3
+"""Checkpoints that TRL's activation offloading has on the card at the peak: 2.8 in train_step.csv."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +244,7 @@ def _notes(config: Any, shape: _Shape, gpu: Gpu) -> tuple[str, ...]:
     if any(window is not None for window in shape.windows):
         notes.append("Layers with a sliding window are planned without their masks, a byte for each pair of tokens.")
     if not gpu.measured:
-        notes.append(f"No run on this card has been measured: the {gpu.name}'s seconds are from its data sheet.")
+        notes.append(f"No step on this card has been measured: the {gpu.name}'s seconds are from its data sheet.")
     return tuple(notes)
 
 
@@ -411,10 +412,12 @@ def _kept_outside_the_mlp(shape: _Shape, settings: RunSettings) -> float:
     trained, its normalized input in bf16; queries and attention's output, keys and values in bf16, a fp32 number a
     head, RoPE's sines and cosines. Fused norms keep their input in bf16.
     """
-    norm = 2 if settings.fused else 4 + 2 * shape.trains_norms
+    norms = (4 + 2 * shape.trains_norms) * shape.norms
+    if settings.fused:  # the first norm's input is the layer's, and so the checkpoint
+        norms = 2 * shape.norms - 2 * shape.hidden * settings.gradient_checkpointing
     inputs = 2 * shape.lora_inputs if settings.adapter is not None else 2 * (2 * shape.hidden + shape.query)
     attention = 4 * shape.query + 2 * shape.keys_values + 4 * shape.heads + 4 * shape.query / shape.heads
-    return inputs + norm * shape.norms + attention
+    return inputs + norms + attention
 
 
 def _kept_of_the_mlp(shape: _Shape, settings: RunSettings) -> float:
@@ -456,7 +459,8 @@ def _memory(shape: _Shape, settings: RunSettings, length: int) -> dict[str, floa
     working = again + max(of_mlp, of_norm) + 2.0 * shape.largest_matrix
     if settings.chunked_loss:
         logits = 2 * min(tokens, LOSS_TOKENS) * min(shape.vocabulary, LOSS_VOCABULARY)
-        logits += tokens * 20 * h  # the last norm's, its output twice, and its gradient in fp32 and bf16
+        # The last norm's, its output twice, and its gradient in fp32 and bf16.
+        logits += tokens * (14 if settings.fused else 20) * h
     else:
         logits = 12.0 * tokens * shape.vocabulary  # bf16, fp32, and a gradient in each
 
@@ -515,7 +519,7 @@ def _step_seconds(
     products = 2 * tokens * (passes * shape.layer_matrices + shape.trained_matrices)
     products += 2 * tokens * shape.head_matrix * (2 + settings.chunked_loss)
     kept = _kept_outside_the_mlp(shape, settings) + _kept_of_the_mlp(shape, settings)
-    moved = tokens * shape.layers * kept * TRAFFIC * passes / 3
+    moved = tokens * shape.layers * kept * (TRAFFIC_FUSED if settings.fused else TRAFFIC) * passes / 3
     if settings.quantization:
         moved += passes * 2 * 2 * shape.layer_matrices  # unpacked, and read
     seconds = products / (MATMUL_SHARE * gpu.tflops * 1e12) + moved / (gpu.bandwidth * 1e9)
@@ -568,12 +572,19 @@ def _longest(shape: _Shape, settings: RunSettings, gpu: Gpu) -> int:
     return 1024 * low
 
 
+def gpu_called(name: str) -> Gpu | None:
+    """The card that torch calls `name` ("NVIDIA A100-SXM4-80GB"), if it is in the table."""
+
+    def words(text: str) -> set[str]:
+        return set(re.split(r"[^a-z0-9]+", text.lower()))
+
+    fitting = [gpu for gpu in GPUS.values() if words(gpu.name) <= words(name)]
+    return max(fitting, key=lambda gpu: len(gpu.name), default=None)
+
+
 def local_gpu() -> Gpu | None:
     """The card of this machine, if there is one and it is in the table."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name().lower().replace(" ", "-")
-    return next((gpu for key, gpu in GPUS.items() if key.lower() in name), None)
+    return gpu_called(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
-__all__ = ["GPUS", "Gpu", "LengthPlan", "RunPlan", "RunSettings", "find_gpu", "local_gpu", "plan_run"]
+__all__ = ["GPUS", "Gpu", "LengthPlan", "RunPlan", "RunSettings", "find_gpu", "gpu_called", "local_gpu", "plan_run"]

@@ -20,9 +20,11 @@ from transformers import (
     TrainerCallback,
 )
 
+from benchmarks.planning import compared
+from benchmarks.provenance import RESULTS, read_rows
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer, plan_run
 from hf_longlora.cli import main
-from hf_longlora.planning import GIB, GPUS, RunSettings, _Shape, find_gpu
+from hf_longlora.planning import GIB, GPUS, RunSettings, _Shape, find_gpu, gpu_called
 
 SHAPE = {
     "vocab_size": 128,
@@ -169,7 +171,7 @@ def test_what_settings_change():
     plain = of()
     offloaded = of(activation_offloading=True)
     moved = plain.activations - offloaded.activations
-    assert moved == pytest.approx(offloaded.host) == pytest.approx(2 * 32768 * 4096 * 2 / GIB)  # all but 6
+    assert moved == pytest.approx(offloaded.host) == pytest.approx(5 * 32768 * 4096 * 2 / GIB)  # all but 3
     assert of(gradient_checkpointing=False).activations > 4 * plain.activations
     assert of(gradient_checkpointing=False, dense_every=0).seconds < of(dense_every=0).seconds
     tiled, fused = of(mlp_tile=1024), of(fused=True)
@@ -234,12 +236,38 @@ def test_what_can_not_be_planned(arguments, message):
         plan_run(LLAMA, **{"lengths": [1024], **arguments})
 
 
+def test_the_plan_is_near_what_was_measured():
+    """Rows of our trainer without further options: memory within 10%, time within 20%."""
+    rows = [row for row in read_rows(RESULTS / "train_step.csv") if "+" not in row["method"]]
+    lines = list(compared(rows))
+    assert lines
+    for line in lines:
+        assert abs(line["gib_error"]) < 0.1 and abs(line["s_error"]) < 0.2, line
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100-40GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("NVIDIA A10G", "A10G"),
+    ],
+)
+def test_cards_are_known_by_torchs_names(name, found):
+    assert gpu_called(name).name == found
+    assert gpu_called("Tesla T4") is None
+
+
 def test_cards_and_notes():
     assert find_gpu("h200") is GPUS["H200"] and find_gpu(GPUS["H100"]) is GPUS["H100"]
-    assert plan_run(LLAMA, [64], gpu="H100").notes == ()
+    assert plan_run(LLAMA, [64], gpu="H200").notes == ()
     assert "data sheet" in plan_run(LLAMA, [64], gpu="L40S").notes[0]
     gemma = Gemma3TextConfig(**SHAPE, num_key_value_heads=2, head_dim=16, sliding_window=64)
-    notes = plan_run(gemma, [64], gpu="H100").notes
+    notes = plan_run(gemma, [64], gpu="H200").notes
     assert "gemma3_text" in notes[0] and "sliding window" in notes[1]
 
 

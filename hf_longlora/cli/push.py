@@ -60,10 +60,10 @@ def _write_card(folder: Path, name: str) -> None:
     """Write the card of an adapter that has none; one of another type than LONGLORA stays without."""
     from peft import PeftConfig
 
-    from ..hub import adapter_card
+    from ..hub import folder_card
     from ..tuner import LongLoraConfig
 
     config = PeftConfig.from_pretrained(str(folder))
     if isinstance(config, LongLoraConfig):
-        adapter_card(config, name=name, base_model=str(config.base_model_name_or_path)).save(folder / "README.md")
+        folder_card(folder, name=name).save(folder / "README.md")
         print(f"{folder} had no card; README.md is from the adapter's config.")
