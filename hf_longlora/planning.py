@@ -359,7 +359,7 @@ class _Shape:
             weight_bytes += trainable * 4  # masters and LoRA are fp32, beside the base's own weights
             blocks: set[str] = set()
             for name, module in tuned.named_modules():
-                if not hasattr(module, "lora_A") or not hasattr(module, "in_features"):
+                if not len(getattr(module, "lora_A", ())):  # of embeddings, whose LoRA keeps no input, it is empty
                     continue
                 block = name.rpartition(".")[0]
                 in_attention = "Attention" in type(tuned.get_submodule(block)).__name__

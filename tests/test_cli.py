@@ -205,8 +205,12 @@ def test_train_from_yaml_and_resume(run, capsys):
     assert (run / "out" / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_train_all_weights_without_an_adapter(run):
+def test_train_with_the_adapters_own_options_and_without_an_adapter(run):
     stages = '[{"max_length": 128, "max_steps": 1}]'
+    assert main(["train", "--config", "run.yaml", "--embedding_rank", "2", "--output_dir", "low-rank"]) == 0
+    config = json.loads((run / "low-rank" / "adapter_config.json").read_text())
+    assert config["embedding_rank"] == 2
+
     arguments = ["--no_use_peft", "--stages", stages, "--dataset_name", "data/test.jsonl", "--report", "false"]
     assert main(["train", "--config", "run.yaml", *arguments]) == 0
     assert (run / "out" / "model.safetensors").is_file() and not (run / "out" / "adapter_config.json").exists()

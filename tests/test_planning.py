@@ -181,6 +181,8 @@ def test_what_settings_change():
     assert whole_logits.logits == pytest.approx(12 * 32768 * 128256 / GIB) and plain.logits == 0
     assert of(quantization="4bit").weights == pytest.approx(plain.weights - 8 * 218.1e6 * (2 - 0.516) / GIB, rel=0.01)
     assert of(adapter=LORA_ONLY).optimizer < 0.02 < plain.optimizer
+    low_rank = of(adapter=LongLoraConfig(embedding_rank=8))
+    assert low_rank.optimizer < 0.03 and low_rank.activations == plain.activations
     assert of(batch_size=2).activations == pytest.approx(2 * plain.activations)
     twice = of(gradient_accumulation_steps=2)
     assert twice.seconds == pytest.approx(2 * plain.seconds, rel=0.01) and twice.gradients > 0 == plain.gradients

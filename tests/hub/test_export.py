@@ -23,6 +23,7 @@ CASES = {
     "lora": ({}, {"target_length": 256, "rope_type": "dynamic", **LORA_ONLY}),
     "rslora bf16": ({"dtype": torch.bfloat16}, {"target_length": 256, "rope_type": "llama3", "use_rslora": True}),
     "no rope": ({}, {"r": 4}),
+    "low-rank embeddings": ({"tied": True}, {"target_length": 256, "embedding_rank": 4, "train_norms": False}),
 }
 
 RELOAD = """
@@ -102,7 +103,8 @@ def test_a_plain_lora_does_not_run_on_the_unscaled_base_by_name(exported):
         AutoPeftModelForCausalLM.from_pretrained(str(folder / "lora" / "plain"))
     said = (folder / "lora" / "plain" / "README.md").read_text()
     assert "--hf-config-path plain/base" in said and "--max-lora-rank 8" in said
-    assert "vLLM does not take it" in (folder / "all" / "plain" / "README.md").read_text()
+    for case in ("all", "low-rank embeddings"):
+        assert "vLLM does not take it" in (folder / case / "plain" / "README.md").read_text()
 
 
 @pytest.fixture
