@@ -36,8 +36,8 @@ CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 BASE_FOLDER = "base"
 PREFIX = "base_model.model."
 """Before each module's name in an adapter's weights."""
-OF_WHOLE_MODULES = ("modules_to_save", "trainable_token_indices")
-"""Fields of a plain LoRA's config that name more than low-rank weights; vLLM refuses an adapter that has them."""
+NOT_SERVED = ("modules_to_save", "trainable_token_indices", "use_dora")
+"""Fields of a plain LoRA's config that vLLM refuses (read, not run)."""
 
 
 def export_adapter(
@@ -183,9 +183,12 @@ def _plain_lora(
     base_config.save_pretrained(out / BASE_FOLDER)
     (out / CONFIG_NAME).write_text(json.dumps(plain, indent=2))
     save_file(weights, out / WEIGHTS_NAME, metadata={"format": "pt"})
-    whole = [key for key in OF_WHOLE_MODULES if plain.get(key)]
-    whole += ["LoRA on embeddings"] * any("lora_embedding_" in name for name in weights)
-    (out / "README.md").write_text(_how_to_load(whole, base_name, output_dir.name, config.r))
+    refused = [key for key in NOT_SERVED if plain.get(key)]
+    if getattr(config, "embedding_rank", None) is None:  # whose patterns leave the scaling as it is
+        refused += [key for key in ("rank_pattern", "alpha_pattern") if plain.get(key)]
+    embeddings = any("lora_embedding_" in name for name in weights)
+    rank = max(config.r, *(plain.get("rank_pattern") or {"": 0}).values())
+    (out / "README.md").write_text(_how_to_load(refused, embeddings, base_name, output_dir.name, rank))
 
 
 def _tied_head(weights: dict[str, torch.Tensor], base_config: Any) -> tuple[str, torch.Tensor] | None:
@@ -212,11 +215,11 @@ def _tokenizer(source: Path, base_name: str, out: Path, rope: RopeScaling | None
     tokenizer.save_pretrained(out)
 
 
-def _how_to_load(whole: list[str], base_name: str, name: str, rank: int) -> str:
-    """How to load a plain LoRA; `whole` is what it has that vLLM does not take."""
+def _how_to_load(refused: list[str], embeddings: bool, base_name: str, name: str, rank: int) -> str:
+    """How to load a plain LoRA, with and without what vLLM refuses, and with LoRA on embeddings."""
     serving = (
-        f"vLLM does not take it: it has more than LoRA on matrices ({', '.join(whole)}). Export the merged model."
-        if whole
+        f"vLLM does not take it: it has {', '.join(refused)}. Export the merged model for that."
+        if refused
         else f"""For vLLM:
 
 ```
@@ -224,6 +227,8 @@ vllm serve {base_name} --hf-config-path {name}/{BASE_FOLDER} \\
     --enable-lora --max-lora-rank {rank} --lora-modules long={name}
 ```"""
     )
+    if embeddings and not refused:
+        serving += "\n\nIt has LoRA on embeddings, which vLLM takes for some families only (Llama among them)."
     return f"""# A plain LoRA for `{base_name}` with a scaled RoPE
 
 The LoRA does not carry the RoPE scaling that it was trained with; `{BASE_FOLDER}/config.json` does. On `{base_name}`
