@@ -302,7 +302,7 @@ def test_data_from_files_and_folders(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# merge, export, push
+# merge, export
 
 
 def test_merge_and_export(adapter, capsys):
@@ -314,60 +314,3 @@ def test_merge_and_export(adapter, capsys):
     assert "carries no RoPE" in capsys.readouterr().out
     assert main(["merge", str(folder / "adapter"), str(folder / "merged")]) == 1
     assert "not empty" in capsys.readouterr().err
-
-
-class Hub:
-    """Stands for `huggingface_hub.HfApi`, and remembers what is asked of it."""
-
-    calls: list = []
-    error: Exception | None = None
-
-    def create_repo(self, repo_id, **options):
-        self.calls.append(("create_repo", repo_id, options))
-        if self.error is not None:
-            raise self.error
-        return type("Url", (), {"repo_id": repo_id})
-
-    def create_branch(self, repo_id, **options):
-        self.calls.append(("create_branch", repo_id, options))
-
-    def upload_folder(self, **options):
-        self.calls.append(("upload_folder", options.pop("repo_id"), options))
-        return type("Commit", (), {"commit_url": "https://hub/commit"})
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    import huggingface_hub
-
-    monkeypatch.setattr(Hub, "calls", [])
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
-    return Hub
-
-
-def test_push(adapter, hub, capsys):
-    _, folder = adapter
-    (folder / "adapter" / "README.md").unlink()
-    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"schedule": None}))
-    assert main(["push", str(folder / "adapter"), "me/long", "--private", "--revision", "v1"]) == 0
-    (_, name, created), (_, _, branch), (_, _, uploaded) = hub.calls
-    assert name == "me/long" and created["private"] is True and branch["branch"] == uploaded["revision"] == "v1"
-    assert "checkpoint-*" in uploaded["ignore_patterns"] and uploaded["folder_path"] == folder / "adapter"
-    assert "64 to 256 tokens" in (folder / "adapter" / "README.md").read_text()
-    assert "https://hub/commit" in capsys.readouterr().out
-    assert not any("hf_secret" in str(call) for call in hub.calls)
-
-
-def test_what_can_fail_in_a_push_is_one_message(adapter, hub, monkeypatch, capsys):
-    _, folder = adapter
-    monkeypatch.setattr(hub, "error", ConnectionError("no route to host"))
-    assert main(["push", str(folder / "adapter"), "me/long"]) == 1
-    printed = capsys.readouterr().err
-    assert "no route to host" in printed and "complete here" in printed and "Traceback" not in printed
-    assert main(["push", str(folder), "me/long"]) == 1
-    assert "no adapter_config.json" in capsys.readouterr().err
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    assert main(["push", str(folder / "adapter"), "me/long"]) == 1
-    assert "hf auth login" in capsys.readouterr().err
