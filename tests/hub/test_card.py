@@ -143,7 +143,7 @@ def test_a_run_leaves_the_card_of_what_happened(make, tmp_path):
     out = tmp_path / "out"
     for folder, steps in ((out, "6"), (out / "checkpoint-6", "6"), (out / "checkpoint-3", "3 of 6")):
         text = (folder / "README.md").read_text()
-        assert f"- steps: {steps}, of 2 sequences" in text
+        assert f"- steps: {steps}, batch size 2" in text
         assert "None" not in text and "More Information Needed" not in text and str(tmp_path) not in text
         assert {"longlora", "hf_longlora", "sft", "trl"} <= set(front(text)["tags"])
     text = (out / "README.md").read_text()

@@ -76,7 +76,7 @@ def test_checkpoints_are_pushed_with_their_card(make, hub, token):
     options = dict(push_to_hub=True, hub_model_id=REPO, hub_token=token, save_strategy="steps", save_steps=100)
     make(**options, stages=[{"max_length": 128, "max_steps": 2}]).train()
     ((_, files),) = hub.repos[REPO].commits
-    assert set(files) >= ADAPTER and "- steps: 2, of 2 sequences" in files["README.md"].decode()
+    assert set(files) >= ADAPTER and "- steps: 2, batch size 2" in files["README.md"].decode()
 
 
 LOAD = """
@@ -381,7 +381,7 @@ def test_push_by_the_command_line_takes_what_was_evaluated_since(make, hub, toke
     files = hub.repos[REPO].files
     assert not any(name.startswith("_") for name in files) and "report.html" in files
     card = files["README.md"].decode()
-    assert "| dense | 12.50 |" in card and "- steps: 6, of 2 sequences" in card
+    assert "| dense | 12.50 |" in card and "- steps: 6, batch size 2" in card
     assert f'PeftModel.from_pretrained(base, "{REPO}")' in card and "sft" in ModelCard(card).data.tags
 
 
