@@ -116,8 +116,10 @@ def _doubling(length: int) -> list[int]:
 def _report(results: dict[str, Any], options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
+    from transformers.trainer import TRAINER_STATE_NAME
 
     from ..evaluation import far_context, plot_perplexity, plot_positions, plot_retrieval
+    from ..trainer import update_report
 
     records, name = results["perplexity"], options.model
     out = Path(options.output_dir)
@@ -142,6 +144,8 @@ def _report(results: dict[str, Any], options: argparse.Namespace) -> None:
             table.add_row(f"{length:,} tokens", *(f"{found[depth]:.0%}" for depth in depths))
         console.print(table)
         plot_retrieval(results[kind], out / f"{kind}.png", title=f"{name}: {titles[kind].lower()}")
+    if (out / TRAINER_STATE_NAME).is_file():
+        update_report(out)  # of the run that has ended there
     console.print(f"In {out}: {', '.join(sorted(path.name for path in out.iterdir()))}", highlight=False)
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-IGNORED = ["checkpoint-*", "checkpoint-*/**", "last-good/**", "runs/**", "*.tmp", ".*"]
+IGNORED = ["checkpoint-*", "checkpoint-*/**", "last-good/**", "runs/**", "*.tmp", ".*", "_*"]
 """What a run leaves in its output directory that is no part of the adapter."""
 
 
@@ -14,8 +14,8 @@ def add(commands: Any) -> None:
         help="upload an adapter, or an exported model, to the Hugging Face Hub",
         description=(
             "Upload the folder of an adapter (or of a merged or exported one) to the Hub, its card (README.md) with "
-            "it; an adapter without a card gets one from what its config says. Checkpoints stay here. You are who you "
-            "have logged in as (`hf auth login`, or HF_TOKEN)."
+            "it: written anew from what is known, a later evaluation too, unless it has been edited and says so. "
+            "Checkpoints stay here. You are who you have logged in as (`hf auth login`, or HF_TOKEN)."
         ),
     )
     push.add_argument("folder", help="the folder of an adapter or a model")
@@ -29,13 +29,15 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     from huggingface_hub import HfApi, get_token
 
+    from ..hub import refresh_card
+
     folder = Path(options.folder)
     if not (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no folder of an adapter or a model: no adapter_config.json, no config.json")
     if get_token() is None:
         raise ValueError("you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
-    if not (folder / "README.md").is_file() and (folder / "adapter_config.json").is_file():
-        _write_card(folder, options.repository)
+    if (folder / "adapter_config.json").is_file() and refresh_card(folder, options.repository):
+        print(f"README.md is written from what is known of {folder}.")
     api = HfApi()
     try:
         repository = api.create_repo(options.repository, private=options.private or None, exist_ok=True).repo_id
@@ -54,16 +56,3 @@ def run(options: argparse.Namespace) -> None:
             f"again. The reason: {str(error).strip() or type(error).__name__}"
         ) from error
     print(f"{folder} is on the Hub: {commit.commit_url}")
-
-
-def _write_card(folder: Path, name: str) -> None:
-    """Write the card of an adapter that has none; one of another type than LONGLORA stays without."""
-    from peft import PeftConfig
-
-    from ..hub import folder_card
-    from ..tuner import LongLoraConfig
-
-    config = PeftConfig.from_pretrained(str(folder))
-    if isinstance(config, LongLoraConfig):
-        folder_card(folder, name=name).save(folder / "README.md")
-        print(f"{folder} had no card; README.md is from the adapter's config.")

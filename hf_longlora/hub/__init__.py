@@ -1,7 +1,7 @@
 """What of an adapter goes to the Hub, and to programs without this package."""
 
-from .card import adapter_card, folder_card
+from .card import adapter_card, folder_card, refresh_card
 from .export import export_adapter
 from .push import PushAdapterCallback
 
-__all__ = ["PushAdapterCallback", "adapter_card", "export_adapter", "folder_card"]
+__all__ = ["PushAdapterCallback", "adapter_card", "export_adapter", "folder_card", "refresh_card"]

@@ -18,7 +18,9 @@ Records = Sequence[Mapping[str, Any]]
 
 TEMPLATE = Path(__file__).with_name("card.md")
 TAGS = ("longlora", "hf_longlora", "long-context", "lora", "transformers")
+MARK = "<!-- Written by hf_longlora, and written anew when more is known. Without this line it stays as it is. -->"
 EVALUATION_NAME = "evaluation.json"
+RETRIEVAL = {"passkey": "Passkeys found", "needles": "Passkeys found among several"}
 PLOT_NAME = "perplexity.png"
 
 
@@ -28,7 +30,7 @@ def adapter_card(
     name: str,
     base_model: str | None = None,
     perplexity: Mapping[str, Mapping[str, Records]] | None = None,
-    retrieval: Records | None = None,
+    retrieval: Mapping[str, Records] | None = None,
     training: Mapping[str, Any] | None = None,
     about: str = "",
     plot: str | None = None,
@@ -43,7 +45,7 @@ def adapter_card(
         name: The adapter's name, as in `user/name`.
         base_model: The base's name on the Hub; a folder's name if it isn't there.
         perplexity: For each text, what `compare_attention` returned (`"dense"`, `"as trained"`, or further names).
-        retrieval: What `passkey_accuracy` returned.
+        retrieval: What `passkey_accuracy` returned as `"passkey"`, `multi_needle_accuracy` as `"needles"`.
         training: Facts to list as they are: data, tokens, hardware, time.
         about: A paragraph for the top.
         plot: The picture of the perplexities, a file beside the card.
@@ -60,6 +62,7 @@ def adapter_card(
     if not config.resolved:
         raise ValueError("The adapter's config is not resolved: put it on a model, or load it from a saved adapter.")
     perplexity, training = perplexity or {}, training or {}
+    found = {RETRIEVAL[kind]: records for kind, records in (retrieval or {}).items()}
     title = name.rpartition("/")[2]
     data = ModelCardData(
         library_name="peft",
@@ -69,11 +72,12 @@ def adapter_card(
         license=license,
         tags=[*TAGS, *(tag for tag in tags if tag not in TAGS)],
         model_name=title,
-        eval_results=[*_perplexity_results(perplexity), *_retrieval_results(retrieval or ())] or None,
+        eval_results=[*_perplexity_results(perplexity), *_retrieval_results(retrieval or {})] or None,
     )
     text = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
+        mark=MARK,
         name=name,
         title=title,
         about=about.strip(),
@@ -81,7 +85,7 @@ def adapter_card(
         schedule=_schedule(config.schedule),
         perplexity=[_perplexity(text, records) for text, records in perplexity.items()],
         plot=f"![Perplexity by context length]({plot})" if plot else "",
-        retrieval=_retrieval(retrieval or ()),
+        retrieval="\n\n".join(_retrieval(kind, records) for kind, records in found.items()),
         training="\n".join(["## Training", "", *(f"- {what}: {value}" for what, value in training.items())])
         if training
         else "",
@@ -116,11 +120,36 @@ def folder_card(
         name=name or folder.absolute().name,
         base_model=base_model or base_name(config.base_model_name_or_path),
         perplexity={"held-out documents": records} if records else None,
-        retrieval=evaluation.get("passkey"),
+        retrieval={kind: evaluation[kind] for kind in RETRIEVAL if evaluation.get(kind)},
         training=read_facts(folder),
         plot=PLOT_NAME if records and (folder / PLOT_NAME).is_file() else None,
         **options,
     )
+
+
+def refresh_card(folder: str | Path, name: str) -> bool:
+    """Write the card of a saved LONGLORA adapter with what is known by now, and with its name.
+
+    Args:
+        folder: As for `folder_card`.
+        name: As for `adapter_card`.
+
+    Returns:
+        Whether it was written: not if someone has made the card his own (it lacks our mark), or the adapter is of
+        another type.
+    """
+    file = Path(folder, "README.md")
+    data = ModelCardData()
+    if file.is_file():
+        card = ModelCard.load(file)
+        if MARK not in card.text:
+            return False
+        data = card.data
+    if json.loads(Path(folder, CONFIG_NAME).read_text())["peft_type"] != "LONGLORA":
+        return False
+    dataset = data.datasets[0] if data.datasets else None
+    folder_card(folder, name=name, tags=data.tags or (), dataset=dataset, license=data.license).save(file)
+    return True
 
 
 def base_name(name_or_path: str | None) -> str | None:
@@ -151,21 +180,22 @@ def _perplexity_results(perplexity: Mapping[str, Mapping[str, Records]]) -> list
     ]
 
 
-def _retrieval_results(records: Records) -> list[EvalResult]:
+def _retrieval_results(retrieval: Mapping[str, Records]) -> list[EvalResult]:
     """The share of passkeys found at each length, over all depths."""
-    found: dict[int, list[float]] = {}
-    for record in records:
-        found.setdefault(record["length"], []).append(float(record["accuracy"]))
+    found: dict[tuple[str, int], list[float]] = {}
+    for kind, records in retrieval.items():
+        for record in records:
+            found.setdefault((kind, record["length"]), []).append(float(record["accuracy"]))
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type="passkey",
-            dataset_name="passkey retrieval",
+            dataset_type=kind,
+            dataset_name=RETRIEVAL[kind].lower(),
             metric_type="accuracy",
-            metric_name=f"passkeys found at {length} tokens",
+            metric_name=f"{RETRIEVAL[kind].lower()} at {length} tokens",
             metric_value=round(sum(shares) / len(shares), 4),
         )
-        for length, shares in sorted(found.items())
+        for (kind, length), shares in found.items()
     ]
 
 
@@ -209,11 +239,9 @@ def _perplexity(text: str, records: Mapping[str, Records]) -> str:
     return "\n".join(lines)
 
 
-def _retrieval(records: Records) -> str:
-    if not records:
-        return ""
+def _retrieval(title: str, records: Records) -> str:
     depths = sorted({record["depth"] for record in records})
-    lines = ["## Passkeys found, by length of the text and depth of the passkey", ""]
+    lines = [f"## {title}, by length of the text and depth of the passkey", ""]
     lines.append("| tokens | " + " | ".join(f"{depth:.0%}" for depth in depths) + " |")
     lines.append("|---" * (len(depths) + 1) + "|")
     for length in sorted({record["length"] for record in records}):
@@ -222,7 +250,7 @@ def _retrieval(records: Records) -> str:
     return "\n".join(lines)
 
 
-def _limits(perplexity: Mapping[str, Mapping[str, Records]], retrieval: Records | None) -> str:
+def _limits(perplexity: Mapping[str, Mapping[str, Records]], retrieval: Mapping[str, Records] | None) -> str:
     if not perplexity and not retrieval:
         return "This adapter has not been evaluated: measure it on text like yours (`hf-longlora evaluate`)."
     parts = []

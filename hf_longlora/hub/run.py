@@ -32,7 +32,7 @@ def run_facts(args: Any, state: TrainerState) -> dict[str, str]:
     facts = {}
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = f"{state.global_step:,} of {state.max_steps:,}" if state.global_step < state.max_steps else ""
-    facts["steps"] = f"{steps or f'{state.global_step:,}'}, of {batch:,} sequences"
+    facts["steps"] = f"{steps or f'{state.global_step:,}'}, batch size {batch:,}"
     if logged and "num_tokens" in logged[-1]:
         facts["tokens"] = f"{int(logged[-1]['num_tokens']):,}"
     kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)

@@ -8,7 +8,8 @@ from peft import get_peft_model
 from transformers import TrainerState
 
 from hf_longlora import LongLoraConfig
-from hf_longlora.hub import adapter_card, folder_card, run
+from hf_longlora.hub import adapter_card, folder_card, refresh_card, run
+from hf_longlora.hub.card import MARK
 from hf_longlora.trainer import ContextStage, LongLoraSFTConfig
 
 from ..trainer.helpers import Stop, texts
@@ -81,7 +82,7 @@ def test_an_adapter_that_was_never_put_on_a_model_has_no_card():
 
 
 def test_retrieval_and_a_plot_are_shown_where_there_are_such(config):
-    text = str(adapter_card(config, name="a", base_model="b", retrieval=PASSKEY, plot="perplexity.png"))
+    text = str(adapter_card(config, name="a", base_model="b", retrieval={"passkey": PASSKEY}, plot="perplexity.png"))
     assert "| tokens | 0% | 100% |" in text and "| 64 | 100% | 90% |" in text and "| 256 | 50% | 100% |" in text
     assert "![Perplexity by context length](perplexity.png)" in text
     assert "no test of reading" in text and "has not been evaluated" not in text
@@ -114,6 +115,23 @@ def test_a_base_that_is_a_folder_is_no_metadata(config, tmp_path):
 # --- the trainer's --------------------------------------------------------------------------------------------------
 
 
+def test_a_card_is_brought_up_to_date_unless_it_was_edited(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    assert refresh_card(tmp_path, "someone/long")
+    folder_card(tmp_path, tags=["mine"], dataset="someone/books", license="mit").save(tmp_path / "README.md")
+    evaluation = {"perplexity": RECORDS["books"], "passkey": PASSKEY, "needles": PASSKEY[:2]}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    assert refresh_card(tmp_path, "someone/long")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "# long\n" in card.text and "| dense | 12.50 | 11.25 |" in card.text
+    assert "## Passkeys found, by" in card.text and "## Passkeys found among several, by" in card.text
+    assert "mine" in card.data.tags and card.data.tags.count("longlora") == 1
+    assert (card.data.datasets, card.data.license) == (["someone/books"], "mit")
+    edited = str(card).replace(MARK, "") + "\nMine.\n"
+    (tmp_path / "README.md").write_text(edited)
+    assert not refresh_card(tmp_path, "someone/long") and (tmp_path / "README.md").read_text() == edited
+
+
 def front(text):
     return yaml.safe_load(text.split("---\n")[1])
 
@@ -125,7 +143,7 @@ def test_a_run_leaves_the_card_of_what_happened(make, tmp_path):
     out = tmp_path / "out"
     for folder, steps in ((out, "6"), (out / "checkpoint-6", "6"), (out / "checkpoint-3", "3 of 6")):
         text = (folder / "README.md").read_text()
-        assert f"- steps: {steps}, of 2 sequences" in text
+        assert f"- steps: {steps}, batch size 2" in text
         assert "None" not in text and "More Information Needed" not in text and str(tmp_path) not in text
         assert {"longlora", "hf_longlora", "sft", "trl"} <= set(front(text)["tags"])
     text = (out / "README.md").read_text()

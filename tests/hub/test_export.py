@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from hf_longlora import LongLoraConfig, export_adapter
 from hf_longlora.rope import current_rope, reach
 from tests.tuner.helpers import ids, llama, logits, perturbed
+from tests.vllm_rules import served
 
 LORA_ONLY = {"train_norms": False, "train_embeddings": False}
 # The model's and the adapter's options, by name.
@@ -92,9 +93,7 @@ def test_length_and_rope_are_the_adapters_by_every_readers_rule(exported, case):
     for config in (folder / case / "merged", folder / case / "plain" / "base"):
         read = AutoConfig.from_pretrained(config)
         assert reach(current_rope(read)) == (64, 256)
-        rope = read.rope_parameters  # vLLM multiplies what these types stretch by their factor
-        original = {"yarn": rope.get("original_max_position_embeddings"), "llama3": 256 / rope["factor"]}
-        assert original.get(rope["rope_type"], read.max_position_embeddings) * rope["factor"] == 256
+        assert served(read).default_length == 256
 
 
 def test_a_plain_lora_does_not_run_on_the_unscaled_base_by_name(exported):

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from hf_longlora import PushAdapterCallback
+from hf_longlora.cli import main
 from hf_longlora.hub import push
 
 from ..trainer.helpers import Stop
@@ -75,7 +76,7 @@ def test_checkpoints_are_pushed_with_their_card(make, hub, token):
     options = dict(push_to_hub=True, hub_model_id=REPO, hub_token=token, save_strategy="steps", save_steps=100)
     make(**options, stages=[{"max_length": 128, "max_steps": 2}]).train()
     ((_, files),) = hub.repos[REPO].commits
-    assert set(files) >= ADAPTER and "- steps: 2, of 2 sequences" in files["README.md"].decode()
+    assert set(files) >= ADAPTER and "- steps: 2, batch size 2" in files["README.md"].decode()
 
 
 LOAD = """
@@ -364,6 +365,24 @@ def test_a_full_disk_is_none_of_the_push_s_business(make, hub, token, said, monk
 def test_bad_intervals_are_refused():
     with pytest.raises(ValueError, match="every_n_steps"):
         PushAdapterCallback(REPO, every_n_steps=0)
+
+
+def test_push_by_the_command_line_takes_what_was_evaluated_since(make, hub, token, monkeypatch, tmp_path):
+    trainer = make()
+    trainer.train()
+    trainer.save_model()
+    out = tmp_path / "out"
+    (out / "_push" / "step-3").mkdir(parents=True)
+    (out / "_push" / "step-3" / "README.md").write_text("waiting")
+    records = {"dense": [{"length": 128, "perplexity": 12.5}]}
+    (out / "evaluation.json").write_text(json.dumps({"perplexity": records}))
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert main(["push", str(out), REPO]) == 0
+    files = hub.repos[REPO].files
+    assert not any(name.startswith("_") for name in files) and "report.html" in files
+    card = files["README.md"].decode()
+    assert "| dense | 12.50 |" in card and "- steps: 6, batch size 2" in card
+    assert f'PeftModel.from_pretrained(base, "{REPO}")' in card and "sft" in ModelCard(card).data.tags
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------

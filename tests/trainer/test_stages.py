@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from hf_longlora import ContextStage, LongLoraSFTConfig, S2AttentionConfig
+from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer, S2AttentionConfig
 from hf_longlora.trainer.stages import Schedule, auto_stages
 
 from .helpers import Stop, texts, weights
@@ -188,14 +188,33 @@ def test_bad_automatic_stages_are_refused(arguments, message, tmp_path):
         LongLoraSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **arguments)
 
 
-def test_automatic_stages_belong_to_a_model_and_not_to_the_arguments(make, tiny_llama):
-    options = dict(stages="doubling", max_length=256, max_steps=10)
-    trainer = make(**options)
-    assert [(s.max_length, s.max_steps) for s in trainer.schedule.stages] == [(128, 2), (256, 8)]
-    long = make(model=tiny_llama(max_position_embeddings=128), **options)
-    assert [(s.max_length, s.max_steps) for s in long.schedule.stages] == [(256, 10)]
+def test_automatic_stages_belong_to_a_model_and_not_to_the_arguments(tiny_llama, tiny_tokenizer, tmp_path):
+    args = LongLoraSFTConfig(
+        str(tmp_path),
+        stages="doubling",
+        max_length=256,
+        max_steps=10,
+        packing=True,
+        packing_strategy="wrapped",
+        use_cpu=True,
+        bf16=False,
+    )
+
+    def stages(length):
+        trainer = LongLoraSFTTrainer(
+            tiny_llama(max_position_embeddings=length),
+            args,
+            train_dataset=texts(),
+            processing_class=tiny_tokenizer,
+            peft_config=LongLoraConfig(r=2),
+        )
+        return [(stage.max_length, stage.max_steps) for stage in trainer.schedule.stages]
+
+    assert stages(64) == [(128, 2), (256, 8)]
+    assert stages(128) == [(256, 10)]
     with pytest.raises(ValueError, match="the model reaches 256 tokens as it is"):
-        make(model=tiny_llama(max_position_embeddings=256), **options)
+        stages(256)
+    assert args.stages == "doubling"
 
 
 @pytest.mark.parametrize(("kind", "target"), [("auto", 512), ("doubling", 256)])
