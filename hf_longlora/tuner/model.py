@@ -391,7 +391,7 @@ class LongLoraModel(LoraModel):
             if _changes_base(config):
                 start = getattr(config, "init_lora_weights", None)
                 warnings.warn(
-                    f"the start of adapter {name!r} (init_lora_weights={start!r}) took a part out of the base's weights: "
+                    f"the start of adapter {name!r} ({start!r}) took a part out of the base's weights: "
                     "what is left without the adapter is not the base. Load the base again to have it.",
                     stacklevel=4,
                 )
