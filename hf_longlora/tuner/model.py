@@ -15,7 +15,7 @@ import transformers
 from packaging.version import Version
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from .. import rope
@@ -243,6 +243,10 @@ class LongLoraModel(LoraModel):
             embedding = self.model.get_input_embeddings().modules_to_save[adapter_name]
             # Over PEFT's copy, which shares the parameter only until someone assigns the embedding another.
             self.model.get_submodule(name).modules_to_save[adapter_name] = masters.TiedHead(embedding)
+        get_head: Any = getattr(self.model, "get_output_embeddings", None)
+        head: Any = get_head() if get_head is not None else None
+        if isinstance(head, TrainableTokensWrapper) and getattr(head.original_module, "bias", None) is None:
+            head.bias = None  # fused losses ask for weight and bias, and the wrapper has the weight only
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
