@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.embedding_memory import WAYS, measure
 
-# TRL's fused head casts its weight by chunks of up to 65,536 tokens, so that a larger vocabulary is never cast whole.
+# Large, so that TRL's fused head, which casts its weight by chunks of the vocabulary, never casts it whole.
 VOCABULARY, WIDTH = 70_000, 16
 
 
