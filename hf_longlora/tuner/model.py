@@ -246,7 +246,7 @@ class LongLoraModel(LoraModel):
         get_head: Any = getattr(self.model, "get_output_embeddings", None)
         head: Any = get_head() if get_head is not None else None
         if isinstance(head, TrainableTokensWrapper) and getattr(head.original_module, "bias", None) is None:
-            head.bias = None  # fused losses ask for weight and bias, and the wrapper has the weight only
+            vars(head)["bias"] = None  # fused losses ask for weight and bias, and the wrapper has the weight only
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
