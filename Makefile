@@ -42,7 +42,7 @@ define sdist
 	tar -xzf $(VENV)/$(1)/$(1)-*.tar.gz -C $(VENV)/$(1) --strip-components 1
 	touch $(VENV)/$(1)/tests/__init__.py # the sdists leave it out
 endef
-OTHERS_PYTEST = HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/$(VENV)/hub PYTHONPATH=$(CURDIR)/tests/third_party \
+OTHERS_PYTEST = HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/$(VENV)/hub PYTHONPATH=$(CURDIR)/tests/third_party:$(CURDIR) \
 	$(CURDIR)/$(BIN)/python -m pytest -o addopts= -q -n $(JOBS) -p no:warnings -p no:cacheprovider
 OF_LORA = -k "-LoraConfig- or [LoraConfig- or (lora and not Config)"
 

@@ -105,6 +105,14 @@ class LongLoraConfig(LoraConfig):
             raise ValueError(f"rope_parameters must be a dict, got {type(self.rope_parameters).__name__}.")
         for name in ("rope", "base_rope"):
             check_rope(name, getattr(self, name))
+        alpha: Any = self.lora_alpha
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ValueError(f"lora_alpha must be a finite number, got {alpha!r}.")
+        tokens: Any = self.alora_invocation_tokens
+        if tokens is not None and not (isinstance(tokens, list) and all(type(t) is int for t in tokens)):
+            raise ValueError(f"alora_invocation_tokens must be a list of token ids, got {tokens!r}.")
+        if self.megatron_config is not None:  # PEFT imports whatever megatron_core names
+            raise ValueError("megatron_config is not supported: LongLoRA works on transformers' models.")
         targets = self.target_modules
         if isinstance(targets, str):
             hit = re.fullmatch(targets, "lm_head") is not None
@@ -130,7 +138,7 @@ class LongLoraConfig(LoraConfig):
         name = str(pretrained_model_name_or_path)
         try:
             config = super().from_pretrained(name, subfolder=subfolder, **kwargs)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError) as error:
             raise ValueError(f"the adapter_config.json of {name} is not valid: {error}") from error
         if isinstance(config, LongLoraConfig) and config.inference_mode:
             download_kwargs, _, _ = cls._split_kwargs(kwargs)
@@ -162,12 +170,16 @@ def check_rope(name: str, values: Any) -> None:
         if scaling.original_max_position_embeddings is not None:
             lengths.append(scaling.original_max_position_embeddings)
         good = all(type(n) is int and n > 0 for n in lengths) and all(map(math.isfinite, numbers))
-        good = good and all((scaling.parameters.get(key) or 1) > 0 for key in ("rope_theta", "factor"))
+        good = good and all(_positive(scaling.parameters.get(key)) for key in ("rope_theta", "factor"))
         good = good and isinstance(scaling.rope_type, str)
     except (AttributeError, KeyError, TypeError):
         good = False
     if not good:
         raise ValueError(f"{name} is no stored RoPE: {values!r}. It is written for you; leave it alone.")
+
+
+def _positive(value: Any) -> bool:
+    return value is None or (not isinstance(value, bool) and value > 0)
 
 
 def _numbers(values: Any) -> Iterator[float]:

@@ -15,7 +15,7 @@ import transformers
 from packaging.version import Version
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from .. import rope
@@ -64,9 +64,14 @@ class LongLoraModel(LoraModel):
         before = copy.deepcopy(vars(config))
         children = [(module, dict(module._modules)) for module in model.modules()]
         trainable = [(p, p.requires_grad) for p in model.parameters()]
+        weights: list[tuple[nn.Parameter, torch.Tensor]] = []
         try:
             self._resolve_modules(model, config)
             self._resolve_rope(model, config, adapter_name)
+            self._check_ranks(config)
+            if _changes_base(config):
+                targeted = [m for n, m in walk(model) if self._check_target_module_exists(config, n)]
+                weights = [(p, p.detach().clone()) for m in targeted for p in m.parameters()]
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -84,12 +89,14 @@ class LongLoraModel(LoraModel):
             self._sync_rope()
             if (config.rope is not None or not _TRANSFORMERS_KEEPS_ALL) and not hasattr(model, _FOLLOWER):
                 setattr(model, _FOLLOWER, model.register_forward_pre_hook(_follow_layers))
-        except Exception:
+        except Exception as error:
             for module, modules in children:
                 module._modules.clear()
                 module._modules.update(modules)
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     module._adapters.discard(adapter_name)
+            for parameter, weight in weights:
+                parameter.data.copy_(weight)
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
             vars(config).clear()
@@ -97,6 +104,12 @@ class LongLoraModel(LoraModel):
             self.peft_config.pop(adapter_name, None)
             if not self.peft_config:
                 _forget(model)
+            from_file = "_stored_shapes" in before
+            if from_file and not isinstance(error, (ImportError, ValueError, torch.OutOfMemoryError)):
+                raise ValueError(
+                    f"the adapter_config.json does not go with this model ({type(error).__name__}: {error}). It is "
+                    "damaged, or of another version of PEFT."
+                ) from error
             raise
 
     def _resolve_modules(self, model: nn.Module, config: LongLoraConfig) -> None:
@@ -129,6 +142,21 @@ class LongLoraModel(LoraModel):
             if (config.train_norms and is_norm(module)) or (train_embeddings and isinstance(module, nn.Embedding)):
                 wanted.append(name)
         config.modules_to_save = wanted or None
+
+    def _check_ranks(self, config: LongLoraConfig) -> None:
+        """Refuse ranks that a file's weights don't have, before memory is taken for them."""
+        stored = vars(config).get("_stored_shapes")
+        if stored is None:
+            return
+        pattern: Any = config.rank_pattern
+        ranks = [config.r, *(pattern.values() if isinstance(pattern, dict) else ())]
+        widest = max((size for shape in stored.values() for size in shape), default=0)
+        most = max((shape[0] for key, shape in stored.items() if ".lora_" in key and "_A" in key), default=widest)
+        if any(type(rank) is not int or not 0 < rank <= (widest if pattern else most) for rank in ranks):
+            raise ValueError(
+                f"the ranks of adapter_config.json (r={config.r!r}, rank_pattern={pattern!r}) are not those of the "
+                f"weights, which have {most} at most."
+            )
 
     def _target_embeddings(self, model: nn.Module, config: LongLoraConfig, rank: int) -> None:
         """Add the embeddings to what LoRA targets, with a rank of their own and the others' scaling."""
@@ -215,6 +243,10 @@ class LongLoraModel(LoraModel):
             embedding = self.model.get_input_embeddings().modules_to_save[adapter_name]
             # Over PEFT's copy, which shares the parameter only until someone assigns the embedding another.
             self.model.get_submodule(name).modules_to_save[adapter_name] = masters.TiedHead(embedding)
+        get_head: Any = getattr(self.model, "get_output_embeddings", None)
+        head: Any = get_head() if get_head is not None else None
+        if isinstance(head, TrainableTokensWrapper) and getattr(head.original_module, "bias", None) is None:
+            vars(head)["bias"] = None  # fused losses ask for weight and bias, and the wrapper has the weight only
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -360,11 +392,11 @@ class LongLoraModel(LoraModel):
 
     def _warn_of_changed_base(self) -> None:
         for name, config in self.peft_config.items():
-            start: Any = getattr(config, "init_lora_weights", True)
-            if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+            if _changes_base(config):
+                start = getattr(config, "init_lora_weights", None)
                 warnings.warn(
-                    f"adapter {name!r} was started by {start!r}, which takes a part out of the base's weights: what "
-                    "is left without the adapter is not the base. Load the base again to have it.",
+                    f"the start of adapter {name!r} ({start!r}) took a part out of the base's weights: "
+                    "what is left without the adapter is not the base. Load the base again to have it.",
                     stacklevel=4,
                 )
 
@@ -445,6 +477,13 @@ class LongLoraModel(LoraModel):
         for _, wrapper, module in self._copies(adapter_name):
             if not masters.is_promoted(module):
                 masters.demote(module, masters.base_dtype(wrapper.original_module))
+
+
+def _changes_base(config: Any) -> bool:
+    """Whether LoRA's start takes a part out of the base's weights."""
+    start = getattr(config, "init_lora_weights", True)
+    taking = isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+    return taking or getattr(config, "kasa_config", None) is not None
 
 
 def _put_rope(model: nn.Module, configs: dict[str, Any], active: list[str]) -> None:

@@ -25,7 +25,11 @@ def check_fit(tuner: BaseTuner, adapter_name: str, stored: StoredShapes) -> None
     # PEFT saves biases and resized embeddings of the base with an adapter, the latter in more than one place.
     known = {f"base_model.{key}": tuple(tensor.shape) for key, tensor in tuner.state_dict().items()} | needed
     missing = sorted(needed.keys() - stored.keys())
-    places = tuple(f"{key.rpartition('.')[0]}." for key in needed)
+    # Nor does it write all that a variant of LoRA keeps beside its layers in every case.
+    places = (
+        *(f"{key.rpartition('.')[0]}." for key in needed),
+        *(f"{key.partition('.lora_')[0]}.lora_" for key in needed),
+    )
     foreign = sorted(key for key in stored.keys() - known.keys() if not key.startswith(places))
     unequal = sorted(key for key in stored.keys() & known.keys() if stored[key] != known[key])
     if unequal:

@@ -31,8 +31,9 @@ from transformers import (
 REVISION = "0" * 40
 # PEFT's decoder suite uses token ids up to 1000.
 TOKENS: dict[str, Any] = {"vocab_size": 1024, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+# Its weighted combinations want projections wider than rank 20.
 SHAPE: dict[str, Any] = TOKENS | {
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -52,7 +53,7 @@ MODELS: dict[str, tuple[type[PreTrainedModel], Any]] = {
     "peft-internal-testing/tiny-dummy-qwen2": (Qwen2ForCausalLM, Qwen2Config(**SHAPE)),
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (
         Gemma3ForCausalLM,
-        Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=64),
+        Gemma3TextConfig(**SHAPE, head_dim=16, sliding_window=64),
     ),
 }
 

@@ -60,6 +60,7 @@ if not LORA_ALONE:
         f"{DECODERS}test_prepare_for_training_parametrized": "expects embeddings untrained; we train them",
         f"{DECODERS}test_lora_layer_replication": "expects embeddings untrained; we train them",
         f"{DECODERS}test_training_decoders_layer_indexing": "expects gradients of LoRA alone; norms have them too",
+        f"{DECODERS}test_training_decoders_gradient": "expects gradients of LoRA alone; norms have them too",
         f"{DECODERS}test_mixed_adapter_batches": "PEFT mixes no whole norms in a batch",
         f"{DECODERS}test_generate_with_mixed_adapter_batches": "PEFT mixes no whole norms in a batch",
         f"{DECODERS}test_weighted_combination_of_adapters": "PEFT adds up no modules that are trained whole",

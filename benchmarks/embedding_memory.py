@@ -1,0 +1,98 @@
+"""What trained embeddings cost: `python -m benchmarks.embedding_memory` appends to `results/embedding_memory.csv`.
+
+For each way to train them: the numbers that are trained, what they take in fp32 with gradients and AdamW's two states,
+and how many tensors of the embedding's size a training step makes beside (a weight's casts and gradients), at most at
+one time. The last comes from watching every operator of a step of a small model in bf16, with TRL's fused head.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer  # noqa: F401 (imports the kernels' module in full)
+from trl.trainer.sft_trainer import add_fused_lm_head
+
+from hf_longlora import LongLoraConfig
+
+from .provenance import RESULTS, append_row, provenance
+
+WAYS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "embedding_rank=8": {"embedding_rank": 8},
+    "trainable_token_indices, 16 tokens": {"trainable_token_indices": list(range(16))},
+    "train_embeddings=False": {"train_embeddings": False},
+}
+
+
+class Census(TorchDispatchMode):
+    """Counts the tensors of one shape that operators make, and how many of them live at one time."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.live: dict[int, StorageWeakRef] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        self.live = {key: ref for key, ref in self.live.items() if not ref.expired()}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.shape in (self.shape, self.shape[::-1]):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in before:
+                    self.live[storage._cdata] = StorageWeakRef(storage)
+        self.peak = max(self.peak, len(self.live))
+        return out
+
+
+def measure(way: str, tied: bool, vocabulary: int, width: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        tie_word_embeddings=tied,
+    )
+    model = get_peft_model(LlamaForCausalLM(config).bfloat16(), LongLoraConfig(**WAYS[way]))
+    add_fused_lm_head(model.get_base_model(), outputs=("log_probs",))
+    trained = [p for n, p in model.named_parameters() if p.requires_grad and "embed_tokens" in n]
+    numbers = sum(p.numel() for p in trained)
+    tokens = torch.randint(0, vocabulary, (1, 64))
+    census = Census((vocabulary, width))
+    model.train()
+    with census, torch.autocast("cpu", torch.bfloat16):
+        out = model(tokens, labels=tokens, fused_lm_head=True)
+        (-out.log_probs.mean()).backward()
+    return {
+        "way": way,
+        "tied": tied,
+        "vocabulary": vocabulary,
+        "width": width,
+        "trained_numbers": numbers,
+        "weights_gradients_states_mib": 16 * numbers / 2**20,  # fp32, four times
+        "peak_tensors_of_its_size_in_a_step": census.peak,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--width", type=int, default=256)
+    options = parser.parse_args()
+    for tied in (False, True):
+        for way in WAYS:
+            row = measure(way, tied, options.vocabulary, options.width)
+            print(row)
+            append_row(RESULTS / "embedding_memory.csv", row | provenance())
+
+
+if __name__ == "__main__":
+    main()
