@@ -77,7 +77,7 @@ def card(folder: Path) -> ModelCard:
         name=f"{OWNER}/{folder.name}",
         base_model=BASE_NAME,
         perplexity=perplexity,
-        retrieval=retrieval or None,
+        retrieval={"passkey": retrieval} if retrieval else None,
         about=(
             "An experiment and not a model to use: what the trainer's schedule and LoRA alone do to a Llama of 44 M "
             "parameters that was trained on English novels and mathematics at 512 tokens. Neither it nor its base is "
