@@ -53,7 +53,7 @@ MODELS: dict[str, tuple[type[PreTrainedModel], Any]] = {
     "peft-internal-testing/tiny-dummy-qwen2": (Qwen2ForCausalLM, Qwen2Config(**SHAPE)),
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (
         Gemma3ForCausalLM,
-        Gemma3TextConfig(**SHAPE, head_dim=16, sliding_window=64),
+        Gemma3TextConfig(**SHAPE | {"hidden_size": 32}, head_dim=8, sliding_window=64),
     ),
 }
 
