@@ -105,6 +105,15 @@ def test_padding_of_each_row_by_another_amount(kernel, side, device, dtype):
 
 
 @every_kernel
+def test_slices_of_a_fused_projection(kernel, device, dtype):
+    """As models with one projection for queries, keys and values hand them over: no slice is dense in memory."""
+    for batch in (1, 2):
+        fused = torch.randn(batch, 40, 8, 32, device=device).to(dtype)
+        tensors = [x.transpose(1, 2).detach().requires_grad_() for x in fused.split([4, 2, 2], dim=2)]
+        check(tensors, 8, kernel)
+
+
+@every_kernel
 def test_packed_documents(kernel, device, dtype):
     cu_seqlens = torch.tensor([0, 3, 3, 11, 12, 40, 56], device=device)
     check(draw(6, 3, 56, dim=32, dtype=dtype, device=device), 8, kernel, cu_seqlens=cu_seqlens)

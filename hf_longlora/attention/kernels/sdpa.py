@@ -57,7 +57,7 @@ def sdpa_kernel(
     """Attention within segments: `[B, H, S, D]`, `[B, H_kv, S, D]` -> `[B, S, H, D_v]`, 0 in padding."""
     if softcap is not None or sinks is not None:
         raise ValueError("The sdpa kernel has neither softcap nor sinks.")
-    if dropout_p == 0.0 and _has_operators(query, value):
+    if dropout_p == 0.0 and _has_operators(query, value) and all(x.stride(-1) == 1 for x in (query, key, value)):
         # Rows fold into one batch by views where they follow one another in memory, as in [B, S, H, D].
         follow = all(x.stride(0) == x.shape[2] * x.stride(2) for x in (query, key, value))
         return attend_in_place(
@@ -166,6 +166,7 @@ def _launches(numbers: Sequence[int]) -> Iterator[Launch]:
 def _fold(x: torch.Tensor, heads: Span, launch: Launch) -> torch.Tensor:
     """The segments of a launch as a batch, a view: `[B, H, S, D]` -> `[rows * count, h, length, D]`."""
     at_row, at_head, at_token, at_width = x.stride()
+    assert launch.rows == 1 or launch.times == 1 or at_row == x.shape[2] * at_token, "rows don't follow one another"
     first = x[launch.row :, heads[0] : heads[1], launch.start :]
     step = launch.gap * at_token if launch.times > 1 else at_row
     size = (launch.rows * launch.times, heads[1] - heads[0], launch.length, x.shape[-1])
