@@ -1,4 +1,4 @@
-"""The flash kernel without a GPU: a stand-in for its package, of the same signatures, that writes where it is told.
+"""The kernels flash and varlen without a GPU: stand-ins for what they call, of the same signatures.
 
 What the package itself computes is tested where it is installed (`test_kernels.py`). Here: that every launch gets the
 right heads, tokens and edges, and that what it writes ends in the right place.
@@ -76,9 +76,34 @@ def flash_attn_varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_
     return attend(q, k, v, cu_seqlens_q, softmax_scale)
 
 
-@pytest.fixture(params=[4, 2])
+def torchs_forward(q, k, v, edges, k_edges, longest, k_longest, dropout, causal, debug, *, scale=None, **none):
+    assert (edges == k_edges).all() and longest == k_longest == edges.diff().max() and causal and not dropout
+    assert all(value is None for value in none.values())
+    lse = torch.ones(q.shape[1], q.shape[0])
+    empty = torch.empty(0)
+    return attend(q, k, v, edges, scale), lse, empty, empty, empty
+
+
+def torchs_backward(
+    grad, q, k, v, out, lse, edges, k_edges, longest, k_longest, dropout, causal, rng, unused, *, scale=None, **none
+):
+    gradients = [torch.empty_like(x) for x in (q, k, v)]
+    ends = {"cu_seqlens_q": edges, "cu_seqlens_k": k_edges, "max_seqlen_q": longest, "max_seqlen_k": k_longest}
+    into = dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+    flash_attn_bwd(q, k, v, out, grad, lse, softmax_scale=scale, causal=causal, **ends, **into)
+    return tuple(gradients)
+
+
+@pytest.fixture(params=[4, 2, "torch"])
 def stand_in(request, monkeypatch):
-    """The flash kernel as if its package were installed, on any device and in any precision."""
+    """The kernel "flash" as if its package were installed, or varlen as if torch's operators knew the CPU."""
+    if request.param == "torch":
+        monkeypatch.setitem(kernels.KERNELS, "flash", kernels.Kernel(function=kernels.varlen.varlen_kernel))
+        with torch.library._scoped_library("aten", "IMPL") as library:
+            library.impl("_flash_attention_forward", torchs_forward, "CPU")
+            library.impl("_flash_attention_backward", torchs_backward, "CPU")
+            yield
+        return
     monkeypatch.setattr(flash, "version", lambda: request.param)
     if request.param == 4:
         package = ModuleType("flash_attn.cute")
@@ -90,6 +115,7 @@ def stand_in(request, monkeypatch):
         functions = (None, flash_attn_varlen, None, None, None)
         monkeypatch.setattr(utils, "lazy_import_flash_attention", lambda name: (functions, None))
     monkeypatch.setitem(kernels.KERNELS, "flash", kernels.Kernel(function=flash.flash_kernel))
+    yield
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)

@@ -14,8 +14,8 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from ..segments import Part
 from . import ragged
-from .in_place import ENGINES
-from .ragged import Launch, attend_ragged, engine
+from .in_place import ENGINES, Call, Tensors
+from .ragged import Launch, attend_ragged, engine, tokens_of
 
 
 @lru_cache(maxsize=1)
@@ -64,73 +64,45 @@ def _interface() -> Any:
     return interface
 
 
-def _forward(
-    launch: Launch,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-) -> None:
-    q, k, v = launch.of(query, launch.heads), launch.of(key, launch.kv_heads), launch.of(value, launch.kv_heads)
-    o, edges, longest = launch.of(out, launch.heads), launch.edges(q.device), max(launch.lengths)
+def _forward(launch: Launch, call: Call, scale: float) -> None:
+    query, key, value, out, lse = call
     _interface()._flash_attn_fwd(
-        q,
-        k,
-        v,
-        cu_seqlens_q=edges,
-        cu_seqlens_k=edges,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
+        query,
+        key,
+        value,
+        **_bounds(launch, query.device),
         softmax_scale=scale,
         causal=True,
         return_lse=True,
-        out=o,
-        lse=lse.view(q.shape[1], q.shape[0]),
+        out=out,
+        lse=lse.view(query.shape[1], query.shape[0]),
     )
-    launch.clear(o)
+    launch.clear(out)
 
 
-def _backward(
-    launch: Launch,
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    scale: float,
-    add: bool,
-) -> None:
-    q, k, v = launch.of(query, launch.heads), launch.of(key, launch.kv_heads), launch.of(value, launch.kv_heads)
-    edges, longest = launch.edges(q.device), max(launch.lengths)
-    wholes = launch.of(dq, launch.heads), launch.of(dk, launch.kv_heads), launch.of(dv, launch.kv_heads)
-    pieces = (wholes[0], *(torch.empty_like(x) if add else x for x in wholes[1:]))
+def _backward(launch: Launch, grad: torch.Tensor, call: Call, gradients: Tensors, scale: float) -> None:
+    query, key, value, out, lse = call
+    dq, dk, dv = gradients
     _interface()._flash_attn_bwd(
-        q,
-        k,
-        v,
-        launch.of(out, launch.heads),
-        launch.of(grad, launch.heads),
-        lse.view(q.shape[1], q.shape[0]),
+        query,
+        key,
+        value,
+        out,
+        grad,
+        lse.view(query.shape[1], query.shape[0]),
         softmax_scale=scale,
         causal=True,
-        cu_seqlens_q=edges,
-        cu_seqlens_k=edges,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-        dq=pieces[0],
-        dk=pieces[1],
-        dv=pieces[2],
+        **_bounds(launch, query.device),
+        dq=dq,
+        dk=dk,
+        dv=dv,
     )
-    launch.clear(*pieces)
-    if add:
-        for whole, piece in zip(wholes[1:], pieces[1:], strict=True):
-            whole.add_(piece)
+    launch.clear(*gradients)
+
+
+def _bounds(launch: Launch, device: torch.device) -> dict[str, Any]:
+    edges, longest = launch.edges(device), max(launch.lengths)
+    return {"cu_seqlens_q": edges, "cu_seqlens_k": edges, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
 
 ENGINES["flash4"] = engine(_forward, _backward)
@@ -147,16 +119,11 @@ def _by_autograd(
     (_, attend, *_), _ = modeling_flash_attention_utils.lazy_import_flash_attention(f"flash_attention_{version()}")
     outs = []
     for launch in ragged.launches(ragged.plan(tuple(parts), length, math.inf)):
-        q, k, v = launch.of(query, launch.heads), launch.of(key, launch.kv_heads), launch.of(value, launch.kv_heads)
-        edges, longest = launch.edges(q.device), max(launch.lengths)
+        shared = (tokens_of(launch, x, launch.kv_heads) for x in (key, value))
         out = attend(
-            q,
-            k,
-            v,
-            cu_seqlens_q=edges,
-            cu_seqlens_k=edges,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
+            tokens_of(launch, query, launch.heads),
+            *shared,
+            **_bounds(launch, query.device),
             softmax_scale=scale,
             causal=True,
         )

@@ -12,23 +12,74 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..segments import Span
+
 Tensors = tuple[torch.Tensor, ...]
+
+
+class Call(NamedTuple):
+    """What a launch reads and writes: views of its heads and tokens, in the layout that its engine wants.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        value: Values.
+        out: The output, filled by the forward.
+        lse: Logarithms of what the softmax divided by, filled by the forward; flat.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
 
 
 class Engine(NamedTuple):
     """How one kind of launch is served.
 
     Args:
-        launches: Reads a plan, a flat list of numbers: heads, key/value heads, tokens for each head, and what else
-            the engine wants to know, for each launch.
-        forward: `(launch, query, key, value, out, lse, scale)`; fills the launch's part of `out` and `lse`.
-        backward: `(launch, grad, query, key, value, out, lse, dq, dk, dv, scale, add)`; fills the launch's part of the
-            gradients, or, if `add`, adds to `dk` and `dv`.
+        launches: Reads a plan, a flat list of numbers: `heads`, `kv_heads` and `tokens` of each launch, and what else
+            the engine wants to know.
+        view: `(launch, x, heads)`: the launch's tokens of some heads of `[B, H, S, D]`, as a view.
+        forward: `(launch, call, scale)`; fills `call.out` and `call.lse`.
+        backward: `(launch, grad, call, gradients, scale)`; fills the gradients of queries, keys and values.
     """
 
     launches: Callable[[Sequence[int]], Iterator[Any]]
-    forward: Callable[..., None]
-    backward: Callable[..., None]
+    view: Callable[[Any, torch.Tensor, Span], torch.Tensor]
+    forward: Callable[[Any, Call, float], None]
+    backward: Callable[[Any, torch.Tensor, Call, Tensors, float], None]
+
+    def calls(
+        self,
+        plan: Sequence[int],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> Iterator[tuple[Any, Call]]:
+        """The launches of a plan and what each works on; `out` is `[B, S, H, D]`."""
+        at = 0
+        for launch in self.launches(plan):
+            size = scores(launch)
+            yield (
+                launch,
+                Call(
+                    self.view(launch, query, launch.heads),
+                    self.view(launch, key, launch.kv_heads),
+                    self.view(launch, value, launch.kv_heads),
+                    self.view(launch, out.transpose(1, 2), launch.heads),
+                    lse[at : at + size],
+                ),
+            )
+            at += size
+
+
+def scores(launch: Any) -> int:
+    """Rows of the softmax in a launch."""
+    return launch.tokens * (launch.heads[1] - launch.heads[0])
 
 
 ENGINES: dict[str, Engine] = {}
@@ -50,7 +101,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def heads_of(x: torch.Tensor, heads: tuple[int, int]) -> torch.Tensor:
+def heads_of(x: torch.Tensor, heads: Span) -> torch.Tensor:
     return x[:, heads[0] : heads[1]]
 
 
@@ -59,14 +110,13 @@ def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Sequence[int], scale: float, engine: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, length, _ = query.shape
-    launches = list(ENGINES[engine].launches(plan))
-    sizes = [launch.tokens * (launch.heads[1] - launch.heads[0]) for launch in launches]
-    whole = sum(sizes) == batch * heads * length
-    allocate = query.new_empty if whole else query.new_zeros
+    found = ENGINES[engine]
+    rows = sum(map(scores, found.launches(plan)))
+    allocate = query.new_empty if rows == batch * heads * length else query.new_zeros
     out = allocate(batch, length, heads, value.shape[-1])
-    lse = query.new_empty(sum(sizes), dtype=_wide(query.dtype))  # in the order of the launches
-    for launch, part in zip(launches, lse.split(sizes), strict=True):
-        ENGINES[engine].forward(launch, query, key, value, out.transpose(1, 2), part, scale)
+    lse = query.new_empty(rows, dtype=_wide(query.dtype))  # in the order of the launches
+    for launch, call in found.calls(plan, query, key, value, out, lse):
+        found.forward(launch, call, scale)
     return out, lse
 
 
@@ -84,16 +134,21 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if grad.stride(-1) != 1 or grad.stride() != out.stride():
         grad = torch.empty_like(out).copy_(grad)
-    launches = list(ENGINES[engine].launches(plan))
-    sizes = [launch.tokens * (launch.heads[1] - launch.heads[0]) for launch in launches]
-    whole = sum(sizes) == query.shape[0] * query.shape[1] * query.shape[2]
+    found = ENGINES[engine]
+    whole = lse.numel() == query.shape[0] * query.shape[1] * query.shape[2]
     # Two parts of the query heads may share one key/value head; then the second adds to the first's gradients.
-    add = len({(launch.heads, launch.kv_heads) for launch in launches}) > len({launch.kv_heads for launch in launches})
+    parts = {(launch.heads, launch.kv_heads) for launch in found.launches(plan)}
+    add = len(parts) > len({kv_heads for _, kv_heads in parts})
     dq = torch.empty_like(query) if whole else torch.zeros_like(query)
     dk, dv = (torch.empty_like(x) if whole and not add else torch.zeros_like(x) for x in (key, value))
-    saved = (query, key, value, out.transpose(1, 2))
-    for launch, part in zip(launches, lse.split(sizes), strict=True):
-        ENGINES[engine].backward(launch, grad.transpose(1, 2), *saved, part, dq, dk, dv, scale, add)
+    for launch, call in found.calls(plan, query, key, value, out, lse):
+        shared = [found.view(launch, x, launch.kv_heads) for x in (dk, dv)]
+        own = [torch.empty_like(x) for x in shared] if add else shared
+        gradients = found.view(launch, dq, launch.heads), *own
+        found.backward(launch, found.view(launch, grad.transpose(1, 2), launch.heads), call, gradients, scale)
+        if add:
+            for total, part in zip(shared, own, strict=True):
+                total.add_(part)
     return dq, dk, dv
 
 
@@ -102,9 +157,9 @@ def _(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Sequence[int], scale: float, engine: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, length, _ = query.shape
-    tokens = sum(launch.tokens * (launch.heads[1] - launch.heads[0]) for launch in ENGINES[engine].launches(plan))
+    rows = sum(map(scores, ENGINES[engine].launches(plan)))
     out = query.new_empty(batch, length, heads, value.shape[-1])
-    return out, query.new_empty(tokens, dtype=_wide(query.dtype))
+    return out, query.new_empty(rows, dtype=_wide(query.dtype))
 
 
 @_backward.register_fake

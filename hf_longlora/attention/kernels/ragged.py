@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..segments import Part, Span
-from .in_place import Engine, attend_in_place, heads_of
+from .in_place import Call, Engine, Tensors, attend_in_place, heads_of
 
 LAUNCH_TOKENS = 32_768
 """Tokens in a launch, or one segment if that is longer: kernels add up the gradients of queries in fp32, and with all
@@ -43,11 +43,6 @@ class Launch(NamedTuple):
     def edges(self, device: torch.device) -> torch.Tensor:
         """Where segments begin and end, counted from `start`: `[segments + 1]`, int32."""
         return _edges(self.lengths, device)
-
-    def of(self, x: torch.Tensor, heads: Span) -> torch.Tensor:
-        """The launch's tokens, a view: `[B, H, S, D]` -> `[tokens, h, D]`."""
-        part = heads_of(x, heads).transpose(1, 2)
-        return part.flatten(0, 1)[self.start : self.start + self.tokens]
 
     def clear(self, *tensors: torch.Tensor) -> None:
         """Set what padding got to 0: tensors `[tokens, h, D]`."""
@@ -106,9 +101,17 @@ def launches(numbers: Sequence[int]) -> Iterator[Launch]:
         at += segments + pads
 
 
-def engine(forward: Callable[..., None], backward: Callable[..., None]) -> Engine:
+def tokens_of(launch: Launch, x: torch.Tensor, heads: Span) -> torch.Tensor:
+    """The launch's tokens, a view: `[B, H, S, D]` -> `[tokens, h, D]`."""
+    return heads_of(x, heads).transpose(1, 2).flatten(0, 1)[launch.start : launch.start + launch.tokens]
+
+
+def engine(
+    forward: Callable[[Launch, Call, float], None],
+    backward: Callable[[Launch, torch.Tensor, Call, Tensors, float], None],
+) -> Engine:
     """An engine over these launches."""
-    return Engine(launches, forward, backward)
+    return Engine(launches, tokens_of, forward, backward)
 
 
 def attend_ragged(

@@ -12,14 +12,14 @@ function itself, and autograd puts the pieces together.
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from ..segments import Part, Span
-from .in_place import ENGINES, Engine, attend_in_place, heads_of
+from .in_place import ENGINES, Call, Engine, Tensors, attend_in_place, heads_of
 
 LAUNCH_TOKENS = 32_768
 """Tokens in a launch, or one segment if that is longer. A launch's pieces, and the fp32 gradients of queries that
@@ -163,8 +163,8 @@ def _launches(numbers: Sequence[int]) -> Iterator[Launch]:
         yield Launch((a, b), (c, d), *rest)
 
 
-def _fold(x: torch.Tensor, heads: Span, launch: Launch) -> torch.Tensor:
-    """The segments of a launch as a batch, a view: `[B, H, S, D]` -> `[rows * count, h, length, D]`."""
+def _fold(launch: Launch, x: torch.Tensor, heads: Span) -> torch.Tensor:
+    """The segments of a launch as a batch, a view: `[B, H, S, D]` -> `[rows * times, h, length, D]`."""
     at_row, at_head, at_token, at_width = x.stride()
     assert launch.rows == 1 or launch.times == 1 or at_row == x.shape[2] * at_token, "rows don't follow one another"
     first = x[launch.row :, heads[0] : heads[1], launch.start :]
@@ -179,64 +179,44 @@ def _cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     return choice == SDPBackend.CUDNN_ATTENTION.value
 
 
-def _forward(
-    launch: Launch,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-) -> None:
-    q, k, v = _fold(query, launch.heads, launch), *(_fold(x, launch.kv_heads, launch) for x in (key, value))
-    if q.device.type == "cpu":
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
-    elif _cudnn(q, k, v):
-        found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=scale)
-    else:
-        found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)
-    _fold(out, launch.heads, launch).copy_(found[0])
-    lse.view(q.shape[:3]).copy_(found[1].view(q.shape[:3]))
-
-
-def _backward(
-    launch: Launch,
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    scale: float,
-    add: bool,
-) -> None:
-    q, k, v = _fold(query, launch.heads, launch), *(_fold(x, launch.kv_heads, launch) for x in (key, value))
-    do, o = _fold(grad, launch.heads, launch), _fold(out, launch.heads, launch)
-    lse, length = lse.view(q.shape[:3]), launch.length
-    if q.device.type == "cpu":
-        pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do, q, k, v, o, lse, 0.0, True, scale=scale
-        )
-    elif _cudnn(q, k, v):
-        seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout, which there is none of
-        pieces = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            do, q, k, v, o, lse[..., None], seed, seed, None, None, None, length, length, 0.0, True, scale=scale
+def _forward(launch: Launch, call: Call, scale: float) -> None:
+    query, key, value, out, lse = call
+    if query.device.type == "cpu":
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scale)
+    elif _cudnn(query, key, value):
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, 0.0, True, scale=scale
         )
     else:
-        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        pieces = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            do, q, k, v, o, lse, None, None, length, length, 0.0, True, seed, seed[:0], scale=scale
+        found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)
+    out.copy_(found[0])
+    lse.view(query.shape[:3]).copy_(found[1].view(query.shape[:3]))
+
+
+def _backward(launch: Launch, grad: torch.Tensor, call: Call, gradients: Tensors, scale: float) -> None:
+    query, key, value, out, lse = call
+    lse, length = lse.view(query.shape[:3]), launch.length
+    if query.device.type == "cpu":
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, out, lse, 0.0, True, scale=scale
         )
-    _fold(dq, launch.heads, launch).copy_(pieces[0])
-    for whole, piece in ((dk, pieces[1]), (dv, pieces[2])):
-        part = _fold(whole, launch.kv_heads, launch)
-        _ = part.add_(piece) if add else part.copy_(piece)
+    elif _cudnn(query, key, value):
+        seed = torch.zeros((), dtype=torch.int64, device=query.device)  # of dropout, which there is none of
+        rest: tuple[Any, ...] = (seed, seed, None, None, None, length, length, 0.0, True)
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            grad, query, key, value, out, lse[..., None], *rest, scale=scale
+        )
+    else:
+        seed = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        rest = (None, None, length, length, 0.0, True, seed, seed[:0])
+        found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grad, query, key, value, out, lse, *rest, scale=scale
+        )
+    for into, gradient in zip(gradients, found, strict=True):
+        into.copy_(gradient)
 
 
-ENGINES["sdpa"] = Engine(_launches, _forward, _backward)
+ENGINES["sdpa"] = Engine(_launches, _fold, _forward, _backward)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from ..segments import Part
-from .in_place import ENGINES
+from .in_place import ENGINES, Call, Tensors
 from .ragged import Launch, attend_ragged, engine
 
 
@@ -30,64 +30,27 @@ def varlen_kernel(
     return attend_ragged("varlen", query, key, value, parts, scale)
 
 
-def _forward(
-    launch: Launch,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-) -> None:
-    q, k, v = launch.of(query, launch.heads), launch.of(key, launch.kv_heads), launch.of(value, launch.kv_heads)
-    edges, longest = launch.edges(q.device), max(launch.lengths)
+def _forward(launch: Launch, call: Call, scale: float) -> None:
+    query, key, value, out, lse = call
+    edges, longest = launch.edges(query.device), max(launch.lengths)
     found = torch.ops.aten._flash_attention_forward(
-        q, k, v, edges, edges, longest, longest, 0.0, True, False, scale=scale
+        query, key, value, edges, edges, longest, longest, 0.0, True, False, scale=scale
     )
-    launch.clear(found[0])
-    launch.of(out, launch.heads).copy_(found[0])
-    lse.view(q.shape[1], q.shape[0]).copy_(found[1])
+    out.copy_(found[0])
+    launch.clear(out)
+    lse.view(query.shape[1], query.shape[0]).copy_(found[1])
 
 
-def _backward(
-    launch: Launch,
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    scale: float,
-    add: bool,
-) -> None:
-    q, k, v = launch.of(query, launch.heads), launch.of(key, launch.kv_heads), launch.of(value, launch.kv_heads)
-    edges, longest = launch.edges(q.device), max(launch.lengths)
-    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
-    pieces = torch.ops.aten._flash_attention_backward(
-        launch.of(grad, launch.heads),
-        q,
-        k,
-        v,
-        launch.of(out, launch.heads),
-        lse.view(q.shape[1], q.shape[0]),
-        edges,
-        edges,
-        longest,
-        longest,
-        0.0,
-        True,
-        seed,
-        seed[:0],
-        scale=scale,
-    )
-    launch.clear(*pieces)
-    launch.of(dq, launch.heads).copy_(pieces[0])
-    for whole, piece in ((dk, pieces[1]), (dv, pieces[2])):
-        part = launch.of(whole, launch.kv_heads)
-        _ = part.add_(piece) if add else part.copy_(piece)
+def _backward(launch: Launch, grad: torch.Tensor, call: Call, gradients: Tensors, scale: float) -> None:
+    query, key, value, out, lse = call
+    lse = lse.view(query.shape[1], query.shape[0])
+    edges, longest = launch.edges(query.device), max(launch.lengths)
+    seed = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of dropout, which there is none of
+    rest = (edges, edges, longest, longest, 0.0, True, seed, seed[:0])
+    found = torch.ops.aten._flash_attention_backward(grad, query, key, value, out, lse, *rest, scale=scale)
+    for into, gradient in zip(gradients, found, strict=True):
+        into.copy_(gradient)
+    launch.clear(*gradients)
 
 
 ENGINES["varlen"] = engine(_forward, _backward)
