@@ -22,6 +22,7 @@ from trl import SFTTrainer
 from ..attention import set_attention_mode, set_s2_attention
 from ..hub.card import base_name, folder_card
 from ..hub.run import RUN_NAME, read_facts, run_facts, write_facts
+from ..planning import local_gpu
 from ..rope import current_rope, rope_factor
 from ..tuner.config import check_weights
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
@@ -199,8 +200,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             with compiled_layers(self.model, self.args.compile_layers):
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
         except torch.OutOfMemoryError as error:
-            quantized = getattr(self.model, "is_quantized", False)
-            message = out_of_memory(self.args, self.schedule, self.state.global_step, quantized)
+            message = out_of_memory(self.args, self.schedule, self.state.global_step, self.model, local_gpu())
             raise torch.OutOfMemoryError(message) from error
         except FloatingPointError:
             self._write_report()

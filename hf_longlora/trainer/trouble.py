@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
+from peft import PeftModel
 
+from ..planning import Gpu, RunSettings, plan_run
+from ..tuner import LongLoraConfig
 from .stages import Schedule
 
 
@@ -45,24 +48,37 @@ def diverged(losses: Sequence[float], vocabulary: int, stage: int, step: int, ch
     )
 
 
-def out_of_memory(args: Any, schedule: Schedule, global_step: int, quantized: bool) -> str:
-    """What to say of the step after `global_step` steps."""
+def out_of_memory(args: Any, schedule: Schedule, global_step: int, model: Any, gpu: Gpu | None) -> str:
+    """What to say of the step after `global_step` steps.
+
+    Args:
+        args: The trainer's.
+        schedule: The stages.
+        global_step: Steps that are done.
+        model: What is trained.
+        gpu: The card, if the planner knows it: then it says what each remedy brings.
+    """
     step = min(global_step, schedule.max_steps - 1)
-    stage = schedule.step(step).stage
+    number = schedule.step(step).stage
+    length = schedule.stages[number].max_length
+    remedies = memory_remedies(args, quantization_of(model))
+    planned = planned_memory(args, schedule, number, model, gpu, remedies) if gpu is not None else {}
+    advice = [words + (f" ({planned[words]:.0f} GiB)" if words in planned else "") for words in remedies]
     return (
-        f"Out of memory in step {step + 1} (stage {stage + 1}: {schedule.stages[stage].max_length:,} tokens in a "
-        f"sequence, {args.per_device_train_batch_size} in a batch; peak {peak_memory(args.device):.1f} GiB). "
-        f"What helps: {memory_advice(args, quantized)}. "
+        f"Out of memory in step {step + 1} (stage {number + 1}: {length:,} tokens in a sequence, "
+        f"{args.per_device_train_batch_size} in a batch; peak {peak_memory(args.device):.1f} GiB"
+        + (f", planned {planned['']:.0f} GiB on one {gpu.name}" if gpu is not None and planned else "")
+        + f"). What helps: {'; '.join(advice)}; shorter stages. "
         "A run that has saved a checkpoint goes on from it (resume_from_checkpoint=True)."
     )
 
 
-def memory_advice(args: Any, quantized: bool) -> str:
-    """What makes a run smaller, in the order of what it costs.
+def memory_remedies(args: Any, quantization: str | None) -> dict[str, dict[str, Any]]:
+    """What makes a run smaller, in the order of what it costs: in words, and as the planner's settings.
 
     Args:
         args: The trainer's, which have some of it already.
-        quantized: Whether the base is quantized.
+        quantization: Of the base.
     """
     batch = args.per_device_train_batch_size
     steps = batch * args.gradient_accumulation_steps
@@ -70,15 +86,62 @@ def memory_advice(args: Any, quantized: bool) -> str:
     checkpointing = "gradient_checkpointing"
     if hasattr(args, "activation_checkpointing"):
         checkpointing = "activation_checkpointing"
-    advice = (
-        (batch > 1, f"per_device_train_batch_size=1 and gradient_accumulation_steps={steps}"),
-        (not args.gradient_checkpointing, f"{checkpointing}=True"),
-        (args.mlp_tile is None, "mlp_tile=4096 (the MLP by tiles of tokens)"),
-        (not args.activation_offloading, "activation_offloading=True"),
-        (not quantized, "a base quantized to 4 bits (QLoRA)"),
-        (True, "shorter stages"),
+    remedies: tuple[tuple[bool, str, dict[str, Any]], ...] = (
+        (
+            batch > 1,
+            f"per_device_train_batch_size=1 and gradient_accumulation_steps={steps}",
+            {"batch_size": 1, "gradient_accumulation_steps": steps},
+        ),
+        (not args.gradient_checkpointing, f"{checkpointing}=True", {"gradient_checkpointing": True}),
+        (args.mlp_tile is None, "mlp_tile=4096 (the MLP by tiles of tokens)", {"mlp_tile": 4096}),
+        (
+            not args.activation_offloading,
+            "activation_offloading=True",
+            {"activation_offloading": True, "gradient_checkpointing": True},
+        ),
+        (quantization is None, "a base quantized to 4 bits (QLoRA)", {"quantization": "4bit"}),
     )
-    return "; ".join(words for useful, words in advice if useful)
+    return {words: changes for useful, words, changes in remedies if useful}
+
+
+def planned_memory(
+    args: Any, schedule: Schedule, stage: int, model: Any, gpu: Gpu, remedies: Mapping[str, dict[str, Any]]
+) -> dict[str, float]:
+    """Planned peaks in GiB: as it is (`""`), and with each remedy alone. Empty for what the planner does not know."""
+    adapter: Any = model.active_peft_config if isinstance(model, PeftModel) else None
+    if isinstance(adapter, LongLoraConfig):  # one that is on a model holds that model's RoPE and names
+        kept = ("r", "target_modules", "rank_pattern", "use_dora", "train_norms", "train_embeddings", "embedding_rank")
+        adapter = LongLoraConfig(**{name: getattr(adapter, name) for name in kept})
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = inner.config
+    length = schedule.stages[stage].max_length
+    found = {}
+    try:
+        settings = RunSettings(
+            adapter=adapter,
+            dtype="float32" if config.dtype == torch.float32 else "bfloat16",
+            quantization=quantization_of(model),
+            batch_size=args.per_device_train_batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            gradient_checkpointing=args.gradient_checkpointing,
+            fused=args.use_liger_kernel or args.compile_layers,
+            mlp_tile=args.mlp_tile,
+            activation_offloading=args.activation_offloading,
+            group_size=schedule.attention_config(stage).group_size,
+        )
+        for words, changes in {"": {}, **remedies}.items():
+            found[words] = plan_run(config, [length], gpu=gpu, settings=settings, **changes).lengths[0].total
+    except ValueError:  # settings or models that can't be planned; the words of the remedies stay
+        return {}
+    return found
+
+
+def quantization_of(model: Any) -> Literal["4bit", "8bit"] | None:
+    """Of a base quantized by bitsandbytes."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if getattr(base, "is_loaded_in_4bit", False):
+        return "4bit"
+    return "8bit" if getattr(base, "is_loaded_in_8bit", False) else None
 
 
 def peak_memory(device: torch.device) -> float:
