@@ -32,6 +32,7 @@ from transformers import (
 
 import hf_longlora
 from hf_longlora import LongLoraConfig
+from hf_longlora.attention.kernels import KERNELS
 from hf_longlora.cli import main
 from hf_longlora.cli.train import make_parser
 from hf_longlora.evaluation import retrieval
@@ -250,6 +251,17 @@ def test_what_needs_a_gpu_is_parsed(tmp_path, monkeypatch):
 def test_the_reference_has_every_public_name():
     shown = re.findall(r"^::: hf_longlora\.(?:\w+\.)*(\w+)$", (ROOT / "docs" / "reference.md").read_text(), re.M)
     assert set(hf_longlora.__all__) <= set(shown)
+
+
+def test_the_kernels_are_as_their_table_says():
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "docs" / "kernels.md").read_text(), re.M)
+    shown = {name: cells.split(" | ") for name, cells in rows}
+    for name, kernel in KERNELS.items():
+        devices = "any" if kernel.devices is None else "CUDA"
+        dtypes = "any" if kernel.dtypes is None else "bf16, fp16"
+        assert kernel.softcap == kernel.sinks
+        can = ["yes" if it else "no" for it in (kernel.dropout, kernel.softcap, kernel.compiles)]
+        assert shown[name] == [devices, dtypes, str(kernel.head_dim or "any"), *can]
 
 
 def test_each_error_quoted_is_one_that_is_raised():
