@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-third-party bench lint format clean FORCE
+.PHONY: help demo test test-lowest test-third-party bench docs lint format clean FORCE
 export TORCH
 
 help:
@@ -68,6 +68,10 @@ bench: $(VENV)/.installed ## what this machine can measure: attention, a trainin
 		$(BIN)/python -m benchmarks.plots --model tiny --results $(WORK)/train_step.csv --plot $(WORK)/train_step.png; fi
 	@[ -z '$(CORPUS)' ] || $(BIN)/python -m benchmarks.quality.run --corpus '$(CORPUS)' --work '$(WORK)'
 
+docs: $(VENV)/.installed ## build the guides and the reference into site/
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: $(VENV)/.installed ## ruff check, ruff format --check, mypy
 	@status=0; for check in 'ruff check .' 'ruff format --check .' mypy; do \
 		echo "$$check"; $(BIN)/$$check || status=1; done; exit $$status
@@ -77,7 +81,7 @@ format: $(VENV)/.installed ## rewrite the code as lint wants it
 	$(BIN)/ruff format .
 
 clean: ## remove the virtual environments, caches and build outputs
-	rm -rf $(VENV) $(VENV_LOWEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_LOWEST) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment is brought up to date when pyproject.toml or its constraints change, or TORCH names another torch than last time.
