@@ -9,8 +9,9 @@
         --output_dir llama-3.1-8b-262k-chat
 
 `rope_type: null` keeps the RoPE of the extension: the conversations are shorter than what the model reaches, and it
-has to stay what the model was trained with. The result is one adapter on the same base, loaded and merged as the
-first. Leave `--chat_template_path` out where the tokenizer has a template (of an instruct model, for example).
+has to stay what the model was trained with. Longer ones are cut at max_length, and left out where that cuts off all
+that the assistant says. The result is one adapter on the same base, loaded and merged as the first. Leave
+`--chat_template_path` out where the tokenizer has a template (of an instruct model, for example).
 
 From a merged model, no script is needed: give it to `hf-longlora train` as model_name_or_path, with the same stages,
 and a second adapter is trained on it.

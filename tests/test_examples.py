@@ -15,7 +15,7 @@ import yaml
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from hf_longlora import LongLoraConfig
+from hf_longlora import LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
 from hf_longlora.cli import main
 from hf_longlora.cli.train import make_parser
 from hf_longlora.rope import current_rope, reach
@@ -43,7 +43,18 @@ CONFIGS = {
 SMALLER = 512
 """How many times shorter the tiny twins' stages are."""
 ON_A_CPU = [
-    *("--use_cpu", "true", "--bf16", "false", "--logging_steps", "1", "--learning_rate", "1e-3"),
+    *(
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+        "--logging_steps",
+        "1",
+        "--learning_rate",
+        "1e-3",
+        "--warmup_steps",
+        "0",
+    ),
     *("--use_liger_kernel", "false", "--dataset_num_proc", "null", "--disable_tqdm", "true"),
 ]
 TEXT = "The quick brown fox jumps over the lazy dog, and a long book has many chapters. "
@@ -59,7 +70,7 @@ def folder(tiny_tokenizer, tmp_path, monkeypatch):
         "chats": [
             {
                 "messages": [
-                    {"role": "user", "content": f"{i} " + TEXT * 6},
+                    {"role": "user", "content": f"{i} " + TEXT * (20 if i == 7 else 1)},  # cut off before the answer
                     {"role": "assistant", "content": "A fox, a dog, and a book."},
                 ]
             }
@@ -115,8 +126,9 @@ def shorter(stages):
 
 
 def loaded(adapter):
-    """An adapter on its base, and where its training ended."""
+    """An adapter that has learnt something, on its base, and its configuration."""
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), adapter)
+    assert all(weight.any() for name, weight in model.named_parameters() if "lora_B" in name)
     return model, model.active_peft_config
 
 
@@ -139,6 +151,26 @@ def test_sft(base, monkeypatch):
         monkeypatch,
     )
     assert Path("out", "model.safetensors").is_file()
+
+
+def test_trls_own_script_with_three_names_of_ours(base, monkeypatch):
+    """What `sft.py` and the README say is all that has to change."""
+    import trl
+
+    base()
+    monkeypatch.setattr(trl, "SFTTrainer", LongLoraSFTTrainer)
+    monkeypatch.setattr(trl, "SFTConfig", LongLoraSFTConfig)
+    monkeypatch.setattr(
+        trl, "get_peft_config", lambda model: LongLoraConfig(r=model.lora_r) if model.use_peft else None
+    )
+    values = {"model_name_or_path": "base", "dataset_name": "books", "output_dir": "out", "dtype": "float32"}
+    arguments = documented("sft.py")
+    stages = json.loads(arguments[arguments.index("--stages") + 1])
+    monkeypatch.setattr(sys, "argv", ["sft", *replaced(arguments, **values, stages=shorter(stages)), *ON_A_CPU])
+    monkeypatch.delitem(sys.modules, "trl.scripts.sft", raising=False)
+    runpy.run_module("trl.scripts.sft", run_name="__main__")
+    model, config = loaded("out")
+    assert config.r == 8 and reach(current_rope(model.config)) == (4096 // SMALLER, 32768 // SMALLER)
 
 
 def test_chat_after_extension(base, monkeypatch):
@@ -299,7 +331,13 @@ def test_evaluate(shell, adapter):
     Path("one text.txt").write_text(TEXT * 20)
     code, _, [command] = shell("evaluate.sh", "adapter", "out", *documents)
     assert code == 0 and command[-1] == "out"
-    assert command[command.index("--lengths") + 1 : command.index("--max-windows")] == "8192 32768 131072 262144".split()
+    lengths = command[command.index("--lengths") + 1 : command.index("--max-windows")]
+    assert lengths == ["8192", "32768", "131072", "262144"]
+        "8192",
+        "32768",
+        "131072",
+        "262144",
+    ]
     code, _, [command] = shell("evaluate.sh", "adapter", "out", *documents, LENGTHS="450 500", WINDOWS="2", TRIALS="1")
     assert code == 0
     assert main([*command[1:], "--depths", "0", "1", "--device", "cpu"]) == 0
@@ -348,3 +386,11 @@ def test_quickstart(folder, monkeypatch, capsys):
     assert base[-1]["perplexity"] > 1.1 * extended[-1]["perplexity"]
     assert reach(current_rope(namespace["merged"].config)) == (64, 256)
     assert "extended   64:" in capsys.readouterr().out
+
+
+def test_the_table_names_every_example_and_its_commands_are_there():
+    table = (EXAMPLES / "README.md").read_text()
+    linked = {path.rstrip("/") for path in re.findall(r"\]\(([^)]*)\)", table)}
+    assert {path.name for path in EXAMPLES.iterdir() if path.name[0] not in "._"} - {"README.md"} <= linked
+    files = re.findall(r"examples/[\w./]*\w", "\n".join(path.read_text() for path in EXAMPLES.glob("*.*")))
+    assert files and all((EXAMPLES.parent / file).exists() for file in files)
