@@ -333,11 +333,6 @@ def test_evaluate(shell, adapter):
     assert code == 0 and command[-1] == "out"
     lengths = command[command.index("--lengths") + 1 : command.index("--max-windows")]
     assert lengths == ["8192", "32768", "131072", "262144"]
-        "8192",
-        "32768",
-        "131072",
-        "262144",
-    ]
     code, _, [command] = shell("evaluate.sh", "adapter", "out", *documents, LENGTHS="450 500", WINDOWS="2", TRIALS="1")
     assert code == 0
     assert main([*command[1:], "--depths", "0", "1", "--device", "cpu"]) == 0
