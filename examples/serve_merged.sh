@@ -10,10 +10,12 @@ set -eu
 [ $# -ge 2 ] || { echo "usage: $0 ADAPTER FOLDER [vllm|transformers]" >&2; exit 2; }
 adapter=$1 folder=$2 server=${3:-vllm}
 
-[ -f "$folder/config.json" ] || hf-longlora merge "$adapter" "$folder"
-
 case $server in
-	vllm) exec vllm serve "$folder" ${LENGTH:+--max-model-len "$LENGTH"} ;;
-	transformers) exec transformers serve "$folder" ;;
+	vllm) set -- vllm serve "$folder" ${LENGTH:+--max-model-len "$LENGTH"} ;;
+	transformers) set -- transformers serve "$folder" ;;
 	*) echo "no such server: $server; there are vllm and transformers" >&2; exit 2 ;;
 esac
+command -v "$1" >/dev/null || { echo "$1 is not installed" >&2; exit 1; }
+
+[ -f "$folder/config.json" ] || hf-longlora merge "$adapter" "$folder"
+exec "$@"

@@ -357,9 +357,12 @@ def test_serve_merged(shell, adapter):
     code, _, [serve] = shell("serve_merged.sh", "adapter", "merged model", "transformers")
     assert code == 0 and serve == ["transformers", "serve", "merged model"]
     inspect.signature(Serve).bind(*serve[2:])
-    for arguments in (["adapter"], ["adapter", "merged model", "nothing"]):
+    for arguments, said in (["adapter"], "usage"), (["adapter", "new", "nothing"], "no such server"):
         code, message, calls = shell("serve_merged.sh", *arguments)
-        assert code == 2 and message and not calls
+        assert code == 2 and said in message and not calls
+    Path("bin", "vllm").unlink()
+    code, message, calls = shell("serve_merged.sh", "adapter", "new")
+    assert code == 1 and message == "vllm is not installed\n" and not calls
 
 
 # --------------------------------------------------------------------------------------------------------------------
