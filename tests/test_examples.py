@@ -43,28 +43,16 @@ CONFIGS = {
 SMALLER = 512
 """How many times shorter the tiny twins' stages are."""
 ON_A_CPU = [
-    *(
-        "--use_cpu",
-        "true",
-        "--bf16",
-        "false",
-        "--logging_steps",
-        "1",
-        "--learning_rate",
-        "1e-3",
-        "--warmup_steps",
-        "0",
-    ),
-    *("--use_liger_kernel", "false", "--dataset_num_proc", "null", "--disable_tqdm", "true"),
+    *("--use_cpu", "true", "--bf16", "false", "--use_liger_kernel", "false", "--dataset_num_proc", "null"),
+    *("--learning_rate", "1e-3", "--warmup_steps", "0", "--logging_steps", "1", "--disable_tqdm", "true"),
 ]
 TEXT = "The quick brown fox jumps over the lazy dog, and a long book has many chapters. "
 
 
 @pytest.fixture
-def folder(tiny_tokenizer, tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
     """Where the examples are run: texts and conversations to train on."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_DISABLED", "true")
     rows = {
         "books": [{"text": f"{i} " + TEXT * 20} for i in range(8)],
         "chats": [
@@ -160,9 +148,7 @@ def test_trls_own_script_with_three_names_of_ours(base, monkeypatch):
     base()
     monkeypatch.setattr(trl, "SFTTrainer", LongLoraSFTTrainer)
     monkeypatch.setattr(trl, "SFTConfig", LongLoraSFTConfig)
-    monkeypatch.setattr(
-        trl, "get_peft_config", lambda model: LongLoraConfig(r=model.lora_r) if model.use_peft else None
-    )
+    monkeypatch.setattr(trl, "get_peft_config", lambda model: LongLoraConfig(r=model.lora_r))
     values = {"model_name_or_path": "base", "dataset_name": "books", "output_dir": "out", "dtype": "float32"}
     arguments = documented("sft.py")
     stages = json.loads(arguments[arguments.index("--stages") + 1])
@@ -265,7 +251,7 @@ def test_a_runs_options_are_known_and_its_stages_extend_its_model(name):
 
 @pytest.mark.parametrize("name", ["extend_llama_pg19.yaml", "qlora_24gb.yaml"])
 def test_a_plan_in_a_comment_is_what_the_planner_says(name, folder, capsys):
-    """Its command has the settings of the file, too."""
+    """To 5%; and its command has the settings of the file."""
     values, text = options_of(name), (EXAMPLES / name).read_text()
     plans = re.findall(r"#   (hf-longlora plan .*)\n#   estimate: (.*)", text)
     assert len(plans) == text.count("hf-longlora plan") > 0
@@ -284,10 +270,17 @@ def test_a_plan_in_a_comment_is_what_the_planner_says(name, folder, capsys):
         plan = json.loads(capsys.readouterr().out)
         (row,) = plan["lengths"]
         assert row["fits"] and row["length"] == values["stages"][-1]["max_length"]
-        assert estimate == (
-            f"{row['total']:.1f} GiB and {row['seconds']:.3g} s a step at {row['length']:,} tokens; "
-            f"the longest that fits: {plan['longest']:,} tokens"
-        )
+        total, seconds, length, longest = re.fullmatch(
+            r"(\S+) GiB(?: and (\S+) s a step)? at (\S+) tokens; the longest that fits: (\S+) tokens", estimate
+        ).groups()
+        assert number(length) == row["length"]
+        assert number(total) == pytest.approx(row["total"], rel=0.05)
+        assert seconds is None or number(seconds) == pytest.approx(row["seconds"], rel=0.05)
+        assert number(longest) == pytest.approx(plan["longest"], rel=0.05)
+
+
+def number(text):
+    return float(text.replace(",", ""))
 
 
 # --------------------------------------------------------------------------------------------------------------------
