@@ -152,7 +152,13 @@ def check_lengths(
     known = reach(base)[1] if base is not None else 0
     for number, (stage, rope, tokens) in enumerate(zip(schedule.stages, ropes, longest, strict=True), start=1):
         stretches = rope is not None and stage.rope_type is not None and stage.max_length > known
-        if tokens == 0 or (stretches and tokens <= known):
+        if tokens == 0:
+            raise ValueError(
+                f"Stage {number} (max_length {stage.max_length:,}) would see nothing: no example is left. TRL drops "
+                "those that have no token to learn from once they are cut to that length (with assistant_only_loss or "
+                "completion_only_loss: longer prompts). Give shorter examples, or a longer stage."
+            )
+        if stretches and tokens <= known:
             raise ValueError(
                 f"Too few tokens for stage {number} (max_length {stage.max_length:,}): the longest sequence it would "
                 f"see has {tokens:,} tokens, no more than the {known:,} the model knows by then. Give longer "

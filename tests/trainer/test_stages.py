@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer, S2AttentionConfig
+from hf_longlora.trainer.checks import check_lengths
 from hf_longlora.trainer.stages import Schedule, auto_stages
 
 from .helpers import Stop, texts, weights
@@ -245,3 +246,10 @@ def test_checkpointing_goes_by_the_name_that_transformers_has(tmp_path):
         warnings.simplefilter("ignore", FutureWarning)
         off = LongLoraSFTConfig(**shared, gradient_checkpointing=False)
     assert not off.gradient_checkpointing and not getattr(off, "activation_checkpointing", False)
+
+
+def test_a_stage_that_would_see_nothing_says_why():
+    plan = schedule(ContextStage(64, 2), ContextStage(128, 2))
+    check_lengths(plan, None, [None, None], [64, 128])
+    with pytest.raises(ValueError, match="Stage 2 .* would see nothing: no example is left"):
+        check_lengths(plan, None, [None, None], [64, 0])
