@@ -251,5 +251,5 @@ def test_checkpointing_goes_by_the_name_that_transformers_has(tmp_path):
 def test_a_stage_that_would_see_nothing_says_why():
     plan = schedule(ContextStage(64, 2), ContextStage(128, 2))
     check_lengths(plan, None, [None, None], [64, 128])
-    with pytest.raises(ValueError, match="Stage 2 .* would see nothing: no example is left"):
+    with pytest.raises(ValueError, match=r"Stage 2 .* would see nothing: no example is left"):
         check_lengths(plan, None, [None, None], [64, 0])
