@@ -49,7 +49,7 @@ def _read(file: Path, **options: Any) -> Any:
 
     try:
         return load_dataset(**options)
-    except DatasetGenerationError as error:  # its own message says nothing; its cause does
+    except (DatasetGenerationError, ValueError) as error:  # the first says nothing itself, but its cause does
         raise ValueError(f"{file} can't be read as data: {error.__cause__ or error}") from error
 
 
