@@ -6,7 +6,7 @@ returns `[B, S, H, D_v]`, 0 where a query lies in no segment. To add one: write 
 the tests run over it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,7 +14,6 @@ import torch
 from transformers.utils import logging
 
 from ..reference import reference_kernel
-from ..segments import Part
 from . import flash, flex, sdpa, varlen
 
 logger = logging.get_logger(__name__)
@@ -36,7 +35,7 @@ class Kernel:
         softcap: Whether it bounds scores.
         sinks: Whether it has attention sinks.
         linear_memory: Whether its memory grows with the length and not with its square.
-        compiles: Whether `torch.compile(fullgraph=True)` takes it.
+        compiles: Whether `torch.compile` takes it as one graph, where the documents are known. False: not tried.
     """
 
     function: Callable[..., torch.Tensor]
@@ -85,7 +84,9 @@ KERNELS: dict[str, Kernel] = {
         dropout=False,
         compiles=False,
     ),
-    "flex": Kernel(function=flex.flex_kernel, devices=("cuda",), dropout=False, softcap=True, sinks=True),
+    "flex": Kernel(
+        function=flex.flex_kernel, devices=("cuda",), dropout=False, softcap=True, sinks=True, compiles=False
+    ),
     "reference": Kernel(function=reference_kernel, softcap=True, sinks=True, linear_memory=False),
 }
 PREFERENCE = ("sdpa", "flex")
@@ -96,7 +97,6 @@ def select_kernel(
     name: str,
     query: torch.Tensor,
     value: torch.Tensor,
-    parts: Sequence[Part] = (),
     *,
     dropout: bool = False,
     softcap: bool = False,

@@ -15,8 +15,8 @@ from ..segments import Part, Span
 from .in_place import Call, Engine, Tensors, attend_in_place, heads_of
 
 LAUNCH_TOKENS = 32_768
-"""Tokens in a launch, or one segment if that is longer: kernels add up the gradients of queries in fp32, and with all
-of 131,072 tokens in one launch these are a fifth of the call's memory."""
+"""Tokens in a launch, or one segment if that is longer: kernels add up the gradients of queries in fp32, which for
+all heads is as much as queries and their gradients together."""
 
 
 class Launch(NamedTuple):
