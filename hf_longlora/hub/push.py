@@ -56,7 +56,7 @@ class PushAdapterCallback(TrainerCallback):
         retries: Tries after the first, for each adapter.
         backoff: Seconds before the second try, doubled for each one after it.
         patience: Seconds after which a push that is not answered counts as stalled, and another is begun; and seconds
-            that the end of training waits for what is not pushed yet, twice if it stalls. An upload has to fit in it.
+            that the end of training waits, twice over, for what is not pushed yet. An upload has to fit in it.
 
     Raises:
         ValueError: if `every_n_steps` is below 1; when training begins, if the model has no adapter, or its weights
@@ -203,11 +203,12 @@ class _Pusher:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(self.patience)
-        with self._changed:
-            stalled = self._leave_stalled(self._last)
-        if stalled:
-            self._thread.join(self.patience)
+        end = time.monotonic() + 2 * self.patience  # one try may stall, the other be answered
+        while self._thread.is_alive() and (left := end - time.monotonic()) > 0:
+            with self._changed:
+                self._leave_stalled(self._last)
+                age = 0.0 if self._since is None else time.monotonic() - self._since
+            self._thread.join(min(left, self.patience - age))
         if self._last is None or self._pushed >= self._last.step:
             return
         reason = self._error or f"there was no answer in {self.patience:g} s"
