@@ -4,7 +4,10 @@ What the package itself computes is tested where it is installed (`test_kernels.
 right heads, tokens and edges, and that what it writes ends in the right place.
 """
 
+import dataclasses
 import itertools
+import os
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -149,3 +152,61 @@ def test_without_a_package_the_error_says_what_to_install(monkeypatch):
         kernels.select_kernel("flash", query, value)
     assert "pip install flash-attn-4" in flash.missing()
     assert KERNELS["flash"].missing is flash.missing
+
+
+def test_widths_that_the_packages_lack():
+    for name in ("flash", "varlen"):
+        kernel = dataclasses.replace(KERNELS[name], devices=None, dtypes=None, missing=lambda: None)
+        for width, lack in ((8, None), (256, None), (20, "heads of 20"), (264, "heads of 264")):
+            query, _, value = draw(4, 2, 8, dim=width)
+            assert kernel.lacks(query, value, dropout=False, softcap=False, sinks=False) == lack
+
+
+@pytest.mark.parametrize(("capability", "version"), [((8, 0), 2), ((9, 0), 4)])
+def test_version_4_is_not_taken_where_it_has_no_backward(monkeypatch, capability, version):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(flash, "_interface", lambda: None)
+    monkeypatch.setattr(flash, "is_flash_attn_3_available", lambda: False)
+    monkeypatch.setattr(flash, "is_flash_attn_2_available", lambda: True)
+    assert flash.version.__wrapped__() == version
+
+
+COMPILE = """
+import itertools
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from hf_longlora.attention.kernels import flash, ragged
+from hf_longlora.attention.kernels.in_place import ENGINES
+
+assert flash.version() == 4
+engine, heads, kv_heads, length, width = ENGINES["flash4"], 8, 4, 96, 64
+edges = (0, 16, 48, 80, 96)
+parts = (
+    ((0, 4), (0, 2), (tuple((at, at + 32) for at in (0, 32, 64)),)),
+    ((4, 8), (2, 4), (tuple(itertools.pairwise(edges)),)),
+)
+with FakeTensorMode():
+    def rows(n):
+        return torch.empty(1, length, n, width, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+
+    q, k, v, dq, dk, dv = map(rows, (heads, kv_heads, kv_heads) * 2)
+    out, grad = rows(heads).transpose(1, 2), rows(heads)
+    lse = torch.empty(length * heads, device="cuda")
+    for launch, call in engine.calls(ragged.plan(parts, length, 64), q, k, v, out, lse):
+        engine.forward(launch, call, 0.125)
+        own = [(dq, launch.heads), (dk, launch.kv_heads), (dv, launch.kv_heads)]
+        gradients = [engine.view(launch, x, h) for x, h in own]
+        engine.backward(launch, engine.view(launch, grad, launch.heads), call, gradients, 0.125)
+print("compiled")
+"""
+
+
+@pytest.mark.slow
+def test_version_4_takes_our_launches():
+    """The package itself, which compiles for a GPU that is not there: shapes, strides and alignment are its own."""
+    pytest.importorskip("flash_attn.cute", exc_type=ImportError)
+    target = {"FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a", "FLASH_ATTENTION_NUM_SMS": "132"}
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, env=os.environ | target, capture_output=True, text=True, timeout=600)
+    assert done.stdout.endswith("compiled\n"), done.stderr[-3000:]

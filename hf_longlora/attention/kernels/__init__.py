@@ -30,6 +30,7 @@ class Kernel:
         devices: Device types; `None`: any.
         dtypes: Of queries; `None`: any.
         head_dim: The largest; `None`: any.
+        head_step: What it has to be a multiple of.
         value_dim: Whether values may have another width than keys.
         dropout: Whether it drops attention weights.
         softcap: Whether it bounds scores.
@@ -43,6 +44,7 @@ class Kernel:
     devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     head_dim: int | None = None
+    head_step: int = 1
     value_dim: bool = True
     dropout: bool = True
     softcap: bool = False
@@ -54,14 +56,14 @@ class Kernel:
         self, query: torch.Tensor, value: torch.Tensor, *, dropout: bool, softcap: bool, sinks: bool
     ) -> str | None:
         """What a call needs and this kernel has not, in words; `None` if it can serve."""
-        device, dtype = query.device.type, query.dtype
+        device, dtype, width = query.device.type, query.dtype, query.shape[-1]
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         wanted = {
             f"device {device!r}": self.devices is not None and device not in self.devices,
             f"{dtype}": self.dtypes is not None and dtype not in self.dtypes,
-            f"heads of {query.shape[-1]}": self.head_dim is not None and query.shape[-1] > self.head_dim,
-            "values of another width than keys": not self.value_dim and query.shape[-1] != value.shape[-1],
+            f"heads of {width}": width % self.head_step > 0 or (self.head_dim is not None and width > self.head_dim),
+            "values of another width than keys": not self.value_dim and width != value.shape[-1],
             "attention dropout": dropout and not self.dropout,
             "softcap": softcap and not self.softcap,
             "attention sinks": sinks and not self.sinks,
@@ -72,7 +74,13 @@ class Kernel:
 KERNELS: dict[str, Kernel] = {
     "sdpa": Kernel(function=sdpa.sdpa_kernel),
     "varlen": Kernel(
-        function=varlen.varlen_kernel, devices=("cuda",), dtypes=HALF, head_dim=256, value_dim=False, dropout=False
+        function=varlen.varlen_kernel,
+        devices=("cuda",),
+        dtypes=HALF,
+        head_dim=256,
+        head_step=8,
+        value_dim=False,
+        dropout=False,
     ),
     "flash": Kernel(
         function=flash.flash_kernel,
@@ -80,6 +88,7 @@ KERNELS: dict[str, Kernel] = {
         devices=("cuda",),
         dtypes=HALF,
         head_dim=256,
+        head_step=8,
         value_dim=False,
         dropout=False,
         compiles=False,

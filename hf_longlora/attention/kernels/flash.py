@@ -20,13 +20,17 @@ from .ragged import Launch, attend_ragged, engine, tokens_of
 
 @lru_cache(maxsize=1)
 def version() -> int:
-    """The newest FlashAttention that can be imported: 4, 3 or 2; 0: none."""
-    try:
-        _interface()
-    except ImportError:
-        pass
-    else:
-        return 4
+    """The newest FlashAttention that this machine can train with: 4, 3 or 2; 0: none."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (
+        9,
+        0,
+    ):  # 4 has no backward before Hopper
+        try:
+            _interface()
+        except ImportError:
+            pass
+        else:
+            return 4
     return 3 if is_flash_attn_3_available() else 2 if is_flash_attn_2_available() else 0
 
 
