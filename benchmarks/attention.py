@@ -10,10 +10,11 @@ and their gradients.
 
 import argparse
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_longlora import s2_attention
 from hf_longlora.attention import segments
-from hf_longlora.attention.kernels import KERNELS, flash
+from hf_longlora.attention.kernels import KERNELS, flash, ragged, sdpa
 
 from .provenance import RESULTS, append_row, provenance
 
@@ -112,7 +113,7 @@ def _causal(varlen_attn: Callable[..., Any]) -> dict[str, Any]:
     return {"window_size": (-1, 0)}
 
 
-def methods(length: int, groups: list[int]) -> Iterator[Method]:
+def methods(length: int, groups: list[int], launches: Sequence[int] = ()) -> Iterator[Method]:
     plain = {backend: dense for backend in BACKENDS} | ({"flash4": dense_flash4} if flash.version() == 4 else {})
     for backend, call in plain.items():
         yield Method(f"dense {backend}", "dense", backend, 0, call)
@@ -125,12 +126,25 @@ def methods(length: int, groups: list[int]) -> Iterator[Method]:
             if kernel not in ("sdpa", "reference") and (kernel == "auto" or KERNELS[kernel].missing() is None):
                 backend = {"varlen": "flash", "flash": f"flash{flash.version()}"}.get(kernel, "")
                 yield Method(f"s2 {kernel}", "s2", backend, group, _ours(group, kernel))
+        for tokens in launches:
+            yield Method(f"s2 sdpa cudnn, launches {tokens}", "s2", "cudnn", group, _ours(group, "sdpa", tokens))
+            if flash.version() == 4:
+                yield Method(f"s2 flash, launches {tokens}", "s2", "flash4", group, _ours(group, "flash", tokens))
         yield Method("published flash layout", "published", "flash", group, published_flash(group))
         yield Method("published roll layout", "published", "flash", group, published_roll(group))
 
 
-def _ours(group: int, kernel: str) -> Call:
-    return lambda query, key, value: s2_attention(query, key, value, group_size=group, kernel=kernel)
+def _ours(group: int, kernel: str, launch: int | None = None) -> Call:
+    """Ours, in launches of so many tokens instead of the kernels' own number."""
+
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        with (
+            mock.patch.object(sdpa, "LAUNCH_TOKENS", launch or sdpa.LAUNCH_TOKENS),
+            mock.patch.object(ragged, "LAUNCH_TOKENS", launch or ragged.LAUNCH_TOKENS),
+        ):
+            return s2_attention(query, key, value, group_size=group, kernel=kernel)
+
+    return call
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -248,6 +262,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 131072])
     parser.add_argument("--seconds", type=float, default=0.5, help="timed per method, five repeats at least")
     parser.add_argument("--only", nargs="*", help="methods whose names contain one of these words")
+    parser.add_argument(
+        "--launches", type=int, nargs="*", default=[], help="our kernels in launches of so many tokens, too"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS / "attention.csv")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -256,7 +273,7 @@ def main() -> None:
     origin = provenance()
     for length in args.lengths:
         rows = []
-        for method in methods(length, sorted({length // 4, 2048}, reverse=True)):
+        for method in methods(length, sorted({length // 4, 2048}, reverse=True), args.launches):
             if args.only and not any(word in method.name for word in args.only):
                 continue
             try:
