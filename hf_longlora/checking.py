@@ -29,8 +29,9 @@ from transformers import (
 )
 
 from .attention import S2AttentionConfig, check_supported, set_s2_attention
-from .attention.interface import READS_MASK, S2Mask, left_alone, refuse_sparse, refuse_unknown, s2_mask
+from .attention.interface import left_alone, refuse_sparse, refuse_unknown
 from .attention.kernels import KERNELS
+from .attention.mask import READS_MASK, S2Mask, s2_mask
 from .families import Family, find_family
 from .rope import AUTO, RopeScaling, current_rope, reach, rotary_modules
 from .tuner import LongLoraConfig

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_longlora import demo
+from hf_longlora import demo, demo_base
 from hf_longlora.evaluation import perplexity_by_length
 
 
@@ -10,7 +10,7 @@ def test_stdlib_documents_are_split_by_file():
     assert not train.keys() & test.keys()
     assert len(test) > 20
     assert 0.03 < len(test) / len(train) < 0.25
-    assert not any(set(name.split("/")[:-1]) & demo.EXCLUDED_FOLDERS for name in [*train, *test])
+    assert not any(set(name.split("/")[:-1]) & demo_base.EXCLUDED_FOLDERS for name in [*train, *test])
     assert sum(len(text) > 16384 for text in test.values()) > 10  # more than 2,048 tokens of any vocabulary
     assert demo.stdlib_documents() == (train, test)
 

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from hf_longlora import LongLoraConfig, S2AttentionConfig, s2_attention_mode, set_s2_attention
-from hf_longlora.attention import dense, interface
+from hf_longlora.attention import dense, interface, switch
 from hf_longlora.families import FAMILIES
 from hf_longlora.rope import ROPE_TYPES, current_rope, reach
 
@@ -427,7 +427,7 @@ def test_a_window_in_every_layer_is_kept_and_said(monkeypatch, caplog):
         model = AutoModelForCausalLM.from_config(config)
         stock = copy.deepcopy(model)
         caplog.clear()
-        with caplog.at_level("WARNING", logger=interface.logger.name):
+        with caplog.at_level("WARNING", logger=switch.logger.name):
             set_s2_attention(model, S2AttentionConfig(group_size=GROUP))
         assert ("every layer" in caplog.text) == (sparse == 0)
         assert sparse_layers(model, monkeypatch, x) == sparse

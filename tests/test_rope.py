@@ -338,7 +338,7 @@ def test_bases_that_no_factor_extends_are_refused():
 
 
 def test_another_type_over_a_scaled_base_is_said(caplog):
-    with caplog.at_level("WARNING", logger=rope.logger.name):
+    with caplog.at_level("WARNING", logger=rope.scale.logger.name):
         scaled_rope(scaled_llama("llama3"), 512, rope_parameters={"rope_type": "linear", "factor": 8.0})
     assert "in the place of the base's 'llama3'" in caplog.text
 

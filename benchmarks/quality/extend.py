@@ -30,7 +30,8 @@ from hf_longlora import (
     set_s2_attention,
 )
 from hf_longlora.attention import segments
-from hf_longlora.attention.interface import S2State, attention_modules
+from hf_longlora.attention.interface import S2State
+from hf_longlora.attention.switch import attention_modules
 from hf_longlora.rope import apply_rope, scaled_rope
 from hf_longlora.trainer.stages import Schedule
 

@@ -1,16 +1,16 @@
 """Shifted sparse attention: config -> segments -> kernel. Knows nothing of PEFT or TRL."""
 
 from .config import AttentionMode, S2AttentionConfig
-from .interface import (
+from .functional import s2_attention
+from .interface import register
+from .segments import Documents, segments
+from .switch import (
     check_supported,
     get_s2_attention,
-    register,
-    s2_attention,
     s2_attention_mode,
     set_attention_mode,
     set_s2_attention,
 )
-from .segments import Documents, segments
 
 __all__ = [
     "AttentionMode",

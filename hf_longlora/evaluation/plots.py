@@ -52,8 +52,6 @@ def plot_perplexity(
         ValueError: there is nothing to draw.
     """
     require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     curves = {
@@ -68,10 +66,7 @@ def plot_perplexity(
     ceiling = min(max(finite), CLIP * min(finite))
     log_scale = max(finite) > EXPLODES * min(finite)
 
-    # A figure of its own canvas: pyplot's global state and backend stay as the caller left them.
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _figure(7, 4.2)
     axes.set_xscale("log", base=2)
     if log_scale:
         axes.set_yscale("log")
@@ -135,16 +130,11 @@ def plot_perplexity(
     axes.set_xlim(ticks[0] / 1.12, ticks[-1] * 1.12 if len(ticks) > 1 else ticks[0] * 2)
     axes.set_xlabel("context length (tokens)")
     axes.set_ylabel("perplexity" + (" (log scale)" if log_scale else ""))
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    _rule(axes)
     if title:
         axes.set_title(title, fontsize=11, pad=18 if base_length or train_length else 8)
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return _save(figure, path)
 
 
 def plot_retrieval(records: Sequence[Mapping[str, Any]], path: str | Path, *, title: str | None = None) -> Path:
@@ -152,8 +142,7 @@ def plot_retrieval(records: Sequence[Mapping[str, Any]], path: str | Path, *, ti
 
     Args:
         records: what `passkey_accuracy` or `multi_needle_accuracy` returned: a record for each length and each depth.
-        path: the file to write; the format follows its suffix. Folders are created.
-        title: above the axes.
+        path, title: as in `plot_perplexity`.
 
     Returns:
         `path`.
@@ -163,17 +152,12 @@ def plot_retrieval(records: Sequence[Mapping[str, Any]], path: str | Path, *, ti
         ValueError: there is nothing to draw, or a length lacks a depth that another has.
     """
     require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     lengths = sorted({record["length"] for record in records})
     depths = sorted({record["depth"] for record in records})
     accuracy = {(record["depth"], record["length"]): record["accuracy"] for record in records}
     if not lengths or len(accuracy) != len(lengths) * len(depths):
         raise ValueError("records must hold every depth at every length, and at least one of each")
-    figure = Figure(figsize=(1.6 + 0.75 * len(lengths), 1.6 + 0.42 * len(depths)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, axes = _figure(1.6 + 0.75 * len(lengths), 1.6 + 0.42 * len(depths))
     grid = [[accuracy[depth, length] for length in lengths] for depth in depths]
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for row, values in enumerate(grid):
@@ -186,10 +170,7 @@ def plot_retrieval(records: Sequence[Mapping[str, Any]], path: str | Path, *, ti
     axes.set_ylabel("depth of the passkey")
     axes.set_title(title or "")
     figure.colorbar(image, ax=axes, format=lambda share, _: f"{share:.0%}")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return _save(figure, path)
 
 
 def plot_positions(
@@ -199,8 +180,7 @@ def plot_positions(
 
     Args:
         records_by_name: what `loss_by_position` returned, by the name to show, in drawing order.
-        path: the file to write; the format follows its suffix. Folders are created.
-        title: above the axes.
+        path, title: as in `plot_perplexity`.
 
     Returns:
         `path`.
@@ -210,14 +190,9 @@ def plot_positions(
         ValueError: there is nothing to draw.
     """
     require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not any(records_by_name.values()):
         raise ValueError("nothing to draw: no record")
-    figure = Figure(figsize=(7, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, axes = _figure(7, 3.6)
     for index, (name, records) in enumerate(records_by_name.items()):
         colour = COLOURS[index % len(COLOURS)]
         edges = [max(records[0]["start"], 1), *(record["end"] for record in records)]
@@ -231,14 +206,9 @@ def plot_positions(
     axes.set_xlabel("position in the text (tokens of context)")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title or "")
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    _rule(axes)
     axes.legend(fontsize=8, frameon=False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return _save(figure, path)
 
 
 def plot_history(
@@ -248,9 +218,8 @@ def plot_history(
 
     Args:
         curves: (step, value) pairs by the name to show, in drawing order.
-        path: the file to write; the format follows its suffix. Folders are created.
+        path, title: as in `plot_perplexity`.
         ylabel: what the values are.
-        title: above the axes.
 
     Returns:
         `path`.
@@ -259,22 +228,36 @@ def plot_history(
         ImportError: matplotlib is missing (`pip install hf-longlora[plot]`).
     """
     require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, axes = _figure(7, 3.2)
     for index, (name, points) in enumerate(curves.items()):
         marker = MARKERS[index % len(MARKERS)] if len(points) < 3 else None
         axes.plot(*zip(*points, strict=True), color=COLOURS[index % len(COLOURS)], marker=marker, label=name)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(ylabel)
     axes.set_title(title or "")
+    _rule(axes)
+    axes.legend(fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure (in inches) and its axes, on a canvas of its own: pyplot's state and backend stay as they are."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _rule(axes: Any) -> None:
+    """Faint lines to read values off, and no box."""
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+
+
+def _save(figure: Any, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

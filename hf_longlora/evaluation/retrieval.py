@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .perplexity import _check_counts, _device, _evaluating, _suffix_logits
+from .scoring import embedding_device, evaluating, suffix_logits
+from .windows import check_counts
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you "
@@ -146,7 +147,7 @@ def passkey_accuracy(
     Raises:
         ValueError: a length too short for the text, a depth outside [0, 1], a count below 1.
     """
-    _check_counts(trials=trials, digits=digits)
+    check_counts(trials=trials, digits=digits)
     keys = random.Random(seed)
 
     def example(length: int, depth: float) -> Passkey:
@@ -179,7 +180,7 @@ def multi_needle_accuracy(
     Raises:
         ValueError: as `passkey_accuracy`, or for fewer than 2 or more than 16 different depths.
     """
-    _check_counts(trials=trials, digits=digits)
+    check_counts(trials=trials, digits=digits)
     depths = sorted(set(depths))
     if not 2 <= len(depths) <= len(NAMES):
         raise ValueError(f"several needles need 2 to {len(NAMES)} different depths, got {depths}")
@@ -210,7 +211,7 @@ def _accuracy(
     lengths = [lengths] if isinstance(lengths, int) else list(lengths)
     records = []
     total = len(lengths) * len(depths) * trials
-    with _evaluating(model), logging.tqdm(total=total, desc=what, unit="text", disable=not progress) as bar:
+    with evaluating(model), logging.tqdm(total=total, desc=what, unit="text", disable=not progress) as bar:
         for length in lengths:
             for depth in depths:
                 found = 0
@@ -222,7 +223,7 @@ def _accuracy(
 
 
 def _answers(model: nn.Module, passkey: Passkey, device: str | torch.device | None) -> bool:
-    ids = torch.tensor([passkey.prompt_ids + passkey.answer_ids], device=device or _device(model))
+    ids = torch.tensor([passkey.prompt_ids + passkey.answer_ids], device=device or embedding_device(model))
     keep = len(passkey.answer_ids)
-    likeliest = _suffix_logits(model, ids, keep).argmax(-1)
+    likeliest = suffix_logits(model, ids, keep).argmax(-1)
     return bool((likeliest == ids[:, -keep:].to(likeliest.device)).all())

@@ -8,7 +8,24 @@ from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from .config import StoredShapes
+from .config import LongLoraConfig, StoredShapes
+from .resolve import input_embedding
+
+
+def check_ranks(config: LongLoraConfig) -> None:
+    """Raise a `ValueError` on ranks that a file's weights don't have, before memory is taken for them."""
+    stored = vars(config).get("_stored_shapes")
+    if stored is None:
+        return
+    pattern: Any = config.rank_pattern
+    ranks = [config.r, *(pattern.values() if isinstance(pattern, dict) else ())]
+    widest = max((size for shape in stored.values() for size in shape), default=0)
+    most = max((shape[0] for key, shape in stored.items() if ".lora_" in key and "_A" in key), default=widest)
+    if any(type(rank) is not int or not 0 < rank <= (widest if pattern else most) for rank in ranks):
+        raise ValueError(
+            f"the ranks of adapter_config.json (r={config.r!r}, rank_pattern={pattern!r}) are not those of the "
+            f"weights, which have {most} at most."
+        )
 
 
 def check_fit(tuner: BaseTuner, adapter_name: str, stored: StoredShapes) -> None:
@@ -65,7 +82,5 @@ def check_fit(tuner: BaseTuner, adapter_name: str, stored: StoredShapes) -> None
 
 
 def _is_vocabulary(model: nn.Module, shape: tuple[int, ...]) -> bool:
-    get_embedding: Any = getattr(model, "get_input_embeddings", None)
-    embedding = get_embedding() if get_embedding is not None else None
-    weight = getattr(embedding, "weight", None)
+    weight = getattr(input_embedding(model), "weight", None)
     return weight is not None and tuple(weight.shape) == shape

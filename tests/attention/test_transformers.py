@@ -21,6 +21,7 @@ from transformers.masking_utils import create_causal_mask
 from hf_longlora import S2AttentionConfig, s2_attention_mode, set_s2_attention
 from hf_longlora.attention import Documents, get_s2_attention, interface
 from hf_longlora.attention.reference import reference_kernel
+from hf_longlora.attention.switch import attention_modules
 
 from .oracle import oracle
 
@@ -356,7 +357,7 @@ def test_unsupported_models_are_refused():
 def test_setting_again_reconfigures_every_layer(models):
     model = models[0]
     set_s2_attention(model, S2AttentionConfig(group_size=4))
-    states = {id(m.s2_attention_state) for _, m in interface.attention_modules(model)}
+    states = {id(m.s2_attention_state) for _, m in attention_modules(model)}
     assert len(states) == 1 and get_s2_attention(model).config.group_size == 4
 
 

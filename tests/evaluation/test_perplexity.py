@@ -8,8 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from hf_longlora.evaluation import far_context, loss_by_position, perplexity_by_length
-from hf_longlora.evaluation import perplexity as module
+from hf_longlora.evaluation import far_context, loss_by_position, perplexity_by_length, scoring
 
 VOCABULARY = 97
 
@@ -108,7 +107,7 @@ def test_documents_are_weighted_by_tokens(model, documents):
 def test_full_logits_give_the_same(model, documents, monkeypatch):
     lean = perplexity_by_length(model, documents, [8, 32], 4, batch_size=2, progress=False)
     lean_positions = loss_by_position(model, documents, 32, progress=False)
-    monkeypatch.setattr(module, "_takes_logits_to_keep", lambda model: False)
+    monkeypatch.setattr(scoring, "_takes_logits_to_keep", lambda model: False)
     full = perplexity_by_length(model, documents, [8, 32], 4, batch_size=2, progress=False)
     full_positions = loss_by_position(model, documents, 32, progress=False)
     for one, other in zip(lean + lean_positions, full + full_positions, strict=True):

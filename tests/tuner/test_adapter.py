@@ -35,8 +35,7 @@ from transformers import (
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_longlora.rope import current_rope, scaled_rope
-from hf_longlora.tuner import LongLoraConfig, LongLoraModel, register
-from hf_longlora.tuner import model as model_module
+from hf_longlora.tuner import LongLoraConfig, LongLoraModel, base_rope, register
 
 from .helpers import LENGTH, TARGET, ids, llama, logits, perturbed
 
@@ -208,7 +207,7 @@ def by_trainable(base, adapter):
 
 
 # Before 5.18, transformers' own adapter methods lose norms and embeddings: they are refused there.
-keeps_all = pytest.mark.skipif(not model_module._TRANSFORMERS_KEEPS_ALL, reason="refused on this transformers")
+keeps_all = pytest.mark.skipif(not base_rope._TRANSFORMERS_KEEPS_ALL, reason="refused on this transformers")
 # transformers 5.24 wants PEFT 0.22 for its own methods, which is not released yet.
 accepts_peft = pytest.mark.skipif(
     Version(MIN_PEFT_VERSION) > Version(peft.__version__), reason="this transformers refuses this PEFT"
@@ -239,7 +238,7 @@ def test_saved_through_transformers(saved, tmp_path):
 
 
 def test_a_transformers_that_loses_weights_is_refused(saved, monkeypatch):
-    monkeypatch.setattr(model_module, "_TRANSFORMERS_KEEPS_ALL", False)
+    monkeypatch.setattr(base_rope, "_TRANSFORMERS_KEEPS_ALL", False)
     base, adapter, adapted, _ = saved
     model = load(base)
     model.load_adapter(adapter)

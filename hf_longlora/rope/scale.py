@@ -1,8 +1,4 @@
-"""RoPE scaling: read it from a config, compute a longer one, put it on a live model, take it off again.
-
-Everything here is arithmetic on configs plus one in-place operation (`apply_rope`). Lengths are in tokens; a factor is
-a ratio of lengths. Total factors are cumulative and exact: `target_length / original_length`, never a product of the
-steps that led there.
+"""A longer RoPE for a model: computed from the base's, checked, and written as its readers will read it.
 
 What is written follows what readers of `config.json` derive (vLLM's rule beside transformers'):
 
@@ -22,157 +18,30 @@ length only.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import nn
 from transformers.utils import logging
+
+from .state import (
+    CARRY_ORIGINAL,
+    GLOBAL_LAYERS,
+    ROPE_TYPES,
+    RopeScaling,
+    current_rope,
+    is_nested,
+    reach,
+    text_config,
+    write,
+)
 
 logger = logging.get_logger(__name__)
 
-ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3", "longrope")
 AUTO = "auto"
 """The base's own type where it is scaled already, else YaRN (`natural_type`)."""
-# Types whose parameters carry the original length; max_position_embeddings is then the extended one.
-CARRY_ORIGINAL = ("yarn", "llama3", "longrope")
-# Types whose rotary modules change their frequencies with the lengths they have seen.
-WITH_HISTORY = ("dynamic", "longrope")
-# The layer type that is scaled where `rope_parameters` is nested: sliding layers never see beyond their window.
-GLOBAL_LAYERS = "full_attention"
 # What a RoPE has besides its scaling, and keeps under any.
 _LASTING = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
-
-# Attributes a rotary module derives from its config; a value left from another RoPE would be read again.
-_DERIVED = ("inv_freq", "max_seq_len_cached", "original_max_seq_len", "attention_scaling", "rope_type")
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """A resolved state of a model's RoPE. Holds plain JSON values only; compare with `==`."""
-
-    rope_parameters: dict[str, Any]
-    """As `config.rope_parameters`: flat, or nested by layer type where the base's is."""
-    max_position_embeddings: int
-    original_max_position_embeddings: int | None = None
-    """The config attribute of that name (Phi-3 has it, and it overrides the parameters'); None where there is none."""
-    counts_factor: bool = False
-    """Whether `max_position_embeddings` includes a linear factor already (the Gemma 3 convention)."""
-    model_max_length: int | None = None
-    """The config attribute of that name (Command R has it, and vLLM reads it first); None where there is none."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RopeScaling:
-        return cls(**copy.deepcopy(values))
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The parameters of the layers that are scaled (a view, flat)."""
-        if _is_nested(self.rope_parameters):
-            return self.rope_parameters[GLOBAL_LAYERS]
-        return self.rope_parameters
-
-    @property
-    def rope_type(self) -> str:
-        return self.parameters.get("rope_type", "default")
-
-    def with_parameters(self, parameters: dict[str, Any], max_position_embeddings: int) -> RopeScaling:
-        nested = _is_nested(self.rope_parameters)
-        whole = {**self.rope_parameters, GLOBAL_LAYERS: parameters} if nested else parameters
-        original = self.original_max_position_embeddings
-        if original is not None and "original_max_position_embeddings" in parameters:
-            original = parameters["original_max_position_embeddings"]
-        longest = None if self.model_max_length is None else max_position_embeddings
-        return RopeScaling(copy.deepcopy(whole), max_position_embeddings, original, self.counts_factor, longest)
-
-
-def _is_nested(parameters: dict[str, Any]) -> bool:
-    return "rope_type" not in parameters and any(isinstance(v, dict) for v in parameters.values())
-
-
-def _text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def current_rope(config: Any) -> RopeScaling:
-    """A deep-copied snapshot of the RoPE a config describes.
-
-    Raises:
-        ValueError: the config has no RoPE, no `rope_theta`, or nests its parameters without a `full_attention` entry.
-    """
-    config = _text_config(config)
-    parameters = getattr(config, "rope_parameters", None)
-    if not parameters:
-        raise ValueError(
-            f"model type {getattr(config, 'model_type', type(config).__name__)!r} has no RoPE (no `rope_parameters` "
-            "in its config), so there is no RoPE to scale: its length is fixed by position embeddings, or free. "
-            "Shifted sparse attention works on it; leave target_length and rope_parameters unset."
-        )
-    parameters = copy.deepcopy(dict(parameters))
-    if _is_nested(parameters) and not isinstance(parameters.get(GLOBAL_LAYERS), dict):
-        raise ValueError(
-            f"`rope_parameters` is nested by layer type ({', '.join(parameters)}) without a {GLOBAL_LAYERS!r} entry: "
-            "no layer's RoPE can be scaled."
-        )
-    for entry in parameters.values() if _is_nested(parameters) else [parameters]:
-        if entry is None:  # a layer type without RoPE
-            continue
-        entry.setdefault("rope_type", entry.pop("type", "default"))
-        if entry.get("rope_theta") is None:
-            raise ValueError(
-                "`rope_parameters` has no rope_theta (assigning `config.rope_scaling` drops it), and frequencies "
-                "would fall back to another base silently. Set config.rope_parameters['rope_theta'] explicitly; this "
-                f"model class's default is {getattr(config, 'default_theta', 'unknown')}."
-            )
-    return RopeScaling(
-        rope_parameters=parameters,
-        max_position_embeddings=int(config.max_position_embeddings),
-        original_max_position_embeddings=getattr(config, "original_max_position_embeddings", None),
-        counts_factor="gemma3" in getattr(config, "model_type", ""),
-        model_max_length=getattr(config, "model_max_length", None),
-    )
-
-
-def _as_scaling(config_or_scaling: Any) -> RopeScaling:
-    return config_or_scaling if isinstance(config_or_scaling, RopeScaling) else current_rope(config_or_scaling)
-
-
-def reach(config_or_scaling: Any, base_length: int | None = None) -> tuple[int, int]:
-    """The original length and the length reached by now, both in tokens.
-
-    The original length is `original_max_position_embeddings` for yarn, llama3 and longrope (the config's attribute
-    first, as transformers does), `max_position_embeddings` (or a larger `model_max_length`) for default, linear and
-    dynamic. `base_length` overrides.
-    """
-    scaling = _as_scaling(config_or_scaling)
-    parameters, longest = scaling.parameters, max(scaling.max_position_embeddings, scaling.model_max_length or 0)
-    if scaling.rope_type in CARRY_ORIGINAL:
-        original = scaling.original_max_position_embeddings or parameters.get("original_max_position_embeddings")
-        original = int(base_length or original or longest)
-        if scaling.rope_type == "yarn":
-            longest = round(original * (parameters.get("factor") or longest / original))
-        return original, longest
-    factor = parameters.get("factor") or 1.0
-    original = longest
-    if scaling.counts_factor:
-        original = round(longest / factor)
-    original = int(base_length or original)
-    return original, longest if scaling.counts_factor else round(original * factor)
-
-
-def rope_factor(scaling: RopeScaling) -> float:
-    """The total factor by which the original length is stretched, for logs; 1.0 for an unscaled RoPE."""
-    if scaling.rope_type == "default":
-        return 1.0
-    factor = scaling.parameters.get("factor")
-    original, longest = reach(scaling)
-    return float(factor) if factor else longest / original
 
 
 def natural_type(base: RopeScaling) -> str:
@@ -211,7 +80,7 @@ def scaled_rope(
     Raises:
         ValueError: a target within reach already, another type than a scaled base's, incomplete parameters.
     """
-    config = _text_config(config)
+    config = text_config(config)
     base = base if base is not None else current_rope(config)
     original, reached = reach(base, base_length)
     if rope_parameters is not None:
@@ -275,7 +144,7 @@ def _check_type(config: Any, base: RopeScaling, rope_type: str) -> None:
     if rope_type == "yarn":
         return
     kept = f'{rope_type!r} RoPE would be served wrong by vLLM: it %s. Pass rope_type="yarn".'
-    if _is_nested(base.rope_parameters) and not base.counts_factor and rope_type in ("linear", "dynamic"):
+    if is_nested(base.rope_parameters) and not base.counts_factor and rope_type in ("linear", "dynamic"):
         raise ValueError(
             kept % "makes the table of the sliding layers' positions of max_position_embeddings, which keeps the "
             "original length under this type"
@@ -302,7 +171,7 @@ def _explicit(
     config: Any, base: RopeScaling, original: int, target_length: int | None, rope_parameters: dict[str, Any]
 ) -> RopeScaling:
     given = copy.deepcopy(dict(rope_parameters))
-    if _is_nested(given):
+    if is_nested(given):
         others = {k for k, v in given.items() if k != GLOBAL_LAYERS and v != base.rope_parameters.get(k)}
         if others or GLOBAL_LAYERS not in given:
             raise ValueError(f"only {GLOBAL_LAYERS!r} layers can be scaled; got {', '.join(sorted(given))}.")
@@ -385,7 +254,7 @@ def _validated(config: Any, scaling: RopeScaling) -> RopeScaling:
     if not hasattr(config, "validate_rope"):
         return scaling
     trial = copy.deepcopy(config)
-    _write(trial, scaling)
+    write(trial, scaling)
     try:
         trial.standardize_rope_params()
         trial.validate_rope()
@@ -394,105 +263,3 @@ def _validated(config: Any, scaling: RopeScaling) -> RopeScaling:
     if trial.rope_parameters != scaling.rope_parameters:
         return RopeScaling.from_dict({**scaling.to_dict(), "rope_parameters": dict(trial.rope_parameters)})
     return scaling
-
-
-def _write(config: Any, scaling: RopeScaling) -> None:
-    config.rope_parameters = copy.deepcopy(scaling.rope_parameters)
-    config.max_position_embeddings = scaling.max_position_embeddings
-    if scaling.original_max_position_embeddings is not None:
-        config.original_max_position_embeddings = scaling.original_max_position_embeddings
-    if scaling.model_max_length is not None:
-        config.model_max_length = scaling.model_max_length
-    # For these types transformers multiplies by `head_dim`, set or not (Mixtral's is None): say it outright.
-    if scaling.rope_type in ("dynamic", "yarn", "longrope") and getattr(config, "head_dim", 0) is None:
-        config.head_dim = config.hidden_size // config.num_attention_heads
-
-
-def write_rope(config: Any, scaling: RopeScaling) -> None:
-    """Put `scaling` in a config, for a model that is loaded with it later; on a live model: `apply_rope`."""
-    _write(_text_config(config), scaling)
-
-
-def rotary_modules(model: nn.Module) -> list[nn.Module]:
-    """The rotary embeddings of the language model: they hold `*inv_freq` buffers and the config these come from."""
-    text_config = _text_config(model.config)
-    found = []
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is None or not any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False)):
-            continue
-        # Vision and audio towers have rotary embeddings of their own, with configs of their own.
-        if config is text_config or getattr(config, "rope_parameters", None) == text_config.rope_parameters:
-            found.append(module)
-    return found
-
-
-def _reinitialise(module: nn.Module) -> None:
-    """Give a rotary module the buffers and derived attributes its class computes from its (changed) config.
-
-    A fresh instance is built on the CPU, where `from_pretrained` computes frequencies too: the same numbers to the
-    last bit. Hooks, device and training mode of the live module stay.
-    """
-    device = next(module.buffers(recurse=False)).device
-    with torch.device("cpu"):
-        fresh = type(module)(config=module.config)
-    for name in [n for n in vars(module) if n.endswith(_DERIVED)]:
-        delattr(module, name)
-    for name in list(module._buffers):
-        if name.endswith("inv_freq"):
-            delattr(module, name)
-    for name, value in vars(fresh).items():
-        if name.endswith(_DERIVED) or name == "rope_init_fn":
-            setattr(module, name, value.to(device) if isinstance(value, torch.Tensor) else value)
-    for name, buffer in fresh.named_buffers(recurse=False):
-        if buffer.device.type != "meta":
-            module.register_buffer(name, buffer.to(device), persistent=False)
-
-
-def _scales_softmax(module: nn.Module, *scalings: RopeScaling) -> bool:
-    """Whether it is an attention module that folds RoPE's `mscale_all_dim` into its softmax scale (DeepSeek's)."""
-    if not any(scaling.parameters.get("mscale_all_dim") for scaling in scalings):
-        return False
-    return "Attention" in type(module).__name__ and isinstance(getattr(module, "scaling", None), float)
-
-
-def _rescale_softmax(module: nn.Module) -> None:
-    """Give an attention module the softmax scale its class computes from its (changed) config."""
-    with torch.device("meta"):
-        fresh: Any = type(module)(config=module.config, layer_idx=module.layer_idx)
-    module.scaling = fresh.scaling
-
-
-def apply_rope(model: nn.Module, scaling: RopeScaling) -> None:
-    """Put `scaling` on a live model: config fields, rotary buffers and softmax scales, equal to saving and loading to
-    the last bit.
-
-    Raises:
-        ValueError: no rotary module, or one that does not take this RoPE. The model is unchanged then.
-    """
-    config = _text_config(model.config)
-    before = current_rope(config)
-    modules = rotary_modules(model)
-    if not modules:
-        raise ValueError(
-            f"{type(model).__name__} has no rotary module (inv_freq buffers with a config): its RoPE can't be scaled "
-            "in place."
-        )
-    configs = {id(c): c for c in [config, *(m.config for m in modules)]}.values()
-    scaled = [m for m in model.modules() if _scales_softmax(m, scaling, before)]
-    try:
-        for each in configs:
-            _write(each, scaling)
-        for module in modules:
-            _reinitialise(module)
-        for module in scaled:
-            _rescale_softmax(module)
-    except Exception as error:
-        for each in configs:
-            _write(each, before)
-        for module in modules:
-            _reinitialise(module)
-        for module in scaled:
-            with contextlib.suppress(Exception):  # one that can't be built anew was not changed
-                _rescale_softmax(module)
-        raise ValueError(f"RoPE {scaling.to_dict()} can't be put on {type(model).__name__}: {error}") from error

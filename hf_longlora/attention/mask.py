@@ -1,0 +1,117 @@
+"""The mask function of `"s2attn"`, which puts off the mask.
+
+It knows neither the layer nor whether it trains, so it returns an `S2Mask`: all that is needed to find the documents
+(training, O(n)) or to build the mask of `attn_implementation="sdpa"` (everything else), and neither until it is asked.
+It is made once for each forward and shared by the layers, so both are also computed once.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from .segments import Documents
+
+READS_MASK = (
+    "This family works on the attention mask itself, and s2attn makes none (memory n^2): it is not supported. Use the "
+    "model with another attention implementation"
+)
+
+
+class S2Mask:
+    """What a forward knows about its mask, before anyone asks for one.
+
+    No dataclass: FSDP2 rebuilds those in each layer's arguments, to cast their tensors.
+
+    Args:
+        arguments: What transformers passed to build a mask with.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self._documents: Documents | None = None
+        self._dense: tuple[torch.Tensor | None] | None = None
+
+    @property
+    def padding(self) -> torch.Tensor | None:
+        """`[B, S]`, False where a token is padding."""
+        return self.arguments["attention_mask"]
+
+    @property
+    def window(self) -> int | None:
+        """Tokens in the window or chunk, for the mask of sliding-window or chunked layers."""
+        return self.arguments.get("local_size")
+
+    @property
+    def causal(self) -> bool:
+        """Whether nothing but causality, padding and packing shapes it."""
+        if self.arguments["mask_function"] is causal_mask_function:
+            return True
+        # Compiled, transformers can't look whether a row is packed, and makes the mask as if each were.
+        packed = torch.compiler.is_compiling() or (self._documents is not None and self._documents.packed)
+        within = self.window is not None and self.arguments["q_length"] <= self.window
+        return (within or packed) and not self.arguments["use_vmap"]  # what else shapes a mask comes to be vmapped
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{READS_MASK} (`{name}`)")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise ValueError(READS_MASK)
+
+    def check_keys(self, module: nn.Module, key: torch.Tensor) -> None:
+        """Raise a `ValueError` if a layer has made other keys (compressed, added ones) than the mask is for."""
+        # A single query is a decoding step, where sdpa's mask broadcasts over whatever the cache holds.
+        if key.shape[2] != self.arguments["kv_length"] and self.arguments["q_length"] > 1:
+            raise ValueError(
+                f"{type(module).__name__} attends to {key.shape[2]} keys where the mask is for "
+                f"{self.arguments['kv_length']}: s2attn does not support it."
+            )
+
+    def dense(self) -> torch.Tensor | None:
+        """The mask of `attn_implementation="sdpa"`: `[B, 1, S, S]`, or `None` where causality says it all."""
+        if self._dense is None:
+            self._dense = (sdpa_mask(**self.arguments),)
+        return self._dense[0]
+
+    def documents(self, cu_seqlens: torch.Tensor | None, position_ids: torch.Tensor | None) -> Documents:
+        """The documents of the batch."""
+        if self._documents is None:
+            self._documents = Documents.find(
+                self.arguments["batch_size"],
+                self.arguments["q_length"],
+                cu_seqlens=cu_seqlens,
+                attention_mask=self.padding,
+                position_ids=position_ids,
+            )
+        return self._documents
+
+
+def s2_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> S2Mask | torch.Tensor | None:
+    """The mask function of `"s2attn"`: an `S2Mask` where the queries are the keys, else what `"sdpa"` makes."""
+    arguments = dict(
+        kwargs,
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        use_vmap=use_vmap,
+    )
+    # A decoding step, a prefill into a static cache, a chunk after a prefix: dense whatever the layer's mode.
+    if q_length != kv_length or isinstance(q_offset, torch.Tensor) or q_offset != 0 or kv_offset != 0:
+        return sdpa_mask(**arguments)
+    return S2Mask(arguments)

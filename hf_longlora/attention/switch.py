@@ -1,0 +1,143 @@
+"""Giving a model shifted sparse attention, and saying when its layers are sparse."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import get_args
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .config import AttentionMode, S2AttentionConfig
+from .interface import NAME, STATE, S2State
+
+logger = logging.get_logger(__name__)
+
+
+def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The attention modules of a transformers model, by transformers' own rule: the class is called `*Attention*`."""
+    for name, module in model.named_modules():
+        is_model = isinstance(module, PreTrainedModel)
+        if "Attention" in type(module).__name__ and hasattr(module, "config") and not is_model:
+            yield name, module
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    """`model`, or the transformers model in it (a `PeftModel` wraps one)."""
+    get_base_model = getattr(model, "get_base_model", None)
+    inner = model if get_base_model is None else get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise ValueError(
+            f"{type(model).__name__} is not a transformers model; call hf_longlora.s2_attention in its attention."
+        )
+    return inner
+
+
+def check_supported(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+    """Raise a `ValueError` if shifted sparse attention can't be used in a model class, saying why."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{model_class.__name__} is an encoder-decoder; shifted sparse attention is for decoders. Train it with "
+            'attn_implementation="sdpa".'
+        )
+    if not model_class._can_set_attn_implementation():
+        raise ValueError(
+            f"{model_class.__name__} does not call its attention through transformers' AttentionInterface, so nothing "
+            "can be registered for it. Choose another model family, or ask for the interface upstream."
+        )
+
+
+def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) -> None:
+    """Make `model` use shifted sparse attention in training, configured by `config`.
+
+    Switches a model of another attention implementation to `"s2attn"`. Call it again to change the configuration.
+
+    Raises:
+        ValueError: if the model is not from transformers, its attention does not go through `AttentionInterface`, or
+            none of it is causal.
+    """
+    inner = _transformers_model(model)
+    check_supported(type(inner), inner.config)
+    modules = [module for _, module in attention_modules(inner)]
+    if not modules:
+        raise ValueError(f"{type(inner).__name__} has no attention modules.")
+    if not any(getattr(module, "is_causal", True) for module in modules):
+        raise ValueError(
+            f"{type(inner).__name__} has no causal attention: it is an encoder (or set up as one: is_decoder), or its "
+            "prompts see themselves both ways. Shifted sparse attention is for decoders; train it with "
+            'attn_implementation="sdpa".'
+        )
+    window = _window_everywhere(inner.config)
+    if window is not None:
+        logger.warning(
+            f"{type(inner).__name__} has a sliding window of {window} tokens in every layer, and layers with a window "
+            "stay as they are: nothing is left to be sparse. Load the model with sliding_window=None to have it "
+            "attend to the whole length."
+        )
+    if inner.config._attn_implementation != NAME:
+        inner.set_attn_implementation(NAME)
+    state = _state(inner)
+    state = S2State(config or S2AttentionConfig(), state.mode if state is not None else "auto")
+    for module in modules:
+        setattr(module, STATE, state)
+
+
+def _window_everywhere(config: PreTrainedConfig) -> int | None:
+    """The window of a model all of whose layers have one that its length goes beyond."""
+    config = config.get_text_config()
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window is None or window >= getattr(config, "max_position_embeddings", window):
+        return None
+    return window if kinds is None or set(kinds) == {"sliding_attention"} else None
+
+
+def _state(model: nn.Module) -> S2State | None:
+    return next((getattr(m, STATE) for _, m in attention_modules(model) if hasattr(m, STATE)), None)
+
+
+def get_s2_attention(model: nn.Module) -> S2State:
+    """The state shared by the layers of a model: its configuration and mode.
+
+    Raises:
+        ValueError: if the model does not use `"s2attn"`.
+    """
+    inner = _transformers_model(model)
+    if inner.config._attn_implementation != NAME:
+        raise ValueError(
+            f"{type(inner).__name__} uses attn_implementation={inner.config._attn_implementation!r}, not {NAME!r}: "
+            "call hf_longlora.set_s2_attention(model) first."
+        )
+    state = _state(inner)
+    if state is None or not all(hasattr(module, STATE) for _, module in attention_modules(inner)):
+        set_s2_attention(inner, None if state is None else state.config)
+        state = _state(inner)
+    assert state is not None
+    return state
+
+
+def set_attention_mode(model: nn.Module, mode: AttentionMode) -> None:
+    """Set when the layers of `model` are sparse: `"auto"` (in training), `"s2"` or `"dense"` (always).
+
+    Raises:
+        ValueError: on another mode, or a model that does not use `"s2attn"`.
+    """
+    if mode not in get_args(AttentionMode):
+        raise ValueError(f"`mode` must be one of {get_args(AttentionMode)}, got {mode!r}.")
+    get_s2_attention(model)
+    for _, module in attention_modules(_transformers_model(model)):
+        getattr(module, STATE).mode = mode  # usually one object; layers may have been given others
+
+
+@contextmanager
+def s2_attention_mode(model: nn.Module, mode: AttentionMode) -> Iterator[None]:
+    """Run `model` with attention as in training (`"s2"`), dense (`"dense"`), or as usual (`"auto"`).
+
+    `with s2_attention_mode(model, "s2"):` around an evaluation gives the first column of the paper's Table 6, a model
+    tested with the pattern that it was trained with.
+    """
+    before = get_s2_attention(model).mode
+    set_attention_mode(model, mode)
+    try:
+        yield
+    finally:
+        set_attention_mode(model, before)

@@ -1,0 +1,100 @@
+"""Running a model to score tokens: what a causal language model says of the texts that it is given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Rows of logits turned to fp32 at a time: 512 rows of a 128k vocabulary are 256 MiB.
+LOSS_CHUNK = 512
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module's own training flag is back, also on an exception."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), _autocast(model):
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def _autocast(model: nn.Module) -> Any:
+    """Autocast where fp32 weights (norms and embeddings under training) stand between half-precision ones.
+
+    A fp32 norm hands fp32 activations to a bf16 projection, which raises. LoRA weights do not count: PEFT casts for
+    them.
+    """
+    dtypes = {p.dtype for name, p in model.named_parameters() if p.is_floating_point() and "lora_" not in name}
+    half = dtypes & {torch.bfloat16, torch.float16}
+    if torch.float32 in dtypes and half:
+        return torch.autocast(embedding_device(model).type, dtype=half.pop())
+    return nullcontext()
+
+
+def suffix_logits(model: nn.Module, input_ids_BS: torch.Tensor, keep: int) -> torch.Tensor:
+    """The logits that predict the last `keep` tokens of each row: `[B, keep, V]`."""
+    # The token before the first target predicts it; the last token's own logits predict nothing here.
+    extra = {"logits_to_keep": keep + 1} if _takes_logits_to_keep(model) else {}
+    return model(input_ids=input_ids_BS, use_cache=False, **extra).logits[:, -keep - 1 : -1]
+
+
+def suffix_nll(model: nn.Module, input_ids_BS: torch.Tensor, keep: int) -> torch.Tensor:
+    """Negative log likelihood in nats of the last `keep` tokens of each row: `[B, keep]`, fp32."""
+    return _cross_entropy(suffix_logits(model, input_ids_BS, keep), input_ids_BS[:, -keep:])
+
+
+def position_nll(model: nn.Module, input_ids_BS: torch.Tensor, targets_K: torch.Tensor) -> torch.Tensor:
+    """Negative log likelihood in nats of the tokens at positions `targets_K` (all >= 1): `[B, K]`, fp32."""
+    targets_K = targets_K.to(input_ids_BS.device)
+    if _takes_logits_to_keep(model):
+        logits_BKV = model(input_ids=input_ids_BS, use_cache=False, logits_to_keep=targets_K - 1).logits
+    else:
+        logits_BKV = model(input_ids=input_ids_BS, use_cache=False).logits[:, -input_ids_BS.shape[1] :]
+        logits_BKV = logits_BKV[:, (targets_K - 1).to(logits_BKV.device)]
+    return _cross_entropy(logits_BKV, input_ids_BS[:, targets_K])
+
+
+def _cross_entropy(logits_BKV: torch.Tensor, labels_BK: torch.Tensor) -> torch.Tensor:
+    labels_BK = labels_BK.to(logits_BKV.device)
+    losses = [
+        F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
+        for logits, labels in zip(logits_BKV.split(LOSS_CHUNK, 1), labels_BK.split(LOSS_CHUNK, 1), strict=True)
+    ]
+    return torch.cat(losses, dim=1)
+
+
+def _takes_logits_to_keep(model: Any) -> bool:
+    """Whether the innermost model's forward names `logits_to_keep`; wrappers (PEFT, DDP) pass it on in `**kwargs`."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """Entries of the model's vocabulary, or `None` where neither its config nor its embeddings tell."""
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    return getattr(config, "vocab_size", None)
+
+
+def embedding_device(model: Any) -> torch.device:
+    """The device of the input embeddings (under a device map, that of the first layers), else of any parameter."""
+    try:
+        return model.get_input_embeddings().weight.device
+    except (AttributeError, NotImplementedError):
+        return next(model.parameters()).device

@@ -1,0 +1,37 @@
+"""RoPE scaling: read it from a config, compute a longer one, put it on a live model, take it off again.
+
+Arithmetic on configs (`state`, `scale`) plus one in-place operation (`live.apply_rope`). Lengths are in tokens; a
+factor is a ratio of lengths. Total factors are cumulative and exact: `target_length / original_length`, never a
+product of the steps that led there.
+"""
+
+from .live import apply_rope, rotary_modules
+from .scale import AUTO, natural_type, scaled_rope
+from .state import (
+    CARRY_ORIGINAL,
+    GLOBAL_LAYERS,
+    ROPE_TYPES,
+    WITH_HISTORY,
+    RopeScaling,
+    current_rope,
+    reach,
+    rope_factor,
+    write_rope,
+)
+
+__all__ = [
+    "AUTO",
+    "CARRY_ORIGINAL",
+    "GLOBAL_LAYERS",
+    "ROPE_TYPES",
+    "WITH_HISTORY",
+    "RopeScaling",
+    "apply_rope",
+    "current_rope",
+    "natural_type",
+    "reach",
+    "rope_factor",
+    "rotary_modules",
+    "scaled_rope",
+    "write_rope",
+]

@@ -1,0 +1,140 @@
+"""The RoPE of a base model that carries adapters: resolved for them, put on, and given back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from packaging.version import Version
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from .. import rope
+from ..rope import RopeScaling
+from ..rope.state import text_config
+from .config import LongLoraConfig
+
+# On the base model, so that it outlives the tuner: transformers' own `load_adapter` builds one per adapter.
+_BASE_ROPE = "_longlora_base_rope"
+_FOLLOWER = "_longlora_follower"
+_TRANSFORMERS_KEEPS_ALL = Version(transformers.__version__) >= Version("5.18")
+
+
+def rope_of_base(model: nn.Module) -> RopeScaling:
+    """The RoPE of the base model, whatever an adapter has made of it.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    snapshot = getattr(model, _BASE_ROPE, None)
+    return snapshot if snapshot is not None else rope.current_rope(getattr(model, "config", None))
+
+
+def has_rope(model: nn.Module) -> bool:
+    return bool(getattr(text_config(getattr(model, "config", None)), "rope_parameters", None))
+
+
+def remember(model: nn.Module) -> None:
+    """Keep the base's RoPE on the model, before an adapter changes it."""
+    setattr(model, _BASE_ROPE, rope_of_base(model))
+
+
+def forget(model: nn.Module) -> None:
+    """Leave nothing of it on a model without adapters."""
+    vars(model).pop(_BASE_ROPE, None)
+    unfollow(model)
+
+
+def resolve_rope(model: nn.Module, config: LongLoraConfig) -> None:
+    """Write into an adapter's config the RoPE that it asks for and the base's, or check what is written there.
+
+    Raises:
+        ValueError: the adapter was trained on a base with another RoPE, or the model's can't be scaled as asked.
+    """
+    if config.rope is not None or config.base_rope is not None:
+        base = rope_of_base(model)
+        if config.base_rope is not None and RopeScaling.from_dict(config.base_rope) != base:
+            raise ValueError(
+                "this adapter was trained on a base with another RoPE: "
+                f"{config.base_rope['rope_parameters']} at {config.base_rope['max_position_embeddings']} tokens, "
+                f"but the model has {base.rope_parameters} at {base.max_position_embeddings}. A merged or "
+                "otherwise extended model is no base for it; load the original one. (A config that has been used "
+                "on one model holds that model's RoPE: make a fresh one for another.)"
+            )
+    elif config.resolved:
+        pass  # on a model without RoPE
+    elif config.target_length is not None or config.rope_parameters is not None:
+        base = rope_of_base(model)
+        scaling = rope.scaled_rope(
+            model.config,
+            config.target_length,
+            config.rope_type,
+            config.rope_parameters,
+            config.base_length,
+            base=base,
+        )
+        config.rope, config.base_rope = scaling.to_dict(), base.to_dict()
+    else:
+        # Nothing to scale; what the adapter is trained on is written down all the same, if it can be read.
+        with contextlib.suppress(ValueError, AttributeError):
+            config.base_rope = rope_of_base(model).to_dict()
+    if config.rope is not None and not rope.rotary_modules(model):
+        raise ValueError(f"{type(model).__name__} has no rotary module: its RoPE can't be scaled.")
+
+
+def refuse_other_rope(configs: Mapping[str, Any], wanted: dict[str, Any] | None, adapter_name: str) -> None:
+    """Raise a `ValueError` if another adapter on the model has another RoPE than the one that is `wanted`."""
+    for name, other in configs.items():
+        if name != adapter_name and getattr(other, "rope", None) != wanted:
+            raise ValueError(
+                f"adapter {adapter_name!r} has another RoPE than {name!r}, which is on the model already, and one "
+                "model has one RoPE. Unload the other first, or load this one on a model of its own."
+            )
+
+
+def put_rope(model: nn.Module, configs: Mapping[str, Any], active: list[str]) -> None:
+    """Put on the model what its active adapters need: theirs, or the base's without any."""
+    base = getattr(model, _BASE_ROPE, None)
+    if base is None:
+        return
+    wanted = base
+    for name in active:
+        stored = getattr(configs.get(name), "rope", None)
+        wanted = RopeScaling.from_dict(stored) if stored is not None else wanted
+    if rope.current_rope(model.config) != wanted:
+        rope.apply_rope(model, wanted)
+
+
+def follow(model: nn.Module, scaled: bool) -> None:
+    """See to it that the RoPE goes with the layers, for a model that no tuner may be told about."""
+    if (scaled or not _TRANSFORMERS_KEEPS_ALL) and not hasattr(model, _FOLLOWER):
+        setattr(model, _FOLLOWER, model.register_forward_pre_hook(_follow_layers))
+
+
+def unfollow(model: nn.Module) -> None:
+    """Undo `follow`: there is a tuner, and it is told of every switch."""
+    hook = vars(model).pop(_FOLLOWER, None)
+    if hook is not None:
+        hook.remove()
+
+
+def _follow_layers(model: nn.Module, args: Any) -> None:
+    """Before a forward: give the model the RoPE its LoRA layers call for.
+
+    transformers' own `load_adapter` throws the tuner away, and its `disable_adapters`, `set_adapter` and
+    `delete_adapter` speak to the layers alone.
+
+    Raises:
+        RuntimeError: this transformers has lost part of the adapter.
+    """
+    if not _TRANSFORMERS_KEEPS_ALL:
+        raise RuntimeError(
+            f"transformers {transformers.__version__} drops an adapter's norms and embeddings in its own adapter "
+            "methods, with no more than a line in the log. Put the adapter on a fresh model by get_peft_model or "
+            "PeftModel.from_pretrained, or use transformers 5.18 or newer."
+        )
+    layer = next((m for m in model.modules() if isinstance(m, LoraLayer)), None)
+    active = [] if layer is None or layer.disable_adapters else layer.active_adapters
+    put_rope(model, vars(model).get("peft_config", {}), active)

@@ -1,0 +1,128 @@
+"""What an adapter's config asks for, as names of a model's modules: what LoRA is put on, and what is trained whole."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .config import LongLoraConfig, refuse_head
+from .modules import attention_projections, is_norm, language_modules, walk
+
+
+def input_embedding(model: nn.Module) -> Any:
+    """The module of the input embeddings, or what wraps it; `None` where the model names none."""
+    get_embedding: Any = getattr(model, "get_input_embeddings", None)
+    return get_embedding() if get_embedding is not None else None
+
+
+def output_head(model: nn.Module) -> Any:
+    """The module of the output head, or what wraps it; `None` where the model names none."""
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    return get_head() if get_head is not None else None
+
+
+def resolve_modules(model: nn.Module, config: LongLoraConfig) -> None:
+    """Write the names into the config: targets where it has none, and norms and embeddings to be trained whole.
+
+    Raises:
+        ValueError: the head is targeted, or `embedding_rank` can't reach an embedding.
+    """
+    if config.target_modules is None and not config.target_parameters:
+        found: Any = attention_projections(model) or None
+        config.target_modules = found
+    if config.embedding_rank is not None and not config.resolved:
+        _target_embeddings(model, config, config.embedding_rank)
+    head = output_head(model)
+    if config.target_modules is not None:
+        for name, module in walk(model):
+            if head is not None and module is head and check_target_module_exists(config, name):
+                refuse_head(name)
+    if config.resolved:
+        return
+    wanted = list(config.modules_to_save or [])
+    users = tuple(wanted)
+    train_embeddings = config.train_embeddings and config.trainable_token_indices is None
+    inside: list[str] = []  # names that are trained already, by LoRA or with a module the user named
+    for name, module in language_modules(model):
+        if not name or name.startswith(tuple(f"{taken}." for taken in inside)):
+            continue
+        targeted = config.target_modules is not None and check_target_module_exists(config, name)
+        if targeted or (users and name.endswith(users)):
+            inside.append(name)
+        elif (config.train_norms and is_norm(module)) or (train_embeddings and isinstance(module, nn.Embedding)):
+            wanted.append(name)
+    config.modules_to_save = wanted or None
+
+
+def _target_embeddings(model: nn.Module, config: LongLoraConfig, rank: int) -> None:
+    """Add the embeddings to what LoRA targets, with a rank of their own and the others' scaling."""
+    _maybe_include_all_linear_layers(config, model)
+    names = [name for name, module in language_modules(model) if isinstance(module, nn.Embedding)]
+    ratio = rank / config.r
+    alpha = config.lora_alpha * (math.sqrt(ratio) if config.use_rslora else ratio)
+    targets: Any = config.target_modules
+    if isinstance(targets, str):
+        targets = "|".join([f"({targets})", *map(re.escape, names)])
+    else:
+        targets = {*(targets or ()), *names}
+    config.target_modules = targets
+    config.rank_pattern = {**(config.rank_pattern or {}), **dict.fromkeys(names, rank)}
+    config.alpha_pattern = {**(config.alpha_pattern or {}), **dict.fromkeys(names, alpha)}
+    missed = [name for name in names if not check_target_module_exists(config, name)]
+    if missed:
+        raise ValueError(
+            f"embedding_rank can't reach {missed[0]}, which exclude_modules leaves out. Leave one of them away."
+        )
+
+
+def tie_by_module(model: nn.Module, config: LongLoraConfig, tied_by_name: Callable[[], list[str]]) -> bool:
+    """Write into the config what is tied to the input embedding, where the adapter trains that.
+
+    PEFT ties by the names embed_tokens and lm_head only, and finds nothing on a model that has an adapter; this goes
+    by what is the input embedding, which tells at any time.
+
+    Args:
+        model: The base.
+        config: The adapter's.
+        tied_by_name: Gives what transformers declares to be tied.
+
+    Returns:
+        Whether the adapter trains the embedding, so that what PEFT would do is done.
+
+    Raises:
+        ValueError: the head would have to follow LoRA on the embedding.
+    """
+    saved = tuple(config.modules_to_save or ())
+    embedding = input_embedding(model)
+    if isinstance(embedding, AuxiliaryTrainingWrapper):
+        embedding = embedding.original_module
+    elif isinstance(embedding, BaseTunerLayer):
+        embedding = embedding.get_base_layer()
+    name = next((n for n, m in walk(model) if embedding is not None and m is embedding), None)
+    targeted = name is not None and check_target_module_exists(config, name)
+    if name is None or not (targeted or name.endswith(saved)):
+        return False
+    inside = re.compile(r"\.(modules_to_save\.[^.]+|original_module)$")
+    tied = {inside.sub("", n) for n in tied_by_name()}
+    tied |= {n for n, m in walk(model) if m._parameters.get("weight") is embedding.weight}
+    tied.discard(name)
+    if tied and targeted:
+        # PEFT would warn that a merge changes the head too; `part_from_head` sees to it that it doesn't.
+        if config.ensure_weight_tying:
+            refuse_head(f"{sorted(tied)[0]} by ensure_weight_tying")
+    elif tied:
+        config.ensure_weight_tying = True
+        config.modules_to_tie = tied
+        config.target_modules_to_tie = None
+        config.modules_to_save = [m for m in saved if not any(t.endswith(m) for t in tied)]
+    return True
