@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .attention.segments import Documents
+from .from_hub import read_config
 from .tuner import LongLoraConfig
 from .tuner.modules import is_norm, is_projection, language_modules
 
@@ -213,12 +214,9 @@ def plan_run(
         raise ValueError(f"lengths must be numbers of tokens of at least 2, got {list(lengths)}")
     if settings.backend is not None and settings.backend not in card.attention:
         raise ValueError(f"{card.name} has no {settings.backend} attention here; it has {', '.join(card.attention)}")
+    config: Any
     if isinstance(model, str):
-        name = model
-        try:
-            config: Any = AutoConfig.from_pretrained(model)
-        except OSError as error:
-            raise OSError(f"the config of {model} can't be had: {error}") from error
+        name, config = model, read_config(model)
     else:
         name, config = model.name_or_path or model.model_type, model
     shape = _Shape.of(config, settings)

@@ -255,9 +255,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         if has_diverged(losses, vocabulary):
             checkpoint = last_checkpoint(str(self.args.output_dir))
             raise FloatingPointError(
-                diverged(
-                    losses, vocabulary, self._plan.stage, self.state.global_step, self._documents, checkpoint
-                )
+                diverged(losses, vocabulary, self._plan.stage, self.state.global_step, self._documents, checkpoint)
             )
 
     @property
