@@ -21,7 +21,6 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AttentionInterface,
     AttentionMaskInterface,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
@@ -33,6 +32,7 @@ from .attention.interface import left_alone, refuse_sparse, refuse_unknown
 from .attention.kernels import KERNELS
 from .attention.mask import READS_MASK, S2Mask, s2_mask
 from .families import Family, find_family
+from .from_hub import read_config
 from .rope import AUTO, RopeScaling, current_rope, reach, rotary_modules
 from .tuner import LongLoraConfig
 from .tuner.modules import is_norm, language_modules, walk
@@ -118,7 +118,7 @@ def check_model(
         OSError: if there is no such model.
     """
     if isinstance(model, str):
-        config: Any = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        config: Any = read_config(model, trust_remote_code=trust_remote_code)
     else:
         config = copy.deepcopy(model)
     name = model if isinstance(model, str) else type(model).__name__

@@ -303,7 +303,7 @@ def shell(folder, monkeypatch):
         for key, value in environment.items():
             monkeypatch.setenv(key, value)
         Path("calls").write_text("")
-        done = subprocess.run([EXAMPLES / name, *arguments], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([EXAMPLES / name, *arguments], capture_output=True, text=True, timeout=300)
         calls = [line.split("\0")[:-1] for line in Path("calls").read_text().split("\n")[:-1]]
         return done.returncode, done.stderr, calls
 

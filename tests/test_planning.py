@@ -24,7 +24,8 @@ from benchmarks.planning import compared
 from benchmarks.provenance import RESULTS, read_rows
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer, plan_run
 from hf_longlora.cli import main
-from hf_longlora.planning import GIB, GPUS, RunSettings, _Shape, find_gpu, gpu_called
+from hf_longlora.planning import GIB, GPUS, RunSettings, find_gpu, gpu_called
+from hf_longlora.planning.shape import Shape
 
 SHAPE = {
     "vocab_size": 128,
@@ -142,7 +143,7 @@ def test_bytes_a_token_are_those_that_torch_holds(
 
 @pytest.mark.parametrize("adapter", [LongLoraConfig(r=4), LORA_ONLY, LoraConfig(target_modules=["q_proj"]), None])
 def test_parameters_are_counted_as_they_are(adapter):
-    shape = _Shape.of(LLAMA, RunSettings(adapter=adapter))
+    shape = Shape.of(LLAMA, RunSettings(adapter=adapter))
     model = AutoModelForCausalLM.from_config(LLAMA)
     assert shape.parameters == model.num_parameters()
     if adapter is not None:

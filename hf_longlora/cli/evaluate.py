@@ -155,6 +155,8 @@ def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ..from_hub import reason
+
     try:
         adapter = PeftConfig.from_pretrained(name)
     except (ValueError, OSError):
@@ -167,7 +169,8 @@ def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     except OSError as error:
-        raise OSError(f"the model {base} can't be loaded: {error}") from error
+        what = name if adapter is None else f"the base of {name}, {base},"
+        raise OSError(f"{what} can't be had: {reason(error)}") from error
     if adapter is not None:
         model = PeftModel.from_pretrained(model, name)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -31,7 +31,9 @@ def add(commands: Any) -> None:
     )
     plan.add_argument("model", help="a model's name or path, or the folder of a config.json")
     plan.add_argument("--lengths", nargs="+", type=int, default=[8192, 16384, 32768, 65536, 131072], metavar="N")
-    plan.add_argument("--gpu", help="a card of the table in hf_longlora/planning.py; default: this machine's, or H100")
+    plan.add_argument(
+        "--gpu", help="a card of the table in hf_longlora/planning/gpus.py; default: this machine's, or H100"
+    )
     plan.add_argument("--batch-size", type=int, default=1, help="sequences in a forward, on one card")
     plan.add_argument("--accumulation", type=int, default=1, metavar="N", help="forwards in an optimizer step")
     plan.add_argument("--lora-r", type=int, default=8, help="LoRA's rank")

@@ -27,6 +27,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..from_hub import reason
 from ..rope import RopeScaling, current_rope, reach, write_rope
 from ..tuner import LongLoraConfig
 from ..tuner.config import check_weights
@@ -77,7 +78,7 @@ def export_adapter(
     try:
         base_config = AutoConfig.from_pretrained(base_name, revision=None if base else config.revision)
     except (OSError, ValueError) as error:
-        raise OSError(f"the base model {base_name} can't be had: {error}") from error
+        raise OSError(f"the base of {adapter}, {base_name}, can't be had: {reason(error)}") from error
     rope = _rope(config, base_config, base_name)
     if form == "merged" and getattr(base_config, "quantization_config", None) is not None:
         raise ValueError(
@@ -105,7 +106,7 @@ def adapter_folder(adapter: str | Path) -> Path:
         try:
             folder = Path(snapshot_download(str(adapter), ignore_patterns=["*.bin", "*.pt", "checkpoint-*"]))
         except Exception as error:  # of many types: no such name, offline, no such repository
-            raise OSError(f"{adapter} is no folder, and can't be had from the Hub as an adapter: {error}") from error
+            raise OSError(f"{adapter} is no folder, and can't be had from the Hub: {reason(error)}") from error
     if not (folder / CONFIG_NAME).is_file():
         what = "a model" if (folder / "config.json").is_file() else "something else"
         raise ValueError(f"{adapter} is no adapter but {what}: it has no {CONFIG_NAME}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import logging
 
+from ..from_hub import causes, http_error
 from ..tuner import LongLoraConfig
 from .card import folder_card
 from .run import read_facts, run_facts, write_facts
@@ -314,13 +315,11 @@ class _Pusher:
 
     def _describe(self, error: BaseException) -> str:
         """The first cause in one line, without the token."""
-        cause = _causes(error)[-1]
-        status = _status(error)
-        if status is not None:
-            cause = next(e for e in _causes(error) if isinstance(e, HfHubHTTPError))
+        answer = http_error(error)
+        cause = answer or causes(error)[-1]
         line = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
         text = f"{type(cause).__name__}: {line}" if line else type(cause).__name__
-        if status in (401, 403, 404):
+        if answer is not None and answer.response.status_code in (401, 403, 404):
             text += f" (the token is not valid, or may not write to {self.repo_id})"
         for token in (self._token, get_token()):
             text = text.replace(token, "<token>") if token else text
@@ -329,20 +328,8 @@ class _Pusher:
 
 def worth_a_retry(error: BaseException) -> bool:
     """Whether a failed push may succeed later: not if the server has refused it, or the name can't be one."""
-    status = _status(error)
-    if status is not None:
+    answer = http_error(error)
+    if answer is not None:
+        status = answer.response.status_code
         return status >= 500 or status in WORTH_A_RETRY
-    return not any(isinstance(cause, HFValidationError) for cause in _causes(error))
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error, if a server gave one."""
-    return next((e.response.status_code for e in _causes(error) if isinstance(e, HfHubHTTPError)), None)
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """The error and what it came of; `huggingface_hub` wraps those of an upload."""
-    chain = [error]
-    while (cause := chain[-1].__cause__) is not None and cause not in chain:
-        chain.append(cause)
-    return chain
+    return not any(isinstance(cause, HFValidationError) for cause in causes(error))

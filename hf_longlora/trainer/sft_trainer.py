@@ -130,6 +130,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         self._train_source = None
         self._data = describe(train_dataset, args)
         self._last_log: tuple[float, int] | None = None
+        self._last_batch: dict[str, Any] = {}
         if self.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:
             self.add_callback(StageProgressCallback(self.schedule))
         tuner = longlora_tuner(self.model)
@@ -218,29 +219,30 @@ class LongLoraSFTTrainer(SFTTrainer):
             write_report(folder, self.state.log_history, self.schedule)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._last_batch = {key: inputs[key] for key in ("input_ids", "position_ids") if key in inputs}
         # PEFT casts each adapter's input to its fp32 weights, and autocast casts it back: bit by bit the same, but
         # four copies of the hidden states a layer, written twice and kept for the backward.
         with disable_input_dtype_casting(self.model, active=self.args.bf16 or self.args.fp16):
             loss = super().training_step(model, inputs, *args, **kwargs)
         # Alone, a process stops at the loss; several stop together, at the gradients that they share.
         if self.args.world_size == 1 and not loss.isfinite():
-            self._stop_at_divergence("loss", inputs)
+            self._stop_at_divergence("loss")
         # fp16's loss scaler skips steps with infinite gradients by itself.
         if self.accelerator.sync_gradients and not self.args.fp16:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             if gradients and not torch.nn.utils.get_total_norm(gradients).isfinite():
-                self._stop_at_divergence("gradient", inputs)
+                self._stop_at_divergence("gradient")
         return loss
 
-    def _stop_at_divergence(self, what: str, inputs: dict[str, Any]) -> NoReturn:
+    def _stop_at_divergence(self, what: str) -> NoReturn:
         """Keep the weights, which the step has not touched, and stop the run."""
         plan = self.schedule.step(self.state.global_step)
         path = os.path.join(str(self.args.output_dir), LAST_GOOD_NAME)
         self.save_model(path, _internal_call=True)  # which keeps it from the Hub
         raise FloatingPointError(
             f"The {what} of step {self.state.global_step + 1} (stage {plan.stage + 1}) is not finite. The weights "
-            f"before it are in {path}. The last batch begins with {beginnings(inputs, self.processing_class)}. Lower "
-            "the learning rate, clip gradients (max_grad_norm), or look at the data."
+            f"before it are in {path}. The last batch begins with {self._documents}. Lower the learning rate, clip "
+            "gradients (max_grad_norm), or look at the data."
         )
 
     def _check_losses(self) -> None:
@@ -253,8 +255,13 @@ class LongLoraSFTTrainer(SFTTrainer):
         if has_diverged(losses, vocabulary):
             checkpoint = last_checkpoint(str(self.args.output_dir))
             raise FloatingPointError(
-                diverged(losses, vocabulary, self._plan.stage, self.state.global_step, checkpoint)
+                diverged(losses, vocabulary, self._plan.stage, self.state.global_step, self._documents, checkpoint)
             )
+
+    @property
+    def _documents(self) -> str:
+        """How the documents of this process's last batch begin."""
+        return beginnings(self._last_batch, self.processing_class)
 
     @property
     def _plan(self) -> StepPlan:

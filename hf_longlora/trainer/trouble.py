@@ -38,12 +38,14 @@ def has_diverged(losses: Sequence[float], vocabulary: int) -> bool:
     return len(losses) > 2 and min(losses[-2:]) > guess and min(losses) < guess - 1
 
 
-def diverged(losses: Sequence[float], vocabulary: int, stage: int, step: int, checkpoint: str | None) -> str:
-    """What to say of it: the step that was last done, its stage (from 0), and where to go on from."""
+def diverged(
+    losses: Sequence[float], vocabulary: int, stage: int, step: int, documents: str, checkpoint: str | None
+) -> str:
+    """What to say of it: the step that was last done, its stage (from 0) and documents, and where to go on from."""
     return (
         f"The run has diverged: the loss is {losses[-1]:.2f} at step {step} (stage {stage + 1}), above the "
-        f"{math.log(vocabulary):.2f} of a uniform guess over {vocabulary:,} tokens, and was {min(losses):.2f}. Lower "
-        "the learning rate. "
+        f"{math.log(vocabulary):.2f} of a uniform guess over {vocabulary:,} tokens, and was {min(losses):.2f}. The "
+        f"last batch begins with {documents}. Lower the learning rate, or look at the data. "
         + (f"The last checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet.")
     )
 

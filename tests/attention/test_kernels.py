@@ -133,7 +133,7 @@ def test_value_dim_and_scale(kernel):
     check(draw(4, 2, 21, 2, dim=24, dim_v=16), 8, kernel, scale=0.3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     heads=st.sampled_from(HEADS),
     batch=st.integers(1, 3),

@@ -32,7 +32,7 @@ def hub(monkeypatch, tmp_path):
         yield server
     for thread in threading.enumerate():  # a push that the server kept waiting
         if thread.name.startswith("push to "):
-            thread.join(60)
+            thread.join(240)
     close_session()
 
 

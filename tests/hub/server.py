@@ -229,6 +229,17 @@ class Handler(BaseHTTPRequestHandler):
             values = {"id": repo, "modelId": repo, "sha": there.head, "private": there.private, "siblings": siblings}
             self.answer(200, values)
 
+    def tree(self, body: bytes, repo: str) -> None:
+        if there := self.found(repo):
+            files = there.files.items()
+            self.answer(
+                200,
+                [
+                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                    for name, data in files
+                ],
+            )
+
     def resolve(self, body: bytes, repo: str, file: str) -> None:
         there = self.found(repo)
         if there is None:
@@ -248,6 +259,7 @@ ROUTES = (
     (rf"POST /api/models/{REPO}/preupload/main", Handler.preupload),
     (rf"POST /api/models/{REPO}/commit/main", Handler.commit),
     (rf"GET /api/models/{REPO}(/revision/main)?", Handler.info),
+    (rf"GET /api/models/{REPO}/tree/[\w.-]+", Handler.tree),
     (rf"POST /{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     (rf"POST /{REPO}\.git/verify", Handler.lfs_verify),
     (r"PUT /lfs/(?P<oid>[0-9a-f]{64})", Handler.lfs_upload),

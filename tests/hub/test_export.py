@@ -155,7 +155,7 @@ def _quantized(folder):
         (_base_rope, "another RoPE"),
         (lambda folder: (folder / "adapter" / "adapter_config.json").unlink(), "no adapter_config.json"),
         (lambda folder: (folder / "adapter" / "adapter_model.safetensors").unlink(), "holds no weights"),
-        (lambda folder: (folder / "base").rename(folder / "elsewhere"), "base model .* can't be had"),
+        (lambda folder: (folder / "base").rename(folder / "elsewhere"), "the base of .* can't be had"),
         (lambda folder: (folder / "out").write_text("mine"), "not empty"),
         (lambda folder: ((folder / "out").mkdir(), (folder / "out" / "mine").touch()), "not empty"),
     ],

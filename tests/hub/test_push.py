@@ -45,6 +45,41 @@ def callback(token, **options):
     return PushAdapterCallback(REPO, token=token, **dict(backoff=0.05, patience=60) | options)
 
 
+def wait_until(happened):
+    """For long, if need be: the machine may have much else to do."""
+    until = time.monotonic() + 240
+    while not happened() and time.monotonic() < until:
+        time.sleep(0.01)
+
+
+class Clock:
+    """What pushes measure their patience by: it goes on where a request stalls, and nowhere else."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def stall(self, times, patience):
+        """A hub's trouble: the first uploads stall, for longer than a push waits."""
+
+        def decide(method, path):
+            if "/lfs/" in path and self.now < times * patience:
+                self.now += patience
+                return "stall"
+            return None
+
+        return decide
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(push, "time", clock)
+    return clock
+
+
 def summaries(hub):
     return [summary for summary, _ in hub.repos[REPO].commits]
 
@@ -153,18 +188,12 @@ def test_a_push_at_the_end_of_each_stage(make, hub, token, said, tmp_path):
 class Slow(TrainerCallback):
     """Waits after each step for the pushes of it."""
 
-    def __init__(self, hub):
-        self.hub = hub
-
     def on_step_end(self, args, state, control, **kwargs):
-        folder = Path(args.output_dir, push.FOLDER)
-        until = time.monotonic() + 30
-        while folder.exists() and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_until(lambda: not Path(args.output_dir, push.FOLDER).exists())
 
 
 def test_a_push_every_n_steps_and_at_the_end(make, hub, token, said):
-    make(callbacks=[callback(token, every_n_steps=4), Slow(hub)]).train()
+    make(callbacks=[callback(token, every_n_steps=4), Slow()]).train()
     assert summaries(hub) == ["Adapter of step 4", "Adapter of step 6"]
     early = json.loads(hub.repos[REPO].commits[0][1]["adapter_config.json"])
     assert early["rope"]["rope_parameters"]["factor"] == 4.0
@@ -217,12 +246,13 @@ def test_trouble_that_passes_loses_nothing(make, hub, token, said, tmp_path, whe
 
 
 @pytest.mark.parametrize("trouble", ["drop", "stall", 500])
-def test_trouble_that_stays_ends_no_training(make, hub, token, said, tiny_llama, tmp_path, trouble):
+def test_trouble_that_stays_ends_no_training(make, hub, token, said, tiny_llama, tmp_path, clock, trouble):
     hub.trouble = lambda method, path: trouble if "/lfs/" in path else None
-    began = time.monotonic()
-    trainer = make(callbacks=[callback(token, retries=1, patience=2 if trouble == "stall" else 60)])
+    if trouble == "stall":
+        hub.trouble = clock.stall(times=99, patience=1)
+    trainer = make(callbacks=[callback(token, retries=1, patience=1)])
     assert trainer.train().global_step == 6
-    assert time.monotonic() - began < 60
+    assert clock.now <= 5  # a push of each adapter, and two more of the last
     last = said()[-1]
     folder = tmp_path / "out" / push.FOLDER / "step-6"
     assert last.startswith("The adapter of step 6 is not on the Hub as user/adapter: ")
@@ -235,31 +265,32 @@ def test_trouble_that_stays_ends_no_training(make, hub, token, said, tiny_llama,
     assert torch.allclose(kept.eval()(input_ids=x).logits, trainer.model.eval()(input_ids=x).logits, atol=1e-5)
 
 
-PATIENCE = 4
-"""Seconds: more than a push takes on a busy machine."""
+class UntilItStalls(TrainerCallback):
+    """Before the last step, a push is under way and has no answer."""
 
+    def __init__(self, clock):
+        self.clock = clock
 
-class Sleep(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 5:
-            time.sleep(PATIENCE + 1)
+            wait_until(lambda: self.clock.now > 0)
 
 
-def test_a_push_that_stalls_gives_way_to_the_next_and_can_t_undo_it(make, hub, token, said, tmp_path):
-    hub.trouble = once("/lfs/", "stall")
-    make(callbacks=[Sleep(), callback(token, patience=PATIENCE)]).train()
-    assert summaries(hub) == ["Adapter of step 6"] and f"had no answer in {PATIENCE} s; another is begun" in said()[0]
+def test_a_push_that_stalls_gives_way_to_the_next_and_can_t_undo_it(make, hub, token, said, clock):
+    hub.trouble = clock.stall(times=1, patience=60)
+    make(callbacks=[UntilItStalls(clock), callback(token)]).train()
+    assert summaries(hub) == ["Adapter of step 6"] and "had no answer in 60 s; another is begun" in said()[0]
     hub.release.set()  # the first one's connection is closed; it would try again, and commit
     stalled = [thread for thread in threading.enumerate() if thread.name == f"push to {REPO}"]
     assert len(stalled) == 1
-    stalled[0].join(60)
+    stalled[0].join(240)
     assert not stalled[0].is_alive()
     assert summaries(hub) == ["Adapter of step 6"] and len(said()) == 1
 
 
-def test_a_stalled_push_of_the_last_adapter_is_begun_anew_at_the_end(make, hub, token, said, tmp_path):
-    hub.trouble = once("/lfs/", "stall")
-    make(callbacks=[callback(token, patience=PATIENCE, every_n_steps=6)]).train()
+def test_a_stalled_push_of_the_last_adapter_is_begun_anew_at_the_end(make, hub, token, said, clock):
+    hub.trouble = clock.stall(times=1, patience=1)
+    make(callbacks=[callback(token, patience=1, every_n_steps=6)]).train()
     assert summaries(hub) == ["Adapter of step 6"] and len(said()) == 1
 
 
@@ -295,18 +326,12 @@ def test_a_wrong_token_is_not_tried_again(make, hub, said, tmp_path):
     assert not any("hf_wrong" in message for message in said())
 
 
-def wait_for(file):
-    until = time.monotonic() + 60
-    while not file.exists() and time.monotonic() < until:
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("first", [None, 500], ids=["pushed late", "failed"])
 def test_an_adapter_that_is_overtaken_is_dropped(make, hub, token, said, tmp_path, first):
     answers = iter([first])
 
     def trouble(method, path):
-        wait_for(tmp_path / "out" / push.FOLDER / "step-6" / "README.md")
+        wait_until((tmp_path / "out" / push.FOLDER / "step-6" / "README.md").exists)
         return next(answers, None)
 
     hub.trouble = trouble

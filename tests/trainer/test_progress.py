@@ -1,10 +1,13 @@
 """What a person sees of a run: lines, trackers and the report."""
 
-import importlib.util
+import importlib
 import io
 import json
 import logging
 import re
+import sqlite3
+import sys
+from importlib.util import find_spec
 
 import pytest
 from transformers import TrainerCallback
@@ -82,14 +85,66 @@ def test_trackers_get_the_stage_as_a_number(make):
     assert all(isinstance(value, (int, float)) for log in logged for value in log.values())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs tensorboard")
-def test_tensorboard_has_a_curve_of_the_stage(make, tmp_path):
+def tensorboard(folder):
+    """Each step's values, as TensorBoard has them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    make(report_to="tensorboard").train()
-    folder = next(path.parent for path in tmp_path.rglob("events.out.tfevents.*"))
-    events = EventAccumulator(str(folder)).Reload()
-    assert [event.value for event in events.Scalars("train/stage")] == [1, 1, 1, 2, 2, 2]
+    steps = {}
+    for path in folder.rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(path)).Reload()
+        for name in events.Tags()["scalars"]:
+            for event in events.Scalars(name):
+                steps.setdefault(event.step, {})[name] = event.value
+    return [steps[step] for step in sorted(steps)]
+
+
+def trackio(folder):
+    (file,) = folder.glob("trackio/*.db")
+    with sqlite3.connect(file) as database:
+        rows = database.execute("select metrics from metrics where run_name = 'a run' order by step").fetchall()
+    return [json.loads(metrics) for (metrics,) in rows]
+
+
+def wandb(folder):
+    """An offline run's file: 7 bytes, then records in LevelDB's log format, all whole in so short a file."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    steps = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+        data = path.read_bytes()[7:]
+        while data:
+            end = 7 + int.from_bytes(data[4:6], "little")  # after checksum, length and kind
+            items = Record.FromString(data[7:end]).history.item
+            steps.append({item.nested_key[0]: json.loads(item.value_json) for item in items if item.nested_key})
+            data = data[end:]
+    return steps
+
+
+@pytest.mark.parametrize(
+    "tracker",
+    [
+        pytest.param(read, marks=pytest.mark.skipif(find_spec(read.__name__) is None, reason=f"needs {read.__name__}"))
+        for read in (tensorboard, trackio, wandb)
+    ],
+)
+def test_a_tracker_has_the_stage_over_a_stop(make, tracker, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)  # it reads its folder when it is imported
+    secret = "hf_aTokenThatNoTrackerMayKeep"
+    options = dict(report_to=tracker.__name__, run_name="a run", hub_token=secret, save_strategy="steps", save_steps=9)
+    for stopped in (True, False):
+        make(callbacks=[Stop(2)] if stopped else None, **options).train(resume_from_checkpoint=not stopped)
+        if tracker is wandb:
+            importlib.import_module("wandb").finish()  # as it is at the end of a program
+    logged = [log for log in tracker(tmp_path) if "train/loss" in log]
+    assert [log["train/stage"] for log in logged] == [1, 1, 1, 2, 2, 2]
+    assert [log["train/context_length"] for log in logged] == [128] * 3 + [256] * 3
+    assert [log["train/rope_factor"] for log in logged] == [2] * 3 + [4] * 3
+    assert all(log["train/tokens_per_second"] > 0 and log["train/peak_memory_gib"] > 0 for log in logged)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
 
 
 def test_tokens_are_counted_on_over_a_stop(make):

@@ -20,6 +20,12 @@ from hf_longlora.trainer.trouble import (
 from .helpers import Spy
 
 
+def documents_of_step(trainer, step):
+    """How the two rows that step `step`, from 1, has seen begin."""
+    rows = trainer.train_dataset[2 * (step - 1) : 2 * step]["input_ids"]
+    return ", ".join(repr(trainer.processing_class.decode(row[:12])) for row in rows)
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_divergence_stops_the_run_and_keeps_the_last_good_adapter(make, what, tiny_llama, tmp_path):
     class Diverging(LongLoraSFTTrainer):
@@ -33,8 +39,9 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_adapter(make, what, ti
 
     trainer = make(callbacks=[Spy()])
     trainer.__class__ = Diverging
-    with pytest.raises(FloatingPointError, match=rf"{what} of step 5 \(stage 2\).*last-good"):
+    with pytest.raises(FloatingPointError, match=rf"{what} of step 5 \(stage 2\).*last-good") as error:
         trainer.train()
+    assert f"The last batch begins with {documents_of_step(trainer, 5)}. " in str(error.value)
     torch.manual_seed(0)
     kept = PeftModel.from_pretrained(tiny_llama(), str(Path(tmp_path, "out", sft_trainer.LAST_GOOD_NAME)))
     values = {k: v for k, v in kept.state_dict().items() if "lora" in k or "modules_to_save" in k}
@@ -69,6 +76,7 @@ def test_a_loss_worse_than_a_guess_ends_the_run(make, tmp_path):
         trainer.train()
     message = str(error.value)
     assert "at step 4 (stage 2)" in message and "4.85 of a uniform guess over 128 tokens" in message
+    assert f"The last batch begins with {documents_of_step(trainer, 4)}. Lower the learning rate" in message
     assert f"The last checkpoint is {tmp_path / 'out' / 'checkpoint-4'}" not in message  # the bad step is not kept
     assert f"The last checkpoint is {tmp_path / 'out' / 'checkpoint-3'}" in message
     assert [log["step"] for log in trainer.state.log_history if "loss" in log] == [1, 2, 3, 4]  # trackers have it, too

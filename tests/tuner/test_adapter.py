@@ -345,7 +345,7 @@ def test_config_alone_loads(tmp_path):
 
 
 def run_python(code, *args):
-    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=300)
 
 
 def test_merged_model_needs_no_package(saved, tied, tmp_path):

@@ -97,7 +97,6 @@ def test_flipped_bits(adapter, tmp_path, capsys):
 
     @settings(
         max_examples=150,
-        deadline=None,
         database=None,
         derandomize=True,
         phases=[Phase.generate],
@@ -176,7 +175,6 @@ def test_configs(adapter, tmp_path, capsys):
 
     @settings(
         max_examples=250,
-        deadline=None,
         database=None,
         derandomize=True,
         phases=[Phase.generate],
@@ -274,7 +272,7 @@ def test_another_vocabulary(adapter, tokens):
     assert state(model) == before
 
 
-@settings(max_examples=200, deadline=None, database=None, derandomize=True)
+@settings(max_examples=200, database=None, derandomize=True)
 @given(st.sampled_from(["target_length", "base_length", "rope_type", "rope_parameters", "embedding_rank"]), JSON)
 def test_what_a_user_writes_is_taken_or_refused(key, value):
     try:

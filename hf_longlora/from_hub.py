@@ -1,0 +1,55 @@
+"""What is had from the Hub by name, and why it can't be had, in one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub import get_token
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from transformers import AutoConfig
+
+
+def read_config(name: str, **options: Any) -> Any:
+    """The config of a model, by name or path, and nothing else of it.
+
+    Raises:
+        OSError: if there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, **options)
+    except OSError as error:
+        raise OSError(f"the config of {name} can't be had: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What the Hub answered, and what to do about it, if an error came of an answer; else the error's own words."""
+    answer = http_error(error)
+    status = 0 if answer is None else answer.response.status_code
+    if isinstance(answer, GatedRepoError):
+        why = ": access to this repository has to be asked for on its page, and your token has none"
+    elif isinstance(answer, RepositoryNotFoundError) or status in (401, 403):
+        why = ": there is no such repository, or "
+        why += (
+            "it is private and you are not logged in"
+            if get_token() is None
+            else "your token is not valid or may not read it"
+        )
+        why += " (`hf auth login`, or HF_TOKEN)"
+    elif status >= 500:
+        why = "; try again later"
+    else:  # a file that is not there, a revision
+        return str(error).strip() or type(error).__name__
+    return f"the Hub answers {status}{why}"
+
+
+def http_error(error: BaseException) -> HfHubHTTPError | None:
+    """The Hub's answer behind an error, if there was one."""
+    return next((cause for cause in causes(error) if isinstance(cause, HfHubHTTPError)), None)
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """The error and what it came of; libraries wrap those of the Hub."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain

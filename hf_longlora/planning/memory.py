@@ -1,0 +1,127 @@
+"""Memory of a step: bytes at its peak, a tensor at a time."""
+
+from __future__ import annotations
+
+from .gpus import Gpu
+from .settings import RunSettings
+from .shape import Shape
+
+GIB = 2**30
+
+COUNTED = (
+    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "olmo2", "granite", "smollm3", "gpt_neox"),
+    *("starcoder2", "cohere", "gemma", "glm4", "stablelm"),
+)
+"""Families whose memory a token was compared with torch's record of live storages: 1% off for Llama's kind of layer,
+11% at most. Others keep more than is counted: DeepSeek-V3 1.5 times, Gemma 3, whose norms are all fp32, more."""
+
+# Fitted constants, and what to.
+CONTEXT_GIB = 0.8
+"""What CUDA and the libraries take of a card beside tensors."""
+FRAGMENTATION = 1.06
+"""Memory reserved over memory allocated, at the peak: 1.055 in the first row of train_step.csv."""
+LOSS_TOKENS, LOSS_VOCABULARY = 4096, 8192
+"""TRL's chunked loss computes logits by tiles of so many tokens and entries."""
+NORM_BACKWARD, NORM_BACKWARD_FUSED = 20, 6
+"""Bytes of h and token in the backward of a norm, beside what is kept of its layer."""
+TOKEN_BYTES = 96
+"""Of a token whatever the model: ids, labels, positions, log probabilities, entropy."""
+STASHED = 3
+"""Checkpoints that TRL's activation offloading has on the card at the peak: 2.8 in train_step.csv."""
+
+
+def kept_outside_the_mlp(shape: Shape, settings: RunSettings) -> float:
+    """Bytes a token that autograd keeps of one layer's attention and norms.
+
+    bf16 inputs of LoRA's matrices, those that share one counted once; of each norm its input in fp32 and, if it is
+    trained, its normalized input in bf16; queries and attention's output, keys and values in bf16, a fp32 number a
+    head, RoPE's sines and cosines. Fused norms keep their input in bf16.
+    """
+    norms = (4 + 2 * shape.trains_norms) * shape.norms
+    if settings.fused:  # the first norm's input is the layer's, and so the checkpoint
+        norms = 2 * shape.norms - 2 * shape.hidden * settings.gradient_checkpointing
+    inputs = 2 * shape.lora_inputs if settings.adapter is not None else 2 * (2 * shape.hidden + shape.query)
+    attention = 4 * shape.query + 2 * shape.keys_values + 4 * shape.heads + 4 * shape.query / shape.heads
+    return inputs + norms + attention
+
+
+def kept_of_the_mlp(shape: Shape, settings: RunSettings) -> float:
+    """Bytes a token of what is activated, the activation and its factor; fused, the activation is computed again."""
+    return (2 if settings.fused else 3) * shape.mlp
+
+
+def bytes_at_peak(shape: Shape, settings: RunSettings, length: int) -> tuple[dict[str, float], float]:
+    """Bytes on the card at the peak of a step, by what they are for, and those in the host's memory."""
+    tokens, h = float(settings.batch_size * length), shape.hidden
+    stream = 4 if settings.dtype == "float32" else 2  # the dtype of what runs from layer to layer
+    outside, inside = kept_outside_the_mlp(shape, settings), kept_of_the_mlp(shape, settings)
+    whole = inside + 2 * shape.lora_mlp
+    if settings.adapter is None:
+        whole += shape.mlp  # what the way out of the MLP is multiplied with
+    tile = min(tokens, settings.mlp_tile or tokens)
+    if tile < tokens:
+        inside = whole = 2.0 * h  # a tiled MLP keeps its input
+    host = 0.0
+    if settings.gradient_checkpointing:
+        checkpoint = stream * h * tokens
+        on_card = min(STASHED, shape.layers) if settings.activation_offloading else shape.layers
+        saved = on_card * checkpoint
+        host = (shape.layers - on_card) * checkpoint
+    else:
+        saved = shape.layers * tokens * (outside + whole)
+    saved += tokens * TOKEN_BYTES
+
+    # Backward of a layer, beside its own activations: in the MLP the gradients of its three inner tensors (fused, of
+    # one) and of its output, then in the norm what fp32 takes.
+    of_mlp = tokens * stream * h + tile * (1 if settings.fused else 3) * shape.mlp
+    if tile < tokens:
+        of_mlp += tokens * 2 * h + tile * kept_of_the_mlp(shape, settings)
+    of_norm = tokens * (NORM_BACKWARD_FUSED if settings.fused else NORM_BACKWARD) * h
+    again = 0.0
+    if settings.gradient_checkpointing:
+        again = tokens * outside
+        of_mlp += tokens * inside
+    working = again + max(of_mlp, of_norm) + 2.0 * shape.largest_matrix
+    if settings.chunked_loss:
+        logits = 2 * min(tokens, LOSS_TOKENS) * min(shape.vocabulary, LOSS_VOCABULARY)
+        # The last norm's, its output twice, and its gradient in fp32 and bf16.
+        logits += tokens * (14 if settings.fused else 20) * h
+    else:
+        logits = 12.0 * tokens * shape.vocabulary  # bf16, fp32, and a gradient in each
+
+    element = 4.0 if settings.adapter is not None or settings.dtype == "float32" else 2.0
+    gradients = shape.trainable * element
+    optimizer = shape.trainable * 2 * element  # AdamW's two moments; fused, so without temporaries
+    earlier = gradients if settings.gradient_accumulation_steps > 1 else 0.0
+    end = working + stream * h * tokens if settings.adapter is None else 2.0 * h * tokens
+    phases = {  # gradients, activations, logits
+        "loss": (earlier, saved, logits),
+        "backward of the last layer": (earlier, saved + working, 0.0),
+        "backward of the first": (gradients, end, 0.0),
+    }
+    grads, activations, logits = max(phases.values(), key=sum)
+    parts = {"weights": shape.weight_bytes, "gradients": grads, "optimizer": optimizer}
+    return parts | {"activations": activations, "logits": logits}, host
+
+
+def fits(total: float, gpu: Gpu) -> bool:
+    """Whether so many bytes of tensors leave room for CUDA and for fragmentation."""
+    return total / GIB * FRAGMENTATION + CONTEXT_GIB <= gpu.memory_gib
+
+
+def longest(shape: Shape, settings: RunSettings, gpu: Gpu) -> int:
+    """The longest sequence that fits, in whole thousands (1,024) of tokens; 0 if none does."""
+
+    def enough(thousands: int) -> bool:
+        parts, _ = bytes_at_peak(shape, settings, 1024 * thousands)
+        return fits(sum(parts.values()), gpu)
+
+    if not enough(1):
+        return 0
+    low, high = 1, 2
+    while high <= 2**16 and enough(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if enough(middle) else (low, middle)
+    return 1024 * low

@@ -1,0 +1,137 @@
+"""Memory and time over lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..from_hub import read_config
+from ..tuner import LongLoraConfig
+from .gpus import Gpu, find_gpu
+from .memory import COUNTED, GIB, bytes_at_peak, fits, longest
+from .seconds import step_seconds
+from .settings import RunSettings
+from .shape import Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthPlan:
+    """One length: memory in GiB, where the parts stand at the step's peak, and time in seconds."""
+
+    length: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    total: float
+    """What torch counts as allocated at its peak."""
+    host: float
+    """Activations in the host's memory."""
+    fits: bool
+    seconds_sparse: float
+    seconds_dense: float
+    seconds: float
+    """An optimizer step, dense ones counted in."""
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A plan over lengths, and the longest length that fits (a multiple of 1,024; 0 if none does)."""
+
+    model: str
+    gpu: Gpu
+    parameters: int
+    trainable: int
+    lengths: tuple[LengthPlan, ...]
+    longest: int
+    notes: tuple[str, ...]
+    """What makes it less certain than it looks."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan_run(
+    model: str | PreTrainedConfig,
+    lengths: Sequence[int] = (8192, 16384, 32768, 65536, 131072),
+    *,
+    gpu: str | Gpu = "H100",
+    settings: RunSettings | None = None,
+    **changes: Any,
+) -> RunPlan:
+    """Memory and time of a step at each length, for a model of which only the config is read.
+
+    Args:
+        model: A config, or a name or path that has one (nothing else is downloaded).
+        lengths: Tokens in a sequence.
+        gpu: One of `GPUS`, or a card's own data.
+        settings: The run's; default: a LONGLORA adapter as `LongLoraConfig()` makes it.
+        changes: Fields of `RunSettings` to set, for example `adapter=LongLoraConfig(r=64)` or `batch_size=2`.
+
+    Raises:
+        ValueError: for a card that isn't in the table, lengths below 2, settings that can't be, or a model that is no
+            decoder with attention layers.
+        OSError: if the config can't be had.
+    """
+    card = find_gpu(gpu)
+    settings = replace(settings or RunSettings(adapter=LongLoraConfig()), **changes)
+    if not lengths or min(lengths) < 2:
+        raise ValueError(f"lengths must be numbers of tokens of at least 2, got {list(lengths)}")
+    if settings.backend is not None and settings.backend not in card.attention:
+        raise ValueError(f"{card.name} has no {settings.backend} attention here; it has {', '.join(card.attention)}")
+    config: Any
+    if isinstance(model, str):
+        name, config = model, read_config(model)
+    else:
+        name, config = model.name_or_path or model.model_type, model
+    shape = Shape.of(config, settings)
+    rows = tuple(_plan_length(shape, settings, card, length) for length in lengths)
+    return RunPlan(
+        model=name,
+        gpu=card,
+        parameters=shape.parameters,
+        trainable=shape.trainable,
+        lengths=rows,
+        longest=longest(shape, settings, card),
+        notes=_notes(config.get_text_config(), shape, card),
+    )
+
+
+def _notes(config: Any, shape: Shape, gpu: Gpu) -> tuple[str, ...]:
+    notes = []
+    if config.model_type not in COUNTED:
+        notes.append(
+            f"The activations of {config.model_type} have not been compared with a real step's: they may be up to "
+            "twice what is planned."
+        )
+    if any(window is not None for window in shape.windows):
+        notes.append("Layers with a sliding window are planned without their masks, a byte for each pair of tokens.")
+    if not gpu.measured:
+        notes.append(f"No step on this card has been measured: the {gpu.name}'s seconds are from its data sheet.")
+    return tuple(notes)
+
+
+def _plan_length(shape: Shape, settings: RunSettings, gpu: Gpu, length: int) -> LengthPlan:
+    parts, host = bytes_at_peak(shape, settings, length)
+    total = sum(parts.values())
+    sparse = step_seconds(shape, settings, gpu, length, settings.group(length), host)
+    dense = step_seconds(shape, settings, gpu, length, None, host)
+    every = settings.dense_every
+    seconds = sparse if every == 0 else (sparse * (every - 1) + dense) / every
+    tokens = length * settings.batch_size * settings.gradient_accumulation_steps
+    return LengthPlan(
+        length=length,
+        **{name: value / GIB for name, value in parts.items()},
+        total=total / GIB,
+        host=host / GIB,
+        fits=fits(total, gpu),
+        seconds_sparse=sparse,
+        seconds_dense=dense,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+    )

@@ -1,0 +1,57 @@
+"""Time of a step: arithmetic over the rates that a card reaches."""
+
+from __future__ import annotations
+
+from ..attention.segments import Documents
+from .gpus import Gpu
+from .memory import kept_of_the_mlp, kept_outside_the_mlp
+from .settings import RunSettings
+from .shape import Shape
+
+# Fitted constants, and what to.
+MATMUL_SHARE = 0.70
+"""Of a card's FLOPs that long matrix products reach; with the two below, to the rows of train_step.csv."""
+TRAFFIC, TRAFFIC_FUSED = 22.0, 11.0
+"""Bytes moved between matrix products in a step with checkpointing, over the bytes that autograd keeps of a layer."""
+SHORT_SEGMENT = 1600
+"""Tokens in a segment at which attention runs at half its rate (benchmarks/results/attention.csv, cuDNN)."""
+
+
+def _attention_seconds(shape: Shape, settings: RunSettings, gpu: Gpu, length: int, group: int | None) -> float:
+    """All layers' attention over one sequence. A segment of G tokens has `G (G + 1) / 2` pairs of tokens."""
+    share = gpu.attention[settings.backend] if settings.backend else max(gpu.attention.values())
+    rate = share * gpu.tflops * 1e12
+    document = ((0, length),)
+    passes = 1 + 2.5 + settings.gradient_checkpointing  # backward: 5 products for the forward's 2
+    widths = 2 * shape.query / shape.heads
+    seconds = 0.0
+    for window in shape.windows:
+        if window is not None and window < length:
+            pairs, effective = window * (length - window / 2), window
+            seconds += passes * 2 * widths * shape.heads * pairs * (1 + SHORT_SEGMENT / effective) / rate
+            continue
+        for part in Documents((document,), length).parts(shape.heads, shape.kv_heads, group):
+            work = sum(
+                size * (size + 1) / 2 * (1 + SHORT_SEGMENT / size)
+                for size in (end - start for start, end in part.rows[0])
+            )
+            seconds += passes * 2 * widths * len(range(*part.heads)) * work / rate
+    return seconds
+
+
+def step_seconds(shape: Shape, settings: RunSettings, gpu: Gpu, length: int, group: int | None, host: float) -> float:
+    """An optimizer step; `group` is `None` for a dense one, `host` the bytes that offloading moves."""
+    tokens = settings.batch_size * length
+    passes = 2 + settings.gradient_checkpointing  # forward, backward to the inputs, and the forward again
+    products = 2 * tokens * (passes * shape.layer_matrices + shape.trained_matrices)
+    products += 2 * tokens * shape.head_matrix * (2 + settings.chunked_loss)
+    kept = kept_outside_the_mlp(shape, settings) + kept_of_the_mlp(shape, settings)
+    moved = tokens * shape.layers * kept * (TRAFFIC_FUSED if settings.fused else TRAFFIC) * passes / 3
+    if settings.quantization:
+        moved += passes * 2 * 2 * shape.layer_matrices  # unpacked, and read
+    seconds = products / (MATMUL_SHARE * gpu.tflops * 1e12) + moved / (gpu.bandwidth * 1e9)
+    seconds += settings.batch_size * _attention_seconds(shape, settings, gpu, length, group)
+    seconds = max(seconds, 2 * host / (gpu.link * 1e9))  # there and back, beside the computing
+    # The optimizer reads and writes weights and moments, reads gradients; their norm and their zeros are three more.
+    update = 40 * shape.trainable / (gpu.bandwidth * 1e9)
+    return settings.gradient_accumulation_steps * seconds + update

@@ -1,0 +1,64 @@
+"""What of a run decides its memory and time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from peft import PeftConfig
+
+from .gpus import Backend
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What of a run decides its memory and time.
+
+    Args:
+        adapter: A `LongLoraConfig` or another of PEFT's LoRA kind; `None` trains all weights.
+        dtype: Of the base's weights, "bfloat16" or "float32"; computing is in bf16. What an adapter trains is fp32.
+        quantization: "4bit" or "8bit": bitsandbytes, the layers' matrices alone.
+        batch_size: Sequences in a forward, on one card.
+        gradient_accumulation_steps: Forwards in an optimizer step.
+        gradient_checkpointing: Whether each layer is computed again in the backward.
+        fused: Whether norms and activations are fused: `use_liger_kernel` or `compile_layers`.
+        mlp_tile: Tokens that an MLP takes at a time; `None`: all.
+        activation_offloading: Whether checkpoints wait in the host's memory.
+        chunked_loss: Whether the loss is computed by tiles (TRL >= 1.16 does) and never has all logits.
+        group_size, group_size_ratio, dense_every: As the trainer's.
+        backend: Of attention; default the card's fastest.
+    """
+
+    adapter: PeftConfig | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantization: Literal["4bit", "8bit"] | None = None
+    batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = True
+    fused: bool = False
+    mlp_tile: int | None = None
+    activation_offloading: bool = False
+    chunked_loss: bool = True
+    group_size: int | None = None
+    group_size_ratio: float = 1 / 16
+    dense_every: int = 4
+    backend: Backend | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
+        if self.quantization not in (None, "4bit", "8bit"):
+            raise ValueError(f"quantization must be 4bit or 8bit, got {self.quantization!r}")
+        if self.quantization and self.adapter is None:
+            raise ValueError("all weights can't be trained on a quantized base: give an adapter")
+        if self.activation_offloading and not self.gradient_checkpointing:
+            raise ValueError("activation offloading is planned with gradient checkpointing only")
+        for name in ("batch_size", "gradient_accumulation_steps", "mlp_tile"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dense_every < 0 or (self.group_size or 2) < 2 or not 0 < self.group_size_ratio <= 1:
+            raise ValueError("dense_every must be at least 0, group_size at least 2, group_size_ratio in (0, 1]")
+
+    def group(self, length: int) -> int:
+        return self.group_size or max(math.ceil(self.group_size_ratio * length), 2)

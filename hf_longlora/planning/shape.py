@@ -1,0 +1,156 @@
+"""A model as the planner sees it: widths and counts, read off its modules on the meta device."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from ..tuner.modules import is_norm, is_projection, language_modules
+from .settings import RunSettings
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory and time follow from, read off the model's modules; widths are those of one layer on average."""
+
+    parameters: int
+    trainable: int
+    weight_bytes: float
+    """Base and adapter."""
+    largest_matrix: int
+    """Entries of the largest quantized matrix: it is unpacked to be used."""
+    layers: int
+    hidden: int
+    vocabulary: int
+    heads: int
+    kv_heads: int
+    query: int
+    """Q: all query heads' widths."""
+    keys_values: int
+    """K: all keys' and values' widths."""
+    mlp: float
+    """W."""
+    norms: float
+    """Widths of a layer's norms."""
+    trains_norms: bool
+    lora_inputs: float
+    """Widths of the inputs of a layer's adapted projections, of those that share one counted once; attention's output,
+    kept anyway, and the MLP's inside left out."""
+    lora_mlp: float
+    """Width of the MLP's inside, where LoRA is on its way out."""
+    layer_matrices: float
+    """Entries of all layers' matrices that a token passes (of the experts, those it is sent to)."""
+    head_matrix: int
+    trained_matrices: float
+    """Entries of matrices that get gradients themselves; 0 with an adapter."""
+    windows: tuple[int | None, ...]
+    """Of each layer with softmax attention: its window; `None` for all tokens."""
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, settings: RunSettings) -> Shape:
+        text: Any = config.get_text_config()
+        try:
+            with torch.device("meta"):
+                base: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype))
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"a {config.model_type} is no causal language model: {error}") from error
+        layers, hidden = text.num_hidden_layers, text.hidden_size
+        heads = text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        head_dim = getattr(text, "head_dim", None) or hidden // heads
+        key_dim = getattr(text, "qk_head_dim", None) or head_dim
+        value_dim = getattr(text, "v_head_dim", None) or head_dim
+
+        modules = language_modules(base)
+        inside = tuple(f"{name}." for name, module in modules if name and "Attention" in type(module).__name__)
+        if not inside:
+            raise ValueError(f"{type(base).__name__} has no attention modules to plan for")
+        head = base.get_output_embeddings()
+        chosen = getattr(text, "num_experts_per_tok", None) or 1
+        matrices, mlp, norms, largest, packed = 0.0, 0.0, 0.0, 0, 0
+        for name, module in modules:
+            if module is head:
+                continue
+            weight: Any = getattr(module, "weight", None)
+            if is_norm(module) and any(part.isdigit() for part in name.split(".")):
+                norms += hidden if weight.numel() == hidden else heads * head_dim  # q_norm and k_norm: per head
+            elif is_projection(module):
+                matrices += weight.numel()
+                packed += weight.numel()
+                largest = max(largest, weight.numel())
+                out = getattr(module, "out_features", None) or weight.shape[1]
+                taken = getattr(module, "in_features", None) or weight.shape[0]
+                if taken == hidden and not name.startswith(inside) and out > 1:
+                    mlp += out
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3:  # experts: [experts, out, in]
+                    matrices += parameter[0].numel() * chosen
+                    mlp += chosen * max(parameter.shape[1:]) if "gate" in key or "up" in key else 0
+        total = sum(parameter.numel() for parameter in base.parameters())
+        element = 4 if settings.dtype == "float32" else 2
+        weight_bytes = float(total * element)
+        if settings.quantization:
+            # nf4: a scale of a byte for 64 weights, those quantized again (QLoRA, arXiv 2305.14314, section 3).
+            weight_bytes -= packed * (element - (0.516 if settings.quantization == "4bit" else 1.0))
+
+        head_matrix = head.weight.numel() if head is not None else 0
+        trainable, lora_inputs, lora_mlp = total, 0.0, 0.0
+        if settings.adapter is not None:
+            trainable, lora_inputs, lora_mlp = _put_adapter(base, settings.adapter, hidden)
+            weight_bytes += trainable * 4  # masters and LoRA are fp32, beside the base's own weights
+        return cls(
+            parameters=total,
+            trainable=trainable,
+            weight_bytes=weight_bytes,
+            largest_matrix=largest if settings.quantization else 0,
+            layers=layers,
+            hidden=hidden,
+            vocabulary=text.vocab_size,
+            heads=heads,
+            kv_heads=kv_heads,
+            query=heads * key_dim,
+            keys_values=kv_heads * (key_dim + value_dim),
+            mlp=mlp / layers,
+            norms=norms / layers,
+            trains_norms=settings.adapter is None or bool(getattr(settings.adapter, "train_norms", False)),
+            lora_inputs=lora_inputs / layers,
+            lora_mlp=lora_mlp / layers,
+            layer_matrices=matrices,
+            head_matrix=head_matrix,
+            trained_matrices=0.0 if settings.adapter is not None else matrices + head_matrix,
+            windows=_windows(text),
+        )
+
+
+def _put_adapter(base: Any, adapter: PeftConfig, hidden: int) -> tuple[int, float, float]:
+    """Put an adapter on a model. Returns what it trains, and `lora_inputs` and `lora_mlp` of all layers."""
+    with torch.device("meta"):  # put on a model, a config is resolved for that one
+        tuned: Any = get_peft_model(base, copy.deepcopy(adapter))
+    own = {id(p): p for p in tuned.parameters() if p.requires_grad}
+    inputs, of_mlp = 0.0, 0.0
+    blocks: set[str] = set()
+    for name, module in tuned.named_modules():
+        if not len(getattr(module, "lora_A", ())):  # of embeddings, whose LoRA keeps no input, it is empty
+            continue
+        block = name.rpartition(".")[0]
+        in_attention = "Attention" in type(tuned.get_submodule(block)).__name__
+        if module.in_features > hidden and not in_attention:
+            of_mlp += module.in_features
+        elif block not in blocks:
+            inputs += module.in_features
+        blocks.add(block)
+    return sum(p.numel() for p in own.values()), inputs, of_mlp
+
+
+def _windows(config: Any) -> tuple[int | None, ...]:
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if not kinds:
+        sliding = window if getattr(config, "use_sliding_window", True) else None
+        return (sliding,) * config.num_hidden_layers
+    return tuple(window if "sliding" in kind or "chunked" in kind else None for kind in kinds if "linear" not in kind)

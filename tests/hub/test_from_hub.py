@@ -1,0 +1,88 @@
+"""What is asked of a Hub and not given: one message that says why, and what to do."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from transformers import AutoModelForCausalLM
+
+from hf_longlora import LongLoraConfig
+from hf_longlora.cli import main
+from hf_longlora.from_hub import reason
+from tests.tuner.helpers import llama, perturbed
+
+PRIVATE, MISSING = "user/private", "user/missing"
+COMMANDS = {
+    "evaluate": ["evaluate", "NAME", "--documents", "book.txt", "--lengths", "64"],
+    "merge": ["merge", "NAME", "merged"],
+    "export": ["export", "NAME", "plain", "--form", "lora"],
+    "check": ["check", "NAME"],
+    "plan": ["plan", "NAME"],
+}
+NO_RIGHT = "there is no such repository, or your token is not valid or may not read it (`hf auth login`, or HF_TOKEN)"
+NO_TOKEN = "or it is private and you are not logged in (`hf auth login`, or HF_TOKEN)"
+
+
+@pytest.fixture
+def private(hub, token, tmp_path, monkeypatch):
+    """A private adapter, in a folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "book.txt").write_text("It was a bright day. " * 50)
+    perturbed(llama(), LongLoraConfig(target_length=256)).save_pretrained(tmp_path / "adapter")
+    api = HfApi(endpoint=hub.url, token=token)
+    api.create_repo(PRIVATE, private=True)
+    api.upload_folder(repo_id=PRIVATE, folder_path=tmp_path / "adapter")
+    return hub
+
+
+def said(capsys, command, name):
+    """What a command that fails says."""
+    arguments = [name if argument == "NAME" else argument for argument in COMMANDS[command]]
+    assert main(arguments) == 1
+    printed = capsys.readouterr().err
+    assert printed.count("hf-longlora: error: ") == 1 and "Traceback" not in printed and "hf_" not in printed
+    message = printed[printed.index("hf-longlora: error: ") :]
+    assert message.count("\n") == 1 and name in message
+    return message
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_name_that_the_hub_does_not_give(private, token, monkeypatch, capsys, command):
+    assert f"the Hub answers 401: there is no such repository, {NO_TOKEN}" in said(capsys, command, PRIVATE)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert f"the Hub answers 401: {NO_RIGHT}" in said(capsys, command, PRIVATE)
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert f"the Hub answers 404: {NO_RIGHT}" in said(capsys, command, MISSING)
+
+
+def test_the_base_of_an_adapter_is_another_s(private, token, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": MISSING}))
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert f"the base of adapter, {MISSING}, can't be had: the Hub answers 404" in said(capsys, "evaluate", "adapter")
+    assert f"the base of adapter, {MISSING}, can't be had: the Hub answers 404" in said(capsys, "merge", "adapter")
+
+
+def test_an_adapter_that_one_may_read(private, token, monkeypatch, capsys, tmp_path):
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "base")
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert main(["merge", PRIVATE, "merged", "--base", "base"]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.max_position_embeddings == 256
+
+
+@pytest.mark.parametrize("trouble", [500, 403])
+def test_another_answer(private, token, monkeypatch, capsys, trouble):
+    monkeypatch.setenv("HF_TOKEN", token)
+    private.trouble = lambda method, path: trouble
+    expected = "the Hub answers 500; try again later" if trouble == 500 else f"the Hub answers 403: {NO_RIGHT}"
+    assert expected in said(capsys, "merge", PRIVATE)
+
+
+def test_what_is_no_answer_of_the_hub_is_said_as_it_is():
+    assert reason(OSError("no route to host")) == "no route to host"
+    assert reason(TimeoutError()) == "TimeoutError"
