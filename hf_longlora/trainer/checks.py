@@ -1,6 +1,6 @@
 """What can be refused before a run starts, each with one error that says what to change."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,13 @@ def check_arguments(args: LongLoraSFTConfig) -> None:
             f"`train_sampling_strategy={args.train_sampling_strategy!r}` would mix the stages; use 'random' (shuffled "
             "within each stage) or 'sequential'."
         )
+    if args.padding_free and not args.packing:
+        raise ValueError(
+            '`padding_free` without packing: set packing=True as well, and packing_strategy="bfd", which packs whole '
+            "examples and needs no padding either."
+        )
+    if args.accelerator_config.split_batches and args.world_size > 1:
+        raise ValueError("`split_batches` would change how many examples a stage sees; leave it out.")
     if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
         raise ValueError("`skip_prepare_dataset` leaves no way to cut sequences to each stage's length.")
 
@@ -32,11 +39,13 @@ def check_arguments(args: LongLoraSFTConfig) -> None:
 
 
 def check_dataset(dataset: Any, args: LongLoraSFTConfig, formatting_func: Any) -> None:
+    if isinstance(dataset, Mapping):
+        raise TypeError(f"`train_dataset` must be one split of a dataset, not all of them: {', '.join(dataset)}.")
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"`train_dataset` must be a map-style datasets.Dataset, got {type(dataset).__name__}: stages of different "
             "lengths need a known number of examples. Materialise a stream, for example by "
-            "Dataset.from_generator(lambda: iter(stream.take(10_000)))."
+            "Dataset.from_generator(lambda: iter(stream.take(10_000))), and a list by Dataset.from_list."
         )
     if len(dataset) == 0:
         raise ValueError("`train_dataset` is empty.")
