@@ -29,8 +29,14 @@ def check_arguments(args: LongLoraSFTConfig) -> None:
             '`padding_free` without packing: set packing=True as well, and packing_strategy="bfd", which packs whole '
             "examples and needs no padding either."
         )
-    if args.accelerator_config.split_batches and args.world_size > 1:
+    accelerator: Any = args.accelerator_config
+    if accelerator.split_batches and args.world_size > 1:
         raise ValueError("`split_batches` would change how many examples a stage sees; leave it out.")
+    parallel: Any = args.parallelism_config
+    if parallel is not None and parallel.tp_size * parallel.cp_size * parallel.sp_size > 1:
+        raise ValueError(
+            "Sequences or weights spread over processes (tp, cp, sp in `parallelism_config`) are not supported."
+        )
     if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
         raise ValueError("`skip_prepare_dataset` leaves no way to cut sequences to each stage's length.")
 

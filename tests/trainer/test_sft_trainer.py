@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, PeftModel
 from transformers import (
@@ -361,6 +362,15 @@ def test_streaming_is_refused(make):
         make(dataset=[{"text": TEXT}])
     with pytest.raises(TypeError, match="one split of a dataset, not all of them: train, test"):
         make(dataset=DatasetDict(train=texts(), test=texts()))
+
+
+def test_what_counts_examples_otherwise_is_refused(make, monkeypatch):
+    """Each process is taken to see a batch of its own."""
+    monkeypatch.setattr(LongLoraSFTConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="split_batches"):
+        make(accelerator_config={"split_batches": True})
+    with pytest.raises(ValueError, match="parallelism_config"):
+        make(parallelism_config=ParallelismConfig(cp_size=2))
 
 
 def test_plain_arguments_are_refused(tiny_llama, tmp_path):
