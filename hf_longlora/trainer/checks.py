@@ -64,6 +64,22 @@ def check_dataset(dataset: Any, args: LongLoraSFTConfig, formatting_func: Any) -
             f"`train_dataset` has no text: its columns are {sorted(columns)}, and none is {args.dataset_text_field!r} "
             "(dataset_text_field), 'messages', 'prompt' or 'input_ids'. Name the column, or pass a formatting_func."
         )
+    if formatting_func is None and columns & known == {args.dataset_text_field}:
+        check_texts(dataset, args.dataset_text_field)
+
+
+def check_texts(dataset: Dataset, name: str) -> None:
+    """Raise a `ValueError` unless a column holds nothing but texts."""
+    kind: Any = dataset.features[name]
+    if getattr(kind, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"The column {name!r} of `train_dataset` holds {kind}, not text alone.")
+    if dataset.data.column(name).null_count > 0:  # of the table, of which these rows may be a part
+        missing = [row for row, text in enumerate(dataset[name]) if text is None]
+        if missing:
+            raise ValueError(
+                f"The column {name!r} of `train_dataset` has no text in {len(missing):,} of {len(dataset):,} rows, "
+                f"such as row {missing[0]:,}. Leave them out: dataset.filter(lambda row: row[{name!r}] is not None)."
+            )
 
 
 def check_adapter(model: Any, peft_config: PeftConfig | None, schedule: Schedule) -> None:
