@@ -130,7 +130,6 @@ class LongLoraSFTTrainer(SFTTrainer):
             callbacks=[self._stage_callback, *(callbacks or [])],
             **kwargs,
         )
-        self._train_source = None
         self._data = describe(train_dataset, args)
         self._last_log: tuple[float, int] | None = None
         if self.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:
@@ -161,6 +160,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         prepare = super()._prepare_dataset
         if dataset is not self._train_source:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        self._train_source = None  # the first that TRL prepares; an evaluation set may be the same object
         # TRL tokenises, then truncates or packs; without a length it stops in between.
         tokenized = prepare(dataset, processing_class, with_length(args, None), False, formatting_func, dataset_name)
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -269,6 +269,14 @@ def test_an_evaluation_set_may_be_called_train(make):
     assert len(trainer.train_dataset) == 2 * (3 + 3)
 
 
+def test_the_training_set_may_be_the_evaluation_set(make):
+    dataset = texts()
+    trainer = make(dataset=dataset, eval_dataset=dataset, packing=False, eval_strategy="no")
+    assert len(trainer.train_dataset) == 2 * (3 + 3) and len(trainer.eval_dataset) == len(dataset) == 12
+    other = make(eval_dataset=texts(), packing=False)
+    assert trainer.eval_dataset[0]["input_ids"] == other.eval_dataset[0]["input_ids"]
+
+
 def test_evaluation_during_training_is_dense(make, monkeypatch):
     trainer = make(eval_strategy="steps", eval_steps=2, eval_dataset=texts(2))
     sparse = []
