@@ -12,6 +12,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
 from hf_longlora import LongLoraConfig, S2AttentionConfig, perplexity_by_length, s2_attention_mode, set_s2_attention
+from hf_longlora.attention import get_s2_attention
+from hf_longlora.attention.interface import S2State
 from hf_longlora.cli import main
 from hf_longlora.cli.data import load_data, read_documents
 from hf_longlora.evaluation import compare
@@ -103,6 +105,39 @@ def test_a_warning_where_dense_is_worse(tiny_llama, monkeypatch, dense, warned):
     ] * warned
 
 
+def test_a_comparison_leaves_attention_as_it_was(tiny_llama, tmp_path, monkeypatch):
+    seen = []
+
+    def perplexities(model, *args, **kwargs):
+        state = get_s2_attention(model)
+        seen.append((state.config.group_size, state.mode))
+        return [{"length": 64, "perplexity": 1.0}]
+
+    monkeypatch.setattr(compare, "perplexity_by_length", perplexities)
+    model = tiny_llama()
+    compare_attention(model, [], [64])
+    assert model.config._attn_implementation == "sdpa"
+    set_s2_attention(model, S2AttentionConfig(group_size=24, kernel="reference"))
+    compare_attention(model, [], [64])
+    compare_attention(model, [], [64], attention=S2AttentionConfig(group_size=8))
+    monkeypatch.setattr(compare, "perplexity_by_length", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compare_attention(model, [], [64], attention=S2AttentionConfig(group_size=8))
+    assert get_s2_attention(model) == S2State(S2AttentionConfig(group_size=24, kernel="reference"), "auto")
+    assert seen == [(size, mode) for size in (16, 24, 8) for mode in ("auto", "s2")]
+
+
+def test_the_active_adapter_says_how_it_was_trained(tiny_llama):
+    model = get_peft_model(tiny_llama(), LongLoraConfig(r=4, target_length=256))
+    model.add_adapter("other", LongLoraConfig(r=2, target_length=256))
+    for name, size in (("default", 32), ("other", 16)):
+        model.peft_config[name].schedule = {"group_sizes": [size], "attention": {"shift": "heads"}}
+    assert compare.trained_attention(model).group_size == 32
+    model.set_adapter("other")
+    assert compare.trained_attention(model).group_size == 16
+    assert compare.trained_attention(tiny_llama()) is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -110,6 +145,7 @@ def test_a_warning_where_dense_is_worse(tiny_llama, monkeypatch, dense, warned):
         (["base", "--documents", "missing.txt"], "missing.txt does not exist"),
         (["base", "--documents", "base/model.safetensors"], "not UTF-8"),
         (["base", "--documents", "bad.jsonl"], "bad.jsonl, line 2"),
+        (["base", "--documents", "null.jsonl"], "null.jsonl, line 1: its `text` is null"),
         (["base", "--documents", "one.txt", "--lengths", "100000"], "no document has 100000 tokens"),
         (["base", "--documents", "one.txt", "--group-size", "1"], "at least 2"),
         (["base", "--documents", "one.txt", "--passkey", "1"], "a passkey text has at least"),
@@ -118,6 +154,7 @@ def test_a_warning_where_dense_is_worse(tiny_llama, monkeypatch, dense, warned):
 )
 def test_errors_are_one_message(adapter, monkeypatch, capsys, arguments, message):
     _, folder = adapter
+    (folder / "null.jsonl").write_text('{"text": null}')
     (folder / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
     monkeypatch.chdir(folder)
     lengths = [] if "--lengths" in arguments else ["--lengths", "64"]
@@ -204,6 +241,12 @@ def test_train_from_yaml_and_resume(run, capsys):
     assert "Resuming from out/checkpoint-1." in capsys.readouterr().err
     assert (run / "out" / "adapter_model.safetensors").read_bytes() == before
 
+    must_resume = ["train", "--config=run.yaml", "--lora_r", "2", "--resume_from_checkpoint", "true"]
+    assert main(must_resume) == 0
+    assert (run / "out" / "adapter_model.safetensors").read_bytes() == before
+    assert main([*must_resume, "--output_dir", "new"]) == 1
+    assert "There is no whole checkpoint in new" in capsys.readouterr().err
+
 
 def test_train_with_the_adapters_own_options_and_without_an_adapter(run):
     stages = '[{"max_length": 128, "max_steps": 1}]'
@@ -252,12 +295,22 @@ def test_train_under_accelerate_launch(run):
         ("dataset_name: nobody/nothing", "no local file or folder"),
         ("dataset_train_split: validation", "no split 'validation' (dataset_train_split); it has 'train', 'test'"),
         ("dataset_streaming: true", "map-style"),
+        ("dataset_name: empty.jsonl", "empty.jsonl holds no data"),
+        ("dataset_name: gaps.jsonl", "has no text in 1 of 2 rows, such as row 1"),
+        ("dataset_name: numbers.jsonl", "not text alone"),
+        ("model_name_or_path: adapter", "adapter is an adapter, and `train` starts from a model"),
+        ("stages: [{max_length: 128, max_steps: 1, group_size_ratio: 1/16}]", "got '1/16'"),
     ],
 )
 def test_mistakes_in_a_runs_file_are_one_message(run, capsys, line, message):
     lines = (run / "run.yaml").read_text().splitlines()
     key = line.partition(":")[0]
     kept = [old for old in lines if not (key and (old.startswith(f"{key}:") or (key == "stages" and old[0] == " ")))]
+    for name, second in (("gaps", "null"), ("numbers", "7")):
+        (run / f"{name}.jsonl").write_text(f'{{"text": {json.dumps(TEXT)}}}\n{{"text": {second}}}\n')
+    (run / "empty.jsonl").write_text("")
+    (run / "adapter").mkdir()
+    (run / "adapter" / "adapter_config.json").write_text("{}")
     (run / "wrong.yaml").write_text("\n".join([*kept, line]) if message else "just text")
     assert main(["train", "--config", "wrong.yaml"]) == 1
     printed = capsys.readouterr().err
@@ -282,6 +335,14 @@ def test_trains_usage(run, capsys, monkeypatch):
     monkeypatch.setenv("HF_LONGLORA_DEBUG", "1")
     with pytest.raises(FileNotFoundError):
         main(["train", "--config", "missing.yaml"])
+
+
+def test_a_line_of_json_may_hold_other_line_ends(tmp_path):
+    """Unicode's own (U+2028, U+0085) are no ends of lines in JSON Lines, and stand in texts from the web."""
+    texts = ["one\u2028two\x85three", "four"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    assert read_documents(tmp_path / "a.jsonl") == texts
 
 
 def test_data_from_files_and_folders(tmp_path):

@@ -35,9 +35,10 @@ class S2AttentionConfig:
 
     def __post_init__(self) -> None:
         check_group_size(self.group_size)
-        if not 0 < self.group_size_ratio <= 1:
+        ratio = self.group_size_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
             raise ValueError(
-                f"`group_size_ratio` must be in (0, 1], got {self.group_size_ratio}. The paper's value is 0.25."
+                f"`group_size_ratio` must be a number in (0, 1], got {ratio!r}. The paper's value is 0.25."
             )
         if self.shift not in get_args(Shift):
             raise ValueError(f"`shift` must be one of {get_args(Shift)}, got {self.shift!r}.")

@@ -9,6 +9,9 @@ from typing import Any
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".md": "text"}
 """The `datasets` builder of a local file, by its suffix before any `.gz`."""
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""What the weights of a model may be loaded in."""
+
 
 def load_data(name: str, config: str | None = None, streaming: bool = False) -> Any:
     """A dataset by its name on the Hub, or from a local file or folder: a `DatasetDict` of its splits.
@@ -51,6 +54,8 @@ def _read(file: Path, **options: Any) -> Any:
         return load_dataset(**options)
     except (DatasetGenerationError, ValueError) as error:  # the first says nothing itself, but its cause does
         raise ValueError(f"{file} can't be read as data: {error.__cause__ or error}") from error
+    except StopIteration as error:  # what `datasets` makes of files without a row
+        raise ValueError(f"{file} holds no data") from error
 
 
 def split_of(data: Any, name: str, what: str) -> Any:
@@ -77,13 +82,16 @@ def read_documents(file: Path) -> list[str]:
     if ".jsonl" not in file.suffixes:
         return [text]
     documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines breaks at U+2028, too, which JSON allows
         if not line.strip():
             continue
         try:
-            documents.append(str(json.loads(line)["text"]))
+            text = json.loads(line)["text"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{file}, line {number}: not a JSON object with a `text`") from error
+        if not isinstance(text, str):
+            raise ValueError(f"{file}, line {number}: its `text` is {json.dumps(text)[:80]}, not a text")
+        documents.append(text)
     return documents
 
 

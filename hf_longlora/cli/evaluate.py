@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .data import DTYPES
+
 
 def add(commands: Any) -> None:
     evaluate = commands.add_parser(
@@ -59,7 +61,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument(
         "--retrieval-lengths", nargs="+", type=int, metavar="N", help="lengths for passkeys; default: --lengths"
     )
-    evaluate.add_argument("--dtype", default="auto", help="of the weights: auto, float32, bfloat16 or float16")
+    evaluate.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights")
     evaluate.add_argument("--device", help="cuda, cpu, ...; default: a GPU if there is one")
     evaluate.add_argument("--output-dir", default="longlora-evaluation", help="where evaluation.json and plots go")
     evaluate.set_defaults(run=run, after_interruption="Nothing has been written.")

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .data import DTYPES
+
 UNTOUCHED = "Nothing has been written."
 
 
@@ -39,7 +41,7 @@ def _arguments(parser: Any) -> None:
     parser.add_argument("adapter", help="an adapter's folder, or its name on the Hub")
     parser.add_argument("output_dir", help="a new or an empty folder")
     parser.add_argument("--base", help="the base model, if not the one that the adapter names")
-    parser.add_argument("--dtype", default="auto", help="of the merged model; auto: the base's")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the merged model; auto: the base's")
     parser.add_argument("--device", default="cpu", help="where merging is done")
 
 

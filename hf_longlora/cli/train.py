@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from .data import DTYPES
+
 OF_THE_STAGES = {"target_length", "rope_type", "rope_parameters"}
 RESOLVED = {"rope", "base_rope", "schedule", "resolved"}
 INTERRUPTED = "The same command with --resume goes on from the last checkpoint."
@@ -64,7 +66,7 @@ def make_parser() -> Any:
             default=None,
             metadata={
                 "help": "The weights' dtype. Default: the checkpoint's with an adapter, float32 without one.",
-                "choices": ["auto", "bfloat16", "float16", "float32"],
+                "choices": list(DTYPES),
             },
         )
         use_peft: bool = field(default=True, metadata={"help": "Train a LONGLORA adapter, not all weights."})
@@ -100,13 +102,20 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("No model: name it by model_name_or_path.")
     if script.dataset_name is None:
         raise ValueError("No data: name it by dataset_name, a dataset on the Hub or a local file or folder.")
-    checkpoint: str | None = args.resume_from_checkpoint
+    checkpoint: Any = args.resume_from_checkpoint
+    if str(checkpoint).lower() == "true":  # as scripts for Trainer have it: the last one, which has to be there
+        checkpoint = True
     if script.resume and checkpoint is None:
         checkpoint = last_checkpoint(args.output_dir)
         if args.process_index == 0:
             afresh = f"No whole checkpoint in {args.output_dir}: starting afresh."
             print(f"Resuming from {checkpoint}." if checkpoint else afresh, file=sys.stderr)
 
+    if (Path(model.model_name_or_path) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{model.model_name_or_path} is an adapter, and `train` starts from a model. Merge it (hf-longlora merge) "
+            "and name the merged model, or go on with the adapter in Python: LongLoraSFTTrainer takes a PeftModel."
+        )
     try:
         AutoConfig.from_pretrained(
             model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from transformers.utils import logging
 
-from ..attention import S2AttentionConfig, s2_attention_mode, set_s2_attention
+from ..attention import S2AttentionConfig, get_s2_attention, s2_attention_mode, set_s2_attention
+from ..attention.interface import NAME
 from .perplexity import perplexity_by_length
 
 logger = logging.get_logger(__name__)
@@ -29,13 +31,15 @@ def compare_attention(
     """Perplexity by length with dense attention and with the pattern of training (the two columns of Table 6).
 
     Logs a warning where dense is worse: the model has learned to do without the distances that dense attention shows
-    it, and some dense steps in training (`dense_every`) would have kept it from that.
+    it, and some dense steps in training (`dense_every`) would have kept it from that. The model's own attention is
+    back afterwards.
 
     Args:
         model: a causal language model of transformers, wrapped by PEFT or not.
         documents, lengths, options: as for `perplexity_by_length`.
-        attention: the pattern of training. Default: what the model's LONGLORA adapter was trained with, else groups of
-            a quarter of the longest length. Its group size holds at every length, as it does for the trained model.
+        attention: the pattern of training. Default: what the model's LONGLORA adapter was trained with, else what is
+            set on the model, else groups of a quarter of the longest length. Its group size holds at every length, as
+            it does for the trained model.
 
     Returns:
         `perplexity_by_length`'s records as `"dense"` and `"as trained"`.
@@ -44,13 +48,14 @@ def compare_attention(
         ValueError: as `perplexity_by_length`, or if the model can't use shifted sparse attention.
     """
     longest = lengths if isinstance(lengths, int) else max(lengths, default=2)
-    if attention is None:
-        attention = trained_attention(model) or S2AttentionConfig()
-    attention = replace(attention, group_size=attention.resolve_group_size(longest))
-    set_s2_attention(model, attention)
-    records = {"dense": perplexity_by_length(model, documents, lengths, **options)}
-    with s2_attention_mode(model, "s2"):
-        records["as trained"] = perplexity_by_length(model, documents, lengths, **options)
+    with _attention_kept(model) as own:
+        if attention is None:
+            attention = trained_attention(model) or own or S2AttentionConfig()
+        attention = replace(attention, group_size=attention.resolve_group_size(longest))
+        set_s2_attention(model, attention)
+        records = {"dense": perplexity_by_length(model, documents, lengths, **options)}
+        with s2_attention_mode(model, "s2"):
+            records["as trained"] = perplexity_by_length(model, documents, lengths, **options)
     worse = [
         f"{dense['perplexity']:.2f} against {sparse['perplexity']:.2f} at {dense['length']:,}"
         for dense, sparse in zip(records["dense"], records["as trained"], strict=True)
@@ -65,11 +70,29 @@ def compare_attention(
     return records
 
 
+@contextmanager
+def _attention_kept(model: Any) -> Iterator[S2AttentionConfig | None]:
+    """Give the configuration of a model that uses `"s2attn"`; afterwards the model has the attention it has now."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = getattr(getattr(inner, "config", None), "_attn_implementation", None)
+    own = get_s2_attention(model).config if name == NAME else None
+    try:
+        yield own
+    finally:
+        if own is not None:
+            set_s2_attention(model, own)
+        elif name is not None:
+            inner.set_attn_implementation(name)
+
+
 def trained_attention(model: Any) -> S2AttentionConfig | None:
-    """The pattern that a model's LONGLORA adapter ended its training with; `None` if it doesn't say."""
-    configs = getattr(model, "peft_config", None) or {}
-    for config in configs.values():
-        schedule = getattr(config, "schedule", None)
+    """The pattern that a model's active LONGLORA adapter ended its training with; `None` if it doesn't say."""
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return None
+    active = model.active_adapters  # a method of transformers' models, a property of PEFT's
+    for name in active() if callable(active) else active:
+        schedule = getattr(configs[name], "schedule", None)
         if schedule:
             return S2AttentionConfig(group_size=schedule["group_sizes"][-1], shift=schedule["attention"]["shift"])
     return None

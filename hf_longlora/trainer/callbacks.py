@@ -45,8 +45,8 @@ class ContextStageCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step < self.schedule.max_steps:  # else: resumed after the last step
-            self.apply(kwargs["model"], state.global_step)
+        # Resumed after the last step, nothing is trained any more, but what is saved has the last stage's RoPE.
+        self.apply(kwargs["model"], min(state.global_step, self.schedule.max_steps - 1))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,6 +1,6 @@
 """What can be refused before a run starts, each with one error that says what to change."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,19 @@ def check_arguments(args: LongLoraSFTConfig) -> None:
             f"`train_sampling_strategy={args.train_sampling_strategy!r}` would mix the stages; use 'random' (shuffled "
             "within each stage) or 'sequential'."
         )
+    if args.padding_free and not args.packing:
+        raise ValueError(
+            '`padding_free` without packing: set packing=True as well, and packing_strategy="bfd", which packs whole '
+            "examples and needs no padding either."
+        )
+    accelerator: Any = args.accelerator_config
+    if accelerator.split_batches and args.world_size > 1:
+        raise ValueError("`split_batches` would change how many examples a stage sees; leave it out.")
+    parallel: Any = args.parallelism_config
+    if parallel is not None and parallel.tp_size * parallel.cp_size * parallel.sp_size > 1:
+        raise ValueError(
+            "Sequences or weights spread over processes (tp, cp, sp in `parallelism_config`) are not supported."
+        )
     if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
         raise ValueError("`skip_prepare_dataset` leaves no way to cut sequences to each stage's length.")
 
@@ -32,11 +45,13 @@ def check_arguments(args: LongLoraSFTConfig) -> None:
 
 
 def check_dataset(dataset: Any, args: LongLoraSFTConfig, formatting_func: Any) -> None:
+    if isinstance(dataset, Mapping):
+        raise TypeError(f"`train_dataset` must be one split of a dataset, not all of them: {', '.join(dataset)}.")
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"`train_dataset` must be a map-style datasets.Dataset, got {type(dataset).__name__}: stages of different "
             "lengths need a known number of examples. Materialise a stream, for example by "
-            "Dataset.from_generator(lambda: iter(stream.take(10_000)))."
+            "Dataset.from_generator(lambda: iter(stream.take(10_000))), and a list by Dataset.from_list."
         )
     if len(dataset) == 0:
         raise ValueError("`train_dataset` is empty.")
@@ -49,6 +64,22 @@ def check_dataset(dataset: Any, args: LongLoraSFTConfig, formatting_func: Any) -
             f"`train_dataset` has no text: its columns are {sorted(columns)}, and none is {args.dataset_text_field!r} "
             "(dataset_text_field), 'messages', 'prompt' or 'input_ids'. Name the column, or pass a formatting_func."
         )
+    if formatting_func is None and columns & known == {args.dataset_text_field}:
+        check_texts(dataset, args.dataset_text_field)
+
+
+def check_texts(dataset: Dataset, name: str) -> None:
+    """Raise a `ValueError` unless a column holds nothing but texts."""
+    kind: Any = dataset.features[name]
+    if getattr(kind, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"The column {name!r} of `train_dataset` holds {kind}, not text alone.")
+    if dataset.data.column(name).null_count > 0:  # of the table, of which these rows may be a part
+        missing = [row for row, text in enumerate(dataset[name]) if text is None]
+        if missing:
+            raise ValueError(
+                f"The column {name!r} of `train_dataset` has no text in {len(missing):,} of {len(dataset):,} rows, "
+                f"such as row {missing[0]:,}. Leave them out: dataset.filter(lambda row: row[{name!r}] is not None)."
+            )
 
 
 def check_adapter(model: Any, peft_config: PeftConfig | None, schedule: Schedule) -> None:

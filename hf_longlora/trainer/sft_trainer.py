@@ -17,6 +17,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 from trl import SFTTrainer
 
 from ..attention import set_attention_mode, set_s2_attention
@@ -42,6 +43,8 @@ from .layers import compiled_layers, tile_mlps
 from .report import write_report
 from .stages import Schedule, StepPlan
 from .trouble import beginnings, diverged, has_diverged, out_of_memory, peak_memory
+
+logger = logging.get_logger(__name__)
 
 LAST_GOOD_NAME = "last-good"
 
@@ -107,7 +110,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         self.schedule: Schedule = args.schedule
         check_adapter(model, peft_config, self.schedule)
         self._base_rope, self._ropes = stage_ropes(model, config, peft_config, self.schedule)
-        stage_callback = ContextStageCallback(self.schedule, self._ropes)
+        self._stage_callback = ContextStageCallback(self.schedule, self._ropes)
         if isinstance(model, str):
             given: Any = args.model_init_kwargs
             args.model_init_kwargs = {"attn_implementation": "s2attn"} | dict(given or {})
@@ -124,10 +127,9 @@ class LongLoraSFTTrainer(SFTTrainer):
             args=args,
             train_dataset=train_dataset,
             peft_config=peft_config,
-            callbacks=[stage_callback, *(callbacks or [])],
+            callbacks=[self._stage_callback, *(callbacks or [])],
             **kwargs,
         )
-        self._train_source = None
         self._data = describe(train_dataset, args)
         self._last_log: tuple[float, int] | None = None
         self._last_batch: dict[str, Any] = {}
@@ -140,7 +142,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             adapter.schedule = self.schedule.to_dict()
         if args.mlp_tile is not None:
             tile_mlps(self.model, args.mlp_tile)
-        stage_callback.apply(self.model, 0)
+        self._stage_callback.apply(self.model, 0)
         set_attention_mode(self.model, "auto")
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -159,6 +161,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         prepare = super()._prepare_dataset
         if dataset is not self._train_source:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        self._train_source = None  # the first that TRL prepares; an evaluation set may be the same object
         # TRL tokenises, then truncates or packs; without a length it stops in between.
         tokenized = prepare(dataset, processing_class, with_length(args, None), False, formatting_func, dataset_name)
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -341,6 +344,18 @@ class LongLoraSFTTrainer(SFTTrainer):
             if tuner is not None:
                 tuner.full_precision_state = False
 
+    def _load_best_model(self) -> None:
+        """As Trainer's, with the RoPE of the best checkpoint, which may be of a stage before the last."""
+        super()._load_best_model()
+        step = max((self.state.best_global_step or 0) - 1, 0)
+        self._stage_callback.apply(self.model, step)
+        number, stages = self.schedule.step(step).stage, self.schedule.stages
+        if number + 1 < len(stages):
+            logger.warning(
+                f"The best model is that of {self.state.best_model_checkpoint}, in stage {number + 1} of "
+                f"{len(stages)}: it is for {stages[number].max_length:,} tokens."
+            )
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # the trainer's state is written next, and says that all else is there
@@ -353,6 +368,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             "seed": args.seed,
             "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "packing": args.packing_strategy if args.packing else None,
+            "order": args.train_sampling_strategy,
             "examples": self._stage_examples,
         }
 
@@ -366,6 +382,8 @@ class LongLoraSFTTrainer(SFTTrainer):
                     f"There is no whole checkpoint in {directory} to resume from; call train() without one."
                 )
         assert isinstance(path, str)
+        if self.args.ignore_data_skip:
+            raise ValueError("`ignore_data_skip` would show the stage that is resumed the first stage's sequences.")
         tokens = check_signature(path, self._signature())
         if longlora_tuner(self.model) is not None:
             check_weights(path)

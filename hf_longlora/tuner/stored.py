@@ -40,7 +40,10 @@ def check_fit(tuner: BaseTuner, adapter_name: str, stored: StoredShapes) -> None
     state: Any = get_peft_model_state_dict(tuner, adapter_name=adapter_name, save_embedding_layers=False)
     needed = {f"base_model.{key}": tuple(tensor.shape) for key, tensor in state.items()}
     # PEFT saves biases and resized embeddings of the base with an adapter, the latter in more than one place.
-    known = {f"base_model.{key}": tuple(tensor.shape) for key, tensor in tuner.state_dict().items()} | needed
+    suffix = f".{adapter_name}"  # of parameters that are kept by the adapter's name, which a file has not
+    known = {
+        f"base_model.{key.removesuffix(suffix)}": tuple(tensor.shape) for key, tensor in tuner.state_dict().items()
+    } | needed
     missing = sorted(needed.keys() - stored.keys())
     # Nor does it write all that a variant of LoRA keeps beside its layers in every case.
     places = (

@@ -1,11 +1,13 @@
 import copy
 import json
+import logging
 import re
 import warnings
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from accelerate import ParallelismConfig
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -117,6 +119,40 @@ def test_a_resumed_run_is_the_unbroken_run(make, stop, stages, tmp_path):
     for log, other in zip(resumed.state.log_history, unbroken.state.log_history, strict=True):
         for key in ("step", "loss", "stage", "context_length", "rope_factor", "attention"):
             assert log.get(key) == other.get(key), key
+
+
+def rope_of(trainer):
+    return trainer.model.config.rope_parameters["factor"], trainer.model.active_peft_config.target_length
+
+
+def test_a_finished_run_resumed_is_saved_as_it_was(make):
+    options = dict(save_strategy="steps", save_steps=3)
+    make(**options).train()
+    again = make(**options)
+    assert again.train(resume_from_checkpoint=True).global_step == 6
+    assert rope_of(again) == (4.0, 256)
+
+
+@pytest.mark.parametrize("best", [3, 6], ids=["in stage 1", "the last"])
+def test_the_best_model_has_the_rope_it_was_trained_with(make, best, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    trainer = make(
+        eval_strategy="steps",
+        eval_steps=3,
+        eval_dataset=texts(2),
+        save_strategy="steps",
+        save_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="epoch",
+        greater_is_better=best == 6,
+    )
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda *args, **kwargs: evaluate(*args, **kwargs) | {"eval_epoch": trainer.state.epoch}
+    trainer.train()
+    assert trainer.state.best_global_step == best
+    assert rope_of(trainer) == ((2.0, 128) if best == 3 else (4.0, 256))
+    assert ("it is for 128 tokens" in caplog.text) == (best == 3)
+    assert get_s2_attention(trainer.model).mode == "auto"
 
 
 def test_bf16_base_resumes_exactly_and_saves_in_its_dtype(make, tiny_llama, tmp_path):
@@ -233,6 +269,14 @@ def test_an_evaluation_set_may_be_called_train(make):
     assert len(trainer.train_dataset) == 2 * (3 + 3)
 
 
+def test_the_training_set_may_be_the_evaluation_set(make):
+    dataset = texts()
+    trainer = make(dataset=dataset, eval_dataset=dataset, packing=False, eval_strategy="no")
+    assert len(trainer.train_dataset) == 2 * (3 + 3) and len(trainer.eval_dataset) == len(dataset) == 12
+    other = make(eval_dataset=texts(), packing=False)
+    assert trainer.eval_dataset[0]["input_ids"] == other.eval_dataset[0]["input_ids"]
+
+
 def test_evaluation_during_training_is_dense(make, monkeypatch):
     trainer = make(eval_strategy="steps", eval_steps=2, eval_dataset=texts(2))
     sparse = []
@@ -302,6 +346,7 @@ def test_the_vocabulary_is_not_resized(make):
         ({"train_sampling_strategy": "group_by_length"}, "mix the stages"),
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "skip_prepare_dataset"),
         ({"dataset": Dataset.from_dict({"text": ["a"], "image": [1]})}, "images"),
+        ({"padding_free": True, "packing": False}, "set packing=True as well"),
     ],
 )
 def test_refused_before_training(make, tiny_llama, options, message):
@@ -321,6 +366,19 @@ def test_streaming_is_refused(make):
     stream = IterableDataset.from_generator(lambda: iter([{"text": TEXT}]))
     with pytest.raises(TypeError, match=r"map-style.*Dataset.from_generator"):
         make(dataset=stream)
+    with pytest.raises(TypeError, match=r"Dataset\.from_list"):
+        make(dataset=[{"text": TEXT}])
+    with pytest.raises(TypeError, match="one split of a dataset, not all of them: train, test"):
+        make(dataset=DatasetDict(train=texts(), test=texts()))
+
+
+def test_what_counts_examples_otherwise_is_refused(make, monkeypatch):
+    """Each process is taken to see a batch of its own."""
+    monkeypatch.setattr(LongLoraSFTConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="split_batches"):
+        make(accelerator_config={"split_batches": True})
+    with pytest.raises(ValueError, match="parallelism_config"):
+        make(parallelism_config=ParallelismConfig(cp_size=2))
 
 
 def test_plain_arguments_are_refused(tiny_llama, tmp_path):
@@ -380,6 +438,8 @@ def test_checkpoints_of_another_schedule_are_refused(make, tmp_path):
         (dict(seed=7), "seed was 42, is 7"),
         (dict(dataset=texts(30)), "examples was"),
         (dict(per_device_train_batch_size=1), "batch_size was 2, is 1"),
+        (dict(train_sampling_strategy="sequential"), "order was random, is sequential"),
+        (dict(ignore_data_skip=True), "ignore_data_skip"),
     ):
         with pytest.raises(ValueError, match=message):
             make(**options | other).train(resume_from_checkpoint=True)

@@ -55,6 +55,7 @@ def test_a_stage_overrides_the_run():
         ({"max_length": 8, "max_steps": True}, "max_steps"),
         ({"max_length": 8, "max_steps": 1, "group_size": 1}, "group_size"),
         ({"max_length": 8, "max_steps": 1, "group_size_ratio": 1.5}, "group_size_ratio"),
+        ({"max_length": 8, "max_steps": 1, "group_size_ratio": "1/16"}, "group_size_ratio.*'1/16'"),
         ({"max_length": 8, "max_steps": 1, "dense_every": -1}, "dense_every"),
         ({"max_length": 8, "max_steps": 1, "attention": "sparse"}, "attention"),
         ({"max_length": 8}, "missing.*max_steps"),

@@ -59,6 +59,23 @@ def test_a_variant_is_saved_loaded_disabled_merged_and_unloaded(variant, tied, t
     assert (logits(type(merged).from_pretrained(tmp_path / "merged").eval()) - expected).abs().max() <= 5e-5
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("variant", ["trainable_token_indices", "embedding_rank", "rslora"])
+def test_an_adapter_of_a_resized_base_is_loaded(variant, tied, tmp_path):
+    def base():
+        torch.manual_seed(0)
+        model = llama(tied)
+        model.resize_token_embeddings(130)
+        return model.eval()
+
+    options = VARIANTS[variant] | ({"trainable_token_indices": [128, 129]} if "indices" in variant else {})
+    model = perturbed(base(), LongLoraConfig(target_length=TARGET, **options))
+    model.save_pretrained(tmp_path, save_embedding_layers=True)  # as PEFT does where it sees that it was resized
+    loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
+    new = torch.full((1, 40), 129)
+    assert torch.equal(logits(loaded, new), logits(model, new))
+
+
 @pytest.mark.parametrize("variant", CHANGE_THE_BASE)
 def test_a_start_that_changes_the_base_says_so(variant):
     model = adapted(variant)
