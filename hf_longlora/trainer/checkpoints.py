@@ -48,6 +48,18 @@ def write_signature(folder: Path, signature: Mapping[str, Any]) -> None:
     (folder / SCHEDULE_NAME).write_text(json.dumps(signature, indent=2))
 
 
+def optimizer_states(accelerator: Any) -> str:
+    """How a checkpoint holds the optimizer's states: by a launch of another kind they can't be read.
+
+    Trainer starts them from zero then, without a word where DeepSpeed's are resumed without it. One process and DDP
+    keep them alike, and so does FSDP over any number of processes; DeepSpeed has one part for each.
+    """
+    if accelerator.state.deepspeed_plugin is not None:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        return f"those of DeepSpeed ZeRO-{stage} in {accelerator.num_processes} processes"
+    return "those of FSDP" if getattr(accelerator.state, "fsdp_plugin", None) is not None else "whole"
+
+
 def check_signature(path: str, signature: Mapping[str, Any]) -> int:
     """The tokens that the run of a checkpoint had trained on, if it is the run of `signature`.
 
@@ -58,10 +70,10 @@ def check_signature(path: str, signature: Mapping[str, Any]) -> int:
     if not file.is_file():
         raise ValueError(f"{path} is not a checkpoint of a staged run: it has no {SCHEDULE_NAME}.")
     found, own = json.loads(file.read_text()), json.loads(json.dumps(signature))
-    differing = [key for key in own if found.get(key) != own[key]]
+    differing = [key for key in own if found.get(key, own[key]) != own[key]]  # earlier versions wrote less
     if differing:
         raise ValueError(
-            f"{path} is of another schedule and can't be resumed: "
+            f"{path} is of another run and can't be resumed: "
             + "; ".join(f"{key} was {found.get(key)}, is {own[key]}" for key in differing)
             + "."
         )

@@ -115,11 +115,22 @@ def check_adapter(model: Any, peft_config: PeftConfig | None, schedule: Schedule
         )
 
 
+def check_saving(accelerator: Any) -> None:
+    """Refuse a launch that would train an adapter and save none."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ValueError(
+            f"FSDP would save no adapter: fsdp_state_dict_type is {plugin.state_dict_type.name}, with which Trainer "
+            "writes each process's part of the weights and no file of the adapter. Set fsdp_state_dict_type: "
+            "FULL_STATE_DICT in accelerate's config (--fsdp_state_dict_type FULL_STATE_DICT)."
+        )
+
+
 def checked_config(model: Any, args: LongLoraSFTConfig) -> PreTrainedConfig:
     """The configuration of a model or of a path, if shifted sparse attention can be used in its class."""
     if isinstance(model, str):
         given: Any = args.model_init_kwargs
-        init = dict(given or {})
+        init = {"trust_remote_code": args.trust_remote_code} | dict(given or {})
         options = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
         config = AutoConfig.from_pretrained(model, **options)
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)

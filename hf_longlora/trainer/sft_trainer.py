@@ -27,12 +27,13 @@ from ..planning import local_gpu
 from ..rope import current_rope, rope_factor
 from ..tuner.config import check_weights
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
-from .checkpoints import begin_checkpoint, check_signature, last_checkpoint, write_signature
+from .checkpoints import begin_checkpoint, check_signature, last_checkpoint, optimizer_states, write_signature
 from .checks import (
     check_adapter,
     check_arguments,
     check_dataset,
     check_lengths,
+    check_saving,
     checked_config,
     known_length,
     stage_ropes,
@@ -137,6 +138,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             self.add_callback(StageProgressCallback(self.schedule))
         tuner = longlora_tuner(self.model)
         if tuner is not None:
+            check_saving(self.accelerator)
             tuner.upcast_masters()  # TRL casts what a quantized model trains to bf16, the norms too
             adapter: Any = self.model.active_peft_config
             adapter.schedule = self.schedule.to_dict()
@@ -189,7 +191,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         """Run all stages; with `resume_from_checkpoint`, from where that checkpoint stands.
 
         Raises:
-            ValueError: if there is no such checkpoint, it is of another schedule, or its adapter is damaged.
+            ValueError: if there is no such checkpoint, it is of another run, or its adapter is damaged.
             FileNotFoundError: if its adapter is missing.
             FloatingPointError: if a loss or a gradient is not finite (the weights before that step are kept), or the
                 loss has grown beyond that of a uniform guess.
@@ -370,6 +372,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             "packing": args.packing_strategy if args.packing else None,
             "order": args.train_sampling_strategy,
             "examples": self._stage_examples,
+            "optimizer_states": optimizer_states(self.accelerator),
         }
 
     def _check_checkpoint(self, resume_from_checkpoint: str | bool) -> str:

@@ -62,7 +62,7 @@ def main(output: str, batch_size: int, *options: str) -> None:
         learning_rate=1e-2,
         warmup_steps=1,
         save_strategy="steps",
-        save_steps=4,
+        save_steps=2,
     )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
         # accelerate looks at FSDP's settings on accelerators alone, and takes the CPU for DDP.
@@ -74,13 +74,15 @@ def main(output: str, batch_size: int, *options: str) -> None:
         processing_class=tokenizer,
         peft_config=LongLoraConfig(r=4),
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    checkpoint = last_checkpoint(output)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
         keys = ("loss", "stage", "attention")
         logs = [{key: log[key] for key in keys} for log in trainer.state.log_history if "stage" in log]
         kinds = {type(p).__name__ for p in trainer.model.parameters()}
         run = {"logs": logs, "by": str(trainer.accelerator.distributed_type), "parameters": sorted(kinds)}
+        run["from"] = checkpoint and Path(checkpoint).name
         Path(output, "run.json").write_text(json.dumps(run))
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,28 +32,39 @@ deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed (pip install deepspeed)"
 )
 CASES = [pytest.param("ddp", (), id="ddp")]
+RESUMED = [pytest.param("ddp", (), id="ddp")]
 for kind, marks in (("fsdp2", [slow]), ("zero2", [slow, deepspeed]), ("zero3", [slow, deepspeed])):
     CASES += [pytest.param(kind, o, id="-".join((kind, *o)), marks=marks) for o in OPTIONS]
+    RESUMED += CASES[-1:]
+KEPT = {"fsdp2": "those of FSDP"}
+KEPT |= {f"zero{stage}": f"those of DeepSpeed ZeRO-{stage} in 2 processes" for stage in (2, 3)}
 
 
 def start(*command: str) -> None:
     # DeepSpeed takes the CPU only if it is told; none of the others looks at it.
     environment = os.environ | ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-10000:]
+
+
+def two_processes(config: Path, output: Path, *options: str) -> None:
+    precision = "bf16" if "bf16" in options else "no"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
+    start(*launch, "--mixed_precision", precision, "--main_process_port", "0", SCRIPT, str(output), "1", *options)
+
+
+def told(output: Path) -> dict[str, Any]:
+    return json.loads((output / "run.json").read_text())
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_two_processes_are_one_of_twice_the_batch(name, options, tmp_path):
     """The same adapter and the same logs, across a stage boundary; and the adapter loads in one process."""
-    precision = "bf16" if "bf16" in options else "no"
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
-    launch += ["--num_processes", "2", "--mixed_precision", precision, "--main_process_port", "0"]
     start(SCRIPT, str(tmp_path / "one"), "2", *options)
-    start(*launch, SCRIPT, str(tmp_path / "two"), "1", *options)
+    two_processes(CONFIGS / f"{name}.yaml", tmp_path / "two", *options)
     one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
-    one_run, two_run = (json.loads((tmp_path / n / "run.json").read_text()) for n in ("one", "two"))
+    one_run, two_run = told(tmp_path / "one"), told(tmp_path / "two")
     assert BY[name] in two_run["by"]
     if name == "fsdp2":
         assert two_run["parameters"] == ["DTensor"]  # all of them sharded
@@ -70,20 +82,38 @@ def test_two_processes_are_one_of_twice_the_batch(name, options, tmp_path):
 
 
 @slow
-def test_two_processes_resume(tmp_path):
-    """From the last whole checkpoint: the one after it has lost its last file."""
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp.yaml"), "--num_processes", "2"]
-    launch += ["--mixed_precision", "no", "--main_process_port", "0", SCRIPT]
-    out, again = tmp_path / "out", tmp_path / "again"
-    start(*launch, str(out), "1")
-    shutil.copytree(out, again)
-    (again / "adapter_model.safetensors").unlink()
-    (again / "checkpoint-6" / "trainer_state.json").unlink()
-    start(*launch, str(again), "1")
-    whole, resumed = (load_file(n / "adapter_model.safetensors") for n in (out, again))
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    assert (out / "run.json").read_text() == (again / "run.json").read_text()
+@pytest.mark.parametrize(("name", "options"), RESUMED)
+def test_two_processes_resume(name, options, tmp_path):
+    """In each stage, from the last whole checkpoint, as the unbroken run; and not by a launch of another kind."""
+    out, config = tmp_path / "out", CONFIGS / f"{name}.yaml"
+    two_processes(config, out, *options)
+    whole, whole_run = load_file(out / "adapter_model.safetensors"), told(out)
+    assert whole_run["from"] is None
     assert (out / "report.html").is_file() and "None" not in (out / "README.md").read_text()
+    for step in (2, 4):
+        again = tmp_path / f"from-{step}"
+        shutil.copytree(out, again)
+        for file in ("adapter_model.safetensors", "run.json"):
+            (again / file).unlink()
+        for later in range(step + 1, 7):  # the checkpoints after it have lost their last file
+            (again / f"checkpoint-{later}" / "trainer_state.json").unlink(missing_ok=True)
+        two_processes(config, again, *options)
+        assert told(again) == whole_run | {"from": f"checkpoint-{step}"}
+        resumed = load_file(again / "adapter_model.safetensors")
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    if name != "ddp":
+        with pytest.raises(AssertionError, match=f"optimizer_states was {KEPT[name]}, is whole"):
+            two_processes(CONFIGS / "ddp.yaml", out, *options)
+
+
+@slow
+def test_sharded_state_is_refused_before_training(tmp_path):
+    config = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())
+    config["fsdp_config"]["fsdp_state_dict_type"] = "SHARDED_STATE_DICT"
+    (tmp_path / "sharded.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(AssertionError, match="FSDP would save no adapter"):
+        two_processes(tmp_path / "sharded.yaml", tmp_path / "out")
+    assert not (tmp_path / "out" / "checkpoint-2").exists()
 
 
 def test_fsdp_leaves_the_mask_as_it_is():

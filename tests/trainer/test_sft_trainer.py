@@ -401,6 +401,25 @@ def test_an_unknown_model_is_one_clear_error(make, tmp_path):
         make(model=str(tmp_path / "nowhere"))
 
 
+def test_code_that_comes_with_a_model_runs_if_it_is_trusted(make, tiny_llama, tmp_path):
+    folder = tmp_path / "remote"
+    tiny_llama().save_pretrained(folder)
+    (folder / "remote.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class RemoteConfig(LlamaConfig):\n    model_type = 'remote'\n"
+        "class RemoteForCausalLM(LlamaForCausalLM):\n    config_class = RemoteConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["RemoteForCausalLM"], "model_type": "remote"}
+    config["auto_map"] = {"AutoConfig": "remote.RemoteConfig", "AutoModelForCausalLM": "remote.RemoteForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="custom code"):
+        make(model=str(folder))
+    trainer = make(model=str(folder), trust_remote_code=True)
+    assert type(trainer.model.get_base_model()).__name__ == "RemoteForCausalLM"
+    assert trainer.train().global_step == 6
+
+
 def test_a_model_outside_the_attention_interface_is_refused(make, tmp_path):
     falcon = FalconForCausalLM(
         FalconConfig(vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
@@ -444,8 +463,16 @@ def test_checkpoints_of_another_schedule_are_refused(make, tmp_path):
         with pytest.raises(ValueError, match=message):
             make(**options | other).train(resume_from_checkpoint=True)
     checkpoint = tmp_path / "out" / "checkpoint-2"
-    assert json.loads((checkpoint / checkpoints.SCHEDULE_NAME).read_text())["seed"] == 42
-    (checkpoint / checkpoints.SCHEDULE_NAME).unlink()
+    file = checkpoint / checkpoints.SCHEDULE_NAME
+    signature = json.loads(file.read_text())
+    assert signature["seed"] == 42
+    file.write_text(json.dumps(signature | {"optimizer_states": "those of FSDP"}))
+    with pytest.raises(ValueError, match="optimizer_states was those of FSDP, is whole"):
+        make(**options).train(resume_from_checkpoint=True)
+    del signature["optimizer_states"]  # as an earlier version wrote it
+    file.write_text(json.dumps(signature))
+    assert make(**options).train(resume_from_checkpoint=True).global_step == 6
+    file.unlink()
     with pytest.raises(ValueError, match="not a checkpoint of a staged run"):
         make(**options).train(resume_from_checkpoint=str(checkpoint))
     with pytest.raises(ValueError, match="no whole checkpoint in"):
