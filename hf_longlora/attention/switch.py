@@ -67,8 +67,9 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) 
             "prompts see themselves both ways. Shifted sparse attention is for decoders; train it with "
             'attn_implementation="sdpa".'
         )
+    state = _state(inner)
     window = _window_everywhere(inner.config)
-    if window is not None:
+    if window is not None and state is None:  # once: a trainer calls this at every step
         logger.warning(
             f"{type(inner).__name__} has a sliding window of {window} tokens in every layer, and layers with a window "
             "stay as they are: nothing is left to be sparse. Load the model with sliding_window=None to have it "
@@ -76,7 +77,6 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) 
         )
     if inner.config._attn_implementation != NAME:
         inner.set_attn_implementation(NAME)
-    state = _state(inner)
     state = S2State(config or S2AttentionConfig(), state.mode if state is not None else "auto")
     for module in modules:
         setattr(module, STATE, state)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,15 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """What the weights of a model may be loaded in."""
+
+
+def check_writable(folder: Path) -> None:
+    """Raise an `OSError` if a folder can't be made or written to: now, and not when the work is done."""
+    found = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not found.is_dir():
+        raise NotADirectoryError(f"{folder} can't be written to: {found} is no folder")
+    if not os.access(found, os.W_OK):
+        raise PermissionError(f"{folder} can't be written to: no permission in {found}")
 
 
 def load_data(name: str, config: str | None = None, streaming: bool = False) -> Any:

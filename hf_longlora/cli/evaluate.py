@@ -78,9 +78,10 @@ def run(options: argparse.Namespace) -> None:
         perplexity_by_length,
     )
     from ..evaluation.plots import require_matplotlib
-    from .data import read_documents
+    from .data import check_writable, read_documents
 
     require_matplotlib()
+    check_writable(Path(options.output_dir))
     documents = [document for file in options.documents for document in read_documents(Path(file))]
     model, tokenizer = load(options.model, options.dtype, options.device)
     texts = options.retrieval_lengths or options.lengths

@@ -95,13 +95,14 @@ def run(options: argparse.Namespace) -> None:
     from trl import get_quantization_config
 
     from ..trainer import LongLoraSFTTrainer, last_checkpoint
-    from .data import load_data, split_of
+    from .data import check_writable, load_data, split_of
 
     script, model, args = _parse(options.arguments)
     if model.model_name_or_path is None:
         raise ValueError("No model: name it by model_name_or_path.")
     if script.dataset_name is None:
         raise ValueError("No data: name it by dataset_name, a dataset on the Hub or a local file or folder.")
+    check_writable(Path(args.output_dir))
     checkpoint: Any = args.resume_from_checkpoint
     if str(checkpoint).lower() == "true":  # as scripts for Trainer have it: the last one, which has to be there
         checkpoint = True
