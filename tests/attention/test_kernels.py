@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hf_longlora import s2_attention
+from hf_longlora.attention import Documents
 from hf_longlora.attention.kernels import KERNELS, ragged, sdpa, select_kernel
 
 from .oracle import oracle
@@ -58,19 +59,24 @@ def check(tensors, group_size, kernel, mask=None, cu_seqlens=None, scale=None):
     out = s2_attention(
         *tensors, group_size=group_size, kernel=kernel, attention_mask=mask, cu_seqlens=cu_seqlens, scale=scale
     )
+    compare(out, tensors, rows_of(batch, length, mask, cu_seqlens), group_size, scale)
+    return out
+
+
+def compare(out, tensors, rows, group_size, scale=None):
+    """Output `[B, H, S, D_v]` and gradients with the oracle's."""
     weight = torch.randn_like(out)
     gradients = torch.autograd.grad((out * weight).sum(), tensors)
     doubles = [x.detach().double().requires_grad_() for x in tensors]
-    expected = oracle(*doubles, rows_of(batch, length, mask, cu_seqlens), group_size, scale)
+    expected = oracle(*doubles, rows, group_size, scale)
     expected_gradients = torch.autograd.grad((expected * weight.double()).sum(), doubles)
-    tolerance = TOLERANCE[query.dtype]
+    tolerance = TOLERANCE[out.dtype]
     for name, got, want in zip(
         ("out", "dq", "dk", "dv"), (out, *gradients), (expected, *expected_gradients), strict=True
     ):
         assert got.isfinite().all(), name
         error = (got.double() - want).norm() / want.norm().clamp(min=1.0)  # dq of a single token is exactly 0
         assert error < tolerance, (name, error.item())
-    return out
 
 
 @every_kernel
@@ -133,25 +139,41 @@ def test_value_dim_and_scale(kernel):
     check(draw(4, 2, 21, 2, dim=24, dim_v=16), 8, kernel, scale=0.3)
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(
     heads=st.sampled_from(HEADS),
     batch=st.integers(1, 3),
     length=st.integers(1, 40),
-    group_size=st.integers(2, 24),
-    pads=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=3, max_size=3),
+    group_size=st.integers(2, 50),
+    # tokens of padding and of a document, by turns
+    packed=st.lists(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 24)), max_size=5), min_size=3, max_size=3),
+    alike=st.booleans(),
     layout=st.sampled_from(["bshd", "bhsd"]),
+    limit=st.integers(1, 80),
+    by_autograd=st.booleans(),
 )
-def test_random_shapes(heads, batch, length, group_size, pads, layout):
-    mask = torch.ones(batch, length, dtype=torch.long)
+def test_random_documents(heads, batch, length, group_size, packed, alike, layout, limit, by_autograd):
+    """Documents packed into rows with padding between them, told by mask and positions, in launches of any size."""
+    mask, positions = torch.zeros(batch, length, dtype=torch.long), torch.zeros(batch, length, dtype=torch.long)
+    rows = []
     for row in range(batch):
-        left, right = pads[row]
-        mask[row, :left] = 0
-        if right:
-            mask[row, -right:] = 0
-    assume(mask.any())
-    for kernel in ("sdpa",):
-        check(draw(*heads, length, batch, dim=8, layout=layout), group_size, kernel, mask=mask)
+        rows.append([])
+        end = 0
+        for gap, size in packed[0 if alike else row]:
+            start, end = end + gap, min(end + gap + size, length)
+            if start < end:
+                rows[-1].append((start, end))
+                mask[row, start:end], positions[row, start:end] = 1, torch.arange(end - start)
+    assume(any(rows))
+    documents = Documents.find(batch, length, attention_mask=mask, position_ids=positions)
+    assert [list(row) for row in documents.rows] == rows
+    tensors = draw(*heads, length, batch, dim=8, layout=layout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sdpa, "LAUNCH_TOKENS", limit)
+        if by_autograd:
+            patch.setattr(sdpa, "_has_operators", lambda *_: False)
+        out = sdpa.sdpa_kernel(*tensors, documents.parts(*heads, group_size)).transpose(1, 2)
+        compare(out, tensors, rows, group_size)
 
 
 @every_kernel
