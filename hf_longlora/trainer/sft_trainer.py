@@ -211,6 +211,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         except FloatingPointError:
             self._write_report()
             raise
+        finally:
+            set_attention_mode(self.model, "auto")  # the run may have been stopped in a dense step
         self._write_report()
         return output
 

@@ -15,6 +15,7 @@ from transformers import (
     FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    TrainerCallback,
 )
 from trl import SFTTrainer
 
@@ -267,6 +268,17 @@ def test_an_evaluation_set_may_be_called_train(make):
     trainer = make(eval_strategy="no")
     trainer.evaluate({"train": texts(2)})
     assert len(trainer.train_dataset) == 2 * (3 + 3)
+
+
+def test_a_run_stopped_in_a_dense_step_leaves_the_model_sparse_in_training(make):
+    class Interrupt(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = make(stages=[ContextStage(128, 1, attention="dense")], callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert get_s2_attention(trainer.model).mode == "auto"
 
 
 def test_the_training_set_may_be_the_evaluation_set(make):
