@@ -261,7 +261,8 @@ def test_the_kernels_are_as_their_table_says():
         dtypes = "any" if kernel.dtypes is None else "bf16, fp16"
         assert kernel.softcap == kernel.sinks
         can = ["yes" if it else "no" for it in (kernel.dropout, kernel.softcap, kernel.compiles)]
-        assert shown[name] == [devices, dtypes, str(kernel.head_dim or "any"), *can]
+        steps = f", in steps of {kernel.head_step}" if kernel.head_step > 1 else ""
+        assert shown[name] == [devices, dtypes, f"{kernel.head_dim or 'any'}{steps}", *can]
 
 
 def test_each_error_quoted_is_one_that_is_raised():
