@@ -15,7 +15,7 @@ VOCABULARY, WIDTH = 70_000, 16
     ("way", "tied", "most"),
     [
         ("full", False, 1),  # the gradient
-        ("full", True, 3),  # autograd's: the head's gradient, the embedding's, and their sum
+        ("full", True, 2),  # the head's and its own; autograd adds them up in place
         ("embedding_rank=8", False, 0),
         ("embedding_rank=8", True, 0),
         ("trainable_token_indices, 16 tokens", False, 1),  # PEFT puts the tokens into a copy
