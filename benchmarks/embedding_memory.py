@@ -2,7 +2,7 @@
 
 For each way to train them: the numbers that are trained, what they take in fp32 with gradients and AdamW's two states,
 and how many tensors of the embedding's size a training step makes beside (a weight's casts and gradients), at most at
-one time. The last comes from watching every operator of a step of a small model in bf16, with TRL's fused head.
+one time. The last comes from the allocations in a step of a small model in bf16, with TRL's fused head.
 """
 
 import argparse
@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer  # noqa: F401 (imports the kernels' module in full)
 from trl.trainer.sft_trainer import add_fused_lm_head
@@ -29,26 +27,31 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-class Census(TorchDispatchMode):
-    """Counts the tensors of one shape that operators make, and how many of them live at one time."""
+class Census:
+    """Counts the allocations of some sizes, in bytes, and how many of them live at one time.
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.shape = shape
-        self.live: dict[int, StorageWeakRef] = {}
-        self.peak = 0
+    By the profiler. A dispatch mode that looks at operators' arguments holds references to them, and autograd, which
+    adds up gradients in place where it has the last one, then makes a sum of its own.
+    """
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        self.live = {key: ref for key, ref in self.live.items() if not ref.expired()}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.shape in (self.shape, self.shape[::-1]):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in before:
-                    self.live[storage._cdata] = StorageWeakRef(storage)
-        self.peak = max(self.peak, len(self.live))
-        return out
+    peak = 0
+
+    def __init__(self, *sizes: int) -> None:
+        self.sizes = sizes
+        self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+    def __enter__(self) -> "Census":
+        self.profiler.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.profiler.__exit__(*error)
+        events = [event for event in self.profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        live = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            if abs(event.nbytes()) in self.sizes:
+                live += 1 if event.nbytes() > 0 else -1
+                self.peak = max(self.peak, live)
 
 
 def measure(way: str, tied: bool, vocabulary: int, width: int) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def measure(way: str, tied: bool, vocabulary: int, width: int) -> dict[str, Any]
     trained = [p for n, p in model.named_parameters() if p.requires_grad and "embed_tokens" in n]
     numbers = sum(p.numel() for p in trained)
     tokens = torch.randint(0, vocabulary, (1, 64))
-    census = Census((vocabulary, width))
+    census = Census(2 * vocabulary * width, 4 * vocabulary * width)
     model.train()
     with census, torch.autocast("cpu", torch.bfloat16):
         out = model(tokens, labels=tokens, fused_lm_head=True)

@@ -41,7 +41,7 @@ _PROBE = "s2attn_probe"
 _TOKENS = 16
 
 
-@dataclass
+@dataclass(frozen=True)
 class Layer:
     """An attention layer, as it asked for attention in a training forward."""
 
@@ -187,13 +187,22 @@ def _put_adapter(model: PreTrainedModel, found: ModelCheck, target_length: int |
         before = None
         if target_length is None:
             found.notes.append(str(error))
-    try:
-        tuned: Any = get_peft_model(model, LongLoraConfig(target_length=target_length, rope_type=rope_type))
-    except ValueError as error:
-        found.refused.append(str(error))
-        tuned = get_peft_model(model, LongLoraConfig())
+    if before is not None and not rotary_modules(model):  # Granite hybrids may have the parameters and no positions
+        before = None
+        if target_length is None:
+            found.notes.append(f"{found.model_class} has no rotary module: there is no RoPE to scale.")
+    tuned: Any = None
+    for wanted in LongLoraConfig(target_length=target_length, rope_type=rope_type), LongLoraConfig():
+        try:
+            tuned = get_peft_model(model, wanted)
+            break
+        except ValueError as error:
+            if str(error) not in found.refused:
+                found.refused.append(str(error))
     if before is not None:
         found.rope = before, current_rope(model.config)
+    if tuned is None:
+        return
     adapter = tuned.peft_config["default"]
     found.targets = sorted(adapter.target_modules or ())
     whole = set(adapter.modules_to_save or ())
@@ -223,6 +232,7 @@ def _group_size(
 def _run(model: PreTrainedModel, found: ModelCheck) -> None:
     """The layers of the language model, as they call for attention in training."""
     language = {id(module): name for name, module in language_modules(model)}
+    calls: list[Layer] = []
 
     def probe(
         module: nn.Module,
@@ -245,7 +255,7 @@ def _run(model: PreTrainedModel, found: ModelCheck) -> None:
                 if str(error) not in found.refused:
                     found.refused.append(str(error))
             wanted = tuple(what for what, given in needs.items() if given is not None)
-            found.layers.append(Layer(language[id(module)], query.shape[1], key.shape[1], alone, wanted))
+            calls.append(Layer(language[id(module)], query.shape[1], key.shape[1], alone, wanted))
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
     rotary: Any
@@ -257,24 +267,25 @@ def _run(model: PreTrainedModel, found: ModelCheck) -> None:
     masks = (torch.ones(1, _TOKENS, dtype=torch.long), torch.ones_like(ids), None)
     with _registered(model, probe), torch.no_grad():
         for attempt, mask in enumerate(masks, start=1):
-            found.layers.clear()
+            calls.clear()
             try:
                 model.train()(input_ids=ids, attention_mask=mask, use_cache=False)
                 break
             except Exception as error:  # whatever a family's code does with tensors that have no numbers
                 if str(error).startswith(READS_MASK):
-                    found.layers.clear()
+                    calls.clear()
                     found.refused.append(f"{found.model_class}: {error}")
                     break
                 if attempt == len(masks):
-                    found.layers.clear()
+                    calls.clear()
                     found.notes.append(
                         f"The forward of {found.model_class} can't be followed without numbers ({error}), so that its "
                         "layers are not listed: run a training step of a tiny model of the family."
                     )
+    found.layers = list(dict.fromkeys(calls))  # some models go through a layer more than once
     total = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    if found.layers and isinstance(total, int):
-        found.other_layers = max(0, total - len(found.layers))
+    if calls and isinstance(total, int):
+        found.other_layers = max(0, total - len(calls))
 
 
 @contextmanager
@@ -297,8 +308,8 @@ def _judge(found: ModelCheck, config: Any) -> None:
     if found.layers and not found.sparse:
         reasons = ", ".join(sorted({str(layer.left_alone) for layer in found.layers}))
         found.notes.append(
-            f"no layer would be sparse ({reasons}), and training would be as without this package. A model with a "
-            "sliding window can be loaded with sliding_window=None."
+            f"no layer would be sparse ({reasons}), and training would be as without this package. A model "
+            "whose config has a sliding_window can be loaded with sliding_window=None."
         )
     needs = {need for layer in found.sparse for need in layer.needs}
     if needs:
@@ -357,7 +368,7 @@ def _lines(found: ModelCheck) -> Iterator[str]:
         yield f"RoPE        {_rope(before)}"
         yield f"            -> {_rope(after)}" if before != after else "            unchanged"
     elif found.layers:
-        yield "RoPE        none"
+        yield "RoPE        none that can be scaled"
     if found.family is not None and found.family.note:
         yield f"family      {found.family.note}"
     for note in found.notes:

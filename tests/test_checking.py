@@ -6,15 +6,16 @@ import json
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, T5Config
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, T5Config
 
 from hf_longlora import LongLoraConfig, S2AttentionConfig
+from hf_longlora.attention.switch import attention_modules
 from hf_longlora.checking import check_model
 from hf_longlora.cli import main
 from hf_longlora.families import FAMILIES, find_family
 from hf_longlora.rope import ROPE_TYPES, current_rope, reach
 
-from .test_families import COMMON, EVERY, HALF_SLIDING, OUTSIDE, TINY, build, vision_language
+from .test_families import COMMON, EVERY, HALF_SLIDING, OUTSIDE, SHARED, TINY, build, vision_language
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -78,6 +79,57 @@ def test_layers_that_are_left_alone_are_named():
     assert "unchanged" in said
     config = build("qwen3_next").config
     assert "1 layer left alone: no softmax attention" in str(check_model(config))
+
+
+def test_a_block_that_is_used_again_can_not_carry_an_adapter():
+    """Merged, each use's LoRA would be added to the weights of all."""
+    config = AutoConfig.for_model("zamba", **COMMON | SHARED | {"n_mamba_heads": 2, "mamba_dt_rank": 4})
+    found = check_model(config)
+    assert (len(found.sparse), found.other_layers) == (2, 2)  # attention itself is no matter
+    (reason,) = found.refused
+    assert "layers.3.shared_transf.self_attn.q_proj has its weights from model.layers.1." in reason
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="layers that are used again"):
+        get_peft_model(model, LongLoraConfig())
+    with pytest.raises(ValueError, match=r"shared_transf\.\w*norm has its weights from"):  # nor norms by themselves
+        get_peft_model(model, LongLoraConfig(target_modules=["in_proj"]))
+    assert model(input_ids=torch.ones(1, 8, dtype=torch.long)).logits.isfinite().all()
+    tuned = get_peft_model(model, LongLoraConfig(target_modules=["in_proj"], train_norms=False))
+    assert tuned.get_nb_trainable_parameters()[0] > 0
+
+
+def test_layers_that_are_gone_through_again_are_counted_once():
+    if "dory" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no dory")
+    parts = {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1, "num_hidden_layers": 4}
+    config = AutoConfig.for_model("dory", **COMMON | parts | {"head_dim": 8})
+    found = check_model(config)
+    modules = [name for name, _ in attention_modules(AutoModelForCausalLM.from_config(config))]
+    assert sorted(layer.name for layer in found.layers) == sorted(modules) and found.other_layers == 0
+
+
+def test_a_rope_that_can_not_be_read_is_no_hindrance():
+    """RecurrentGemma has no length in its config; a Granite hybrid without positions has RoPE's parameters in it."""
+    special = {"lru_width": 32, "head_dim": 8, "num_hidden_layers": 3}
+    common = {key: value for key, value in COMMON.items() if key != "max_position_embeddings"}
+    found = check_model(AutoConfig.for_model("recurrent_gemma", **common | special))
+    assert found.rope is None and not found.refused
+    assert "no `max_position_embeddings`" in str(found) and "a window of 2,048 tokens" in str(found)
+    config = build("granitemoehybrid").config
+    config.position_embedding_type = "nope"
+    found = check_model(config)
+    assert found.rope is None and not found.refused and len(found.sparse) == 1
+    assert "there is no RoPE to scale" in str(found)
+    (reason,) = check_model(config, target_length=256).refused
+    assert "no rotary module" in reason
+
+
+def test_a_decoder_layer_named_after_its_attention_is_none():
+    """A JambaAttentionDecoderLayer holds an MLP, too."""
+    model = build("jamba")
+    assert any(type(module).__name__ == "JambaAttentionDecoderLayer" for module in model.modules())
+    model.config.expert_layer_offset = 0  # so that the MLP beside the attention is no mixture
+    assert check_model(model.config).targets == ["k_proj", "o_proj", "q_proj", "v_proj"]
 
 
 @pytest.mark.parametrize("rope_type", ROPE_TYPES)

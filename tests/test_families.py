@@ -55,6 +55,15 @@ LATENT = {  # multi-head latent attention: values are narrower than queries and 
     "first_k_dense_replace": 1,
 }
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 4}
+SHARED = {  # one block of attention and MLP, used after every other layer
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 4,
+    "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    "attention_hidden_size": 64,
+    "attention_head_dim": 16,
+    "mamba_d_state": 4,
+    "mamba_d_conv": 2,
+}
 GPT_LIKE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0, "embd_pdrop": 0}
 # What is special in the configuration of a family, and how many of its layers are sparse.
 TINY: dict[str, tuple[dict[str, Any], int]] = {

@@ -60,7 +60,7 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) 
     check_supported(type(inner), inner.config)
     modules = [module for _, module in attention_modules(inner)]
     if not modules:
-        raise ValueError(f"{type(inner).__name__} has no attention modules.")
+        raise ValueError(f"{type(inner).__name__} has no attention modules: nothing is there to be sparse.")
     if not any(getattr(module, "is_causal", True) for module in modules):
         raise ValueError(
             f"{type(inner).__name__} has no causal attention: it is an encoder (or set up as one: is_decoder), or its "

@@ -69,7 +69,8 @@ def current_rope(config: Any) -> RopeScaling:
     """A deep-copied snapshot of the RoPE a config describes.
 
     Raises:
-        ValueError: the config has no RoPE, no `rope_theta`, or nests its parameters without a `full_attention` entry.
+        ValueError: the config has no RoPE, no length, no `rope_theta`, or nests its parameters without a
+            `full_attention` entry.
     """
     config = text_config(config)
     parameters = getattr(config, "rope_parameters", None)
@@ -78,6 +79,11 @@ def current_rope(config: Any) -> RopeScaling:
             f"model type {getattr(config, 'model_type', type(config).__name__)!r} has no RoPE (no `rope_parameters` "
             "in its config), so there is no RoPE to scale: its length is fixed by position embeddings, or free. "
             "Shifted sparse attention works on it; leave target_length and rope_parameters unset."
+        )
+    if getattr(config, "max_position_embeddings", None) is None:
+        raise ValueError(
+            f"model type {config.model_type!r} has RoPE and no `max_position_embeddings` in its config: the length "
+            "that it reaches is not known, so its RoPE can't be scaled. Leave target_length and rope_parameters unset."
         )
     parameters = copy.deepcopy(dict(parameters))
     if is_nested(parameters) and not isinstance(parameters.get(GLOBAL_LAYERS), dict):
@@ -102,6 +108,14 @@ def current_rope(config: Any) -> RopeScaling:
         counts_factor="gemma3" in getattr(config, "model_type", ""),
         model_max_length=getattr(config, "model_max_length", None),
     )
+
+
+def find_rope(config: Any) -> RopeScaling | None:
+    """As `current_rope`, and `None` where there is no RoPE that can be read."""
+    try:
+        return current_rope(config)
+    except ValueError:
+        return None
 
 
 def _as_scaling(config_or_scaling: Any) -> RopeScaling:

@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..attention import check_supported
-from ..rope import AUTO, RopeScaling, current_rope, reach, scaled_rope
+from ..rope import AUTO, RopeScaling, current_rope, find_rope, reach, scaled_rope
 from ..tuner import LongLoraConfig, LongLoraModel
 from .callbacks import longlora_tuner
 from .config import LongLoraSFTConfig
@@ -144,10 +144,8 @@ def checked_config(model: Any, args: LongLoraSFTConfig) -> PreTrainedConfig:
 
 def known_length(config: PreTrainedConfig) -> int:
     """Tokens that a model reaches as it is; 0 if it has no RoPE to scale."""
-    try:
-        return reach(current_rope(config))[1]
-    except ValueError:
-        return 0
+    rope = find_rope(config)
+    return reach(rope)[1] if rope is not None else 0
 
 
 def stage_ropes(

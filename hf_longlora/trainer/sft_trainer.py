@@ -24,7 +24,7 @@ from ..attention import set_attention_mode, set_s2_attention
 from ..hub.card import base_name, folder_card
 from ..hub.run import RUN_NAME, read_facts, run_facts, write_facts
 from ..planning import local_gpu
-from ..rope import current_rope, rope_factor
+from ..rope import find_rope, rope_factor
 from ..tuner.config import check_weights
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
 from .checkpoints import begin_checkpoint, check_signature, last_checkpoint, optimizer_states, write_signature
@@ -291,8 +291,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         self._last_log = now, tokens
         logs["stage"] = plan.stage + 1
         logs["context_length"] = stage.max_length
-        has_rope = getattr(self.model.config.get_text_config(), "rope_parameters", None)
-        logs["rope_factor"] = rope_factor(current_rope(self.model.config)) if has_rope else 1.0
+        rope = find_rope(self.model.config)
+        logs["rope_factor"] = rope_factor(rope) if rope is not None else 1.0
         logs["peak_memory_gib"] = peak_memory(self.args.device)
         super().log(logs, start_time)
         last: dict[str, Any] = self.state.log_history[-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import nn
 
 from .. import rope
 from ..rope import RopeScaling
-from ..rope.state import text_config
 from .config import LongLoraConfig
 
 # On the base model, so that it outlives the tuner: transformers' own `load_adapter` builds one per adapter.
@@ -32,8 +30,10 @@ def rope_of_base(model: nn.Module) -> RopeScaling:
     return snapshot if snapshot is not None else rope.current_rope(getattr(model, "config", None))
 
 
-def has_rope(model: nn.Module) -> bool:
-    return bool(getattr(text_config(getattr(model, "config", None)), "rope_parameters", None))
+def find_rope_of_base(model: nn.Module) -> RopeScaling | None:
+    """As `rope_of_base`, and `None` where there is no RoPE that can be read."""
+    snapshot = getattr(model, _BASE_ROPE, None)
+    return snapshot if snapshot is not None else rope.find_rope(getattr(model, "config", None))
 
 
 def remember(model: nn.Module) -> None:
@@ -78,8 +78,8 @@ def resolve_rope(model: nn.Module, config: LongLoraConfig) -> None:
         config.rope, config.base_rope = scaling.to_dict(), base.to_dict()
     else:
         # Nothing to scale; what the adapter is trained on is written down all the same, if it can be read.
-        with contextlib.suppress(ValueError, AttributeError):
-            config.base_rope = rope_of_base(model).to_dict()
+        found = find_rope_of_base(model)
+        config.base_rope = found.to_dict() if found is not None else None
     if config.rope is not None and not rope.rotary_modules(model):
         raise ValueError(f"{type(model).__name__} has no rotary module: its RoPE can't be scaled.")
 

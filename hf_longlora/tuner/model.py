@@ -14,9 +14,9 @@ from .. import rope
 from ..rope import RopeScaling
 from . import masters
 from .base_rope import (
+    find_rope_of_base,
     follow,
     forget,
-    has_rope,
     put_rope,
     refuse_other_rope,
     remember,
@@ -136,8 +136,8 @@ class LongLoraModel(LoraModel):
 
     @property
     def base_rope(self) -> RopeScaling | None:
-        """The RoPE of the base model, whatever an adapter has made of it; None if the model has none."""
-        return rope_of_base(self.model) if has_rope(self.model) else None
+        """The RoPE of the base model, whatever an adapter has made of it; None if it has none that can be read."""
+        return find_rope_of_base(self.model)
 
     def _sync_rope(self) -> None:
         """Put on the model what its active adapters need: theirs, or the base's without any."""

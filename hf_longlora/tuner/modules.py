@@ -55,10 +55,16 @@ def is_projection(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D)) or linear
 
 
+def _is_attention(module: nn.Module) -> bool:
+    # A JambaAttentionDecoderLayer is a block that holds an attention module, and an MLP beside it.
+    name = type(module).__name__
+    return "Attention" in name and not name.endswith("DecoderLayer")
+
+
 def attention_projections(model: nn.Module) -> set[str]:
     """The linear layers inside attention modules, as the shortest suffixes that match them and nothing else."""
     modules = language_modules(model)
-    attentions = tuple(f"{name}." for name, module in modules if name and "Attention" in type(module).__name__)
+    attentions = tuple(f"{name}." for name, module in modules if name and _is_attention(module))
     found = {name for name, module in modules if name.startswith(attentions) and is_projection(module)}
     return _shortest_suffixes(found, [name for name, _ in walk(model)])
 

@@ -35,7 +35,8 @@ def resolve_modules(model: nn.Module, config: LongLoraConfig) -> None:
     """Write the names into the config: targets where it has none, and norms and embeddings to be trained whole.
 
     Raises:
-        ValueError: the head is targeted, or `embedding_rank` can't reach an embedding.
+        ValueError: the head is targeted, `embedding_rank` can't reach an embedding, or an adapter would be put on
+            modules that share their weights.
     """
     if config.target_modules is None and not config.target_parameters:
         found: Any = attention_projections(model) or None
@@ -47,8 +48,13 @@ def resolve_modules(model: nn.Module, config: LongLoraConfig) -> None:
         for name, module in walk(model):
             if head is not None and module is head and check_target_module_exists(config, name):
                 refuse_head(name)
-    if config.resolved:
-        return
+    if not config.resolved:
+        _resolve_whole(model, config)
+    _refuse_shared(model, config)
+
+
+def _resolve_whole(model: nn.Module, config: LongLoraConfig) -> None:
+    """Add norms and embeddings to what is trained whole."""
     wanted = list(config.modules_to_save or [])
     users = tuple(wanted)
     train_embeddings = config.train_embeddings and config.trainable_token_indices is None
@@ -62,6 +68,28 @@ def resolve_modules(model: nn.Module, config: LongLoraConfig) -> None:
         elif (config.train_norms and is_norm(module)) or (train_embeddings and isinstance(module, nn.Embedding)):
             wanted.append(name)
     config.modules_to_save = wanted or None
+
+
+def _refuse_shared(model: nn.Module, config: LongLoraConfig) -> None:
+    """Raise a `ValueError` if modules that share their weights (Zamba's blocks) would get an adapter each.
+
+    Their LoRAs would all be merged into the same weights, and copies that are trained apart would be saved as one.
+    """
+    whole = tuple(config.modules_to_save or ())
+    tied = getattr(input_embedding(model), "weight", None)  # with a head: `tie_by_module` sees to those
+    first: dict[int, str] = {}
+    for name, module in walk(model):
+        weight = module._parameters.get("weight")
+        if weight is None or weight is tied:
+            continue
+        if name.endswith(whole) or (config.target_modules is not None and check_target_module_exists(config, name)):
+            other = first.setdefault(id(weight), name)
+            if other != name:
+                raise ValueError(
+                    f"{name} has its weights from {other} (layers that are used again), and an adapter can't train "
+                    "them: each would have its own part, and a merge would add all of them to the same weights. Leave "
+                    "them out (target_modules, train_norms=False), or train without an adapter."
+                )
 
 
 def _target_embeddings(model: nn.Module, config: LongLoraConfig, rank: int) -> None:
