@@ -28,6 +28,7 @@ DESELECTED = {
     "test_train_with_iterable_dataset": "streams are refused: stages need a known number of examples",
     "test_train_assistant_only_iterable_dataset": "streams are refused: stages need a known number of examples",
     "test_skip_prepare_dataset_with_masks_but_no_labels_raises": "skip_prepare_dataset is refused, in other words",
+    "test_padding_free_without_packing_and_max_length_raises": "padding_free alone is refused, in other words",
     # A stage's last step is logged, and with it what TRL would leave to the last entry.
     "test_train[trl-internal-testing/tiny-GptOssForCausalLM]": "aux_loss is in the entry before the log's last",
     "test_train[trl-internal-testing/tiny-Qwen3MoeForCausalLM]": "aux_loss is in the entry before the log's last",
