@@ -8,6 +8,8 @@ JOBS ?= 2
 ARGS ?=
 # For make bench: a folder of texts to measure quality on (benchmarks/README.md), and where what is not kept goes.
 CORPUS ?=
+# For make test-third-party: a checkout of TRL, where GitHub can't be reached.
+TRL_SOURCE ?=
 WORK ?= runs/bench
 
 VENV := .venv
@@ -23,7 +25,8 @@ help:
 	@echo 'make VERB, where VERB is one of'
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  %-14s %s\n", $$1, $$2 }'
 	@echo 'Variables: PYTHON (the interpreter, now $(PYTHON)), TORCH (e.g. "torch==2.13.0"; empty: CPU or GPU build by itself),'
-	@echo '           JOBS (test processes, now $(JOBS)), ARGS (for pytest, e.g. ARGS="-k rope"), CORPUS (a folder, for bench)'
+	@echo '           JOBS (test processes, now $(JOBS)), ARGS (for pytest, e.g. ARGS="-k rope"), CORPUS (a folder, for bench),'
+	@echo '           TRL_SOURCE (a checkout, for test-third-party)'
 
 demo: $(VENV)/.installed ## extend a small model's context on this machine, offline
 	$(BIN)/hf-longlora demo
@@ -44,10 +47,12 @@ define sdist
 endef
 OTHERS_PYTEST = HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/$(VENV)/hub PYTHONPATH=$(CURDIR)/tests/third_party:$(CURDIR) \
 	$(CURDIR)/$(BIN)/python -m pytest -o addopts= -q -n $(JOBS) -p no:warnings -p no:cacheprovider
+# TRL's SFT tests, twice. Those that fail with TRL's own trainer, for want of the Hub mostly, are not run with ours.
+TRL_PYTEST = HF_DATASETS_CACHE=$(CURDIR)/$(VENV)/hub/arrow OMP_NUM_THREADS=1 TRL_STOCK=stock.xml $(OTHERS_PYTEST)
 OF_LORA = -k "-LoraConfig- or [LoraConfig- or (lora and not Config)"
 
-test-third-party: $(VENV)/.installed ## PEFT's and transformers' own suites, with our adapter and attention in the place of theirs
-	$(BIN)/python -m pip install -qq --disable-pip-version-check parameterized
+test-third-party: $(VENV)/.installed ## PEFT's, transformers' and TRL's own suites, with our adapter, attention and trainer in the place of theirs
+	$(BIN)/python -m pip install -qq --disable-pip-version-check parameterized pytest-datadir
 	$(call sdist,peft)
 	$(call sdist,transformers)
 	$(BIN)/python tests/third_party/hub_cache.py $(VENV)/hub
@@ -56,6 +61,14 @@ test-third-party: $(VENV)/.installed ## PEFT's and transformers' own suites, wit
 	cd $(VENV)/peft && LONGLORA_TARGET_LENGTH=2048 $(OTHERS_PYTEST) -p longlora_for_lora tests/test_decoder_models.py $(OF_LORA) $(ARGS)
 	cd $(VENV)/peft && LONGLORA_LORA_ALONE=1 $(OTHERS_PYTEST) -p longlora_for_lora tests/test_decoder_models.py $(OF_LORA) $(ARGS)
 	cd $(VENV)/transformers && $(OTHERS_PYTEST) tests/test_s2attn_common.py $(ARGS)
+	@version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("trl"))'); \
+	if tests/third_party/trl_tests.sh $(VENV)/trl $$version '$(TRL_SOURCE)'; then set -ex; \
+		$(BIN)/python tests/third_party/trl_hub.py $(VENV)/trl $(VENV)/hub; cd $(VENV)/trl; \
+		$(TRL_PYTEST) -p trl_offline --junitxml stock.xml --tb no tests/test_sft_trainer.py $(ARGS) || [ $$? -eq 1 ]; \
+		$(TRL_PYTEST) -p longlora_for_sft tests/test_sft_trainer.py $(ARGS); \
+	elif [ -n '$(TRL_SOURCE)' ]; then echo 'TRL_SOURCE=$(TRL_SOURCE) is no checkout of TRL.' >&2; exit 1; \
+	else echo "TRL's SFT tests were NOT run: its sdist has none, and GitHub (huggingface/trl, v$$version) can't be reached." \
+		"TRL_SOURCE=DIR takes a checkout." >&2; fi
 
 # Results of a GPU are kept (benchmarks/results); those of a CPU show no more than that the scripts run.
 bench: $(VENV)/.installed ## what this machine can measure: attention, a training step, with CORPUS=DIR quality

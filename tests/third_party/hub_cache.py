@@ -67,15 +67,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def save(cache: Path, name: str, *parts: PreTrainedModel | PreTrainedTokenizerFast) -> None:
+    """Put a model, a tokenizer or both into the cache, as if they had been downloaded."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    for part in parts:
+        part.save_pretrained(folder / "snapshots" / REVISION)
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text(REVISION)
+
+
 def main(cache: Path) -> None:
     for name, (model_class, config) in MODELS.items():
-        folder = cache / f"models--{name.replace('/', '--')}"
-        snapshot = folder / "snapshots" / REVISION
         torch.manual_seed(0)
-        model_class(config).save_pretrained(snapshot)
-        tokenizer().save_pretrained(snapshot)
-        (folder / "refs").mkdir(parents=True, exist_ok=True)
-        (folder / "refs" / "main").write_text(REVISION)
+        save(cache, name, model_class(config), tokenizer())
 
 
 if __name__ == "__main__":
