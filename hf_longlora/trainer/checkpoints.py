@@ -70,7 +70,7 @@ def check_signature(path: str, signature: Mapping[str, Any]) -> int:
     if not file.is_file():
         raise ValueError(f"{path} is not a checkpoint of a staged run: it has no {SCHEDULE_NAME}.")
     found, own = json.loads(file.read_text()), json.loads(json.dumps(signature))
-    differing = [key for key in own if found.get(key, own[key]) != own[key]]  # earlier versions wrote less
+    differing = [key for key in own if found.get(key) != own[key]]
     if differing:
         raise ValueError(
             f"{path} is of another run and can't be resumed: "

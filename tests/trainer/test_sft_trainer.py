@@ -481,8 +481,11 @@ def test_checkpoints_of_another_schedule_are_refused(make, tmp_path):
     file.write_text(json.dumps(signature | {"optimizer_states": "those of FSDP"}))
     with pytest.raises(ValueError, match="optimizer_states was those of FSDP, is whole"):
         make(**options).train(resume_from_checkpoint=True)
-    del signature["optimizer_states"]  # as an earlier version wrote it
+    del signature["optimizer_states"]
     file.write_text(json.dumps(signature))
+    with pytest.raises(ValueError, match="optimizer_states was None, is whole"):
+        make(**options).train(resume_from_checkpoint=True)
+    file.write_text(json.dumps(signature | {"optimizer_states": "whole"}))
     assert make(**options).train(resume_from_checkpoint=True).global_step == 6
     file.unlink()
     with pytest.raises(ValueError, match="not a checkpoint of a staged run"):
