@@ -118,7 +118,7 @@ def check_adapter(model: Any, peft_config: PeftConfig | None, schedule: Schedule
 def check_saving(accelerator: Any) -> None:
     """Refuse a launch that would train an adapter and save none."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+    if plugin is not None and plugin.state_dict_type.name != "FULL_STATE_DICT":
         raise ValueError(
             f"FSDP would save no adapter: fsdp_state_dict_type is {plugin.state_dict_type.name}, with which Trainer "
             "writes each process's part of the weights and no file of the adapter. Set fsdp_state_dict_type: "
