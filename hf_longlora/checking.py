@@ -327,8 +327,8 @@ def _judge(found: ModelCheck, config: Any) -> None:
     before, after = found.rope
     if before != after and after.rope_type == "dynamic":
         found.notes.append(
-            "dynamic RoPE: vLLM takes the frequencies of the full length for every text, transformers those of the "
-            "text's own length."
+            "dynamic RoPE: vLLM doesn't scale it by itself; `merge` says what --hf-overrides it needs, by which short "
+            "text has the frequencies of the full length, too. transformers has those of the text's own length."
         )
     if after.rope_type == "longrope" and after.original_max_position_embeddings is not None:
         found.notes.append(

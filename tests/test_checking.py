@@ -136,7 +136,7 @@ def test_a_decoder_layer_named_after_its_attention_is_none():
 def test_layers_are_found_under_every_rope_type(rope_type):
     found = check_model(LlamaConfig(**COMMON), target_length=256, rope_type=rope_type)
     assert len(found.sparse) == 2 and found.rope is not None and found.rope[1].rope_type == rope_type
-    assert ("vLLM takes the frequencies of the full length" in str(found)) == (rope_type == "dynamic")
+    assert ("vLLM doesn't scale it by itself" in str(found)) == (rope_type == "dynamic")
 
 
 def test_a_window_in_every_layer():

@@ -24,7 +24,16 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_longlora import rope
-from hf_longlora.rope import ROPE_TYPES, RopeScaling, apply_rope, current_rope, reach, rope_factor, scaled_rope
+from hf_longlora.rope import (
+    ROPE_TYPES,
+    RopeScaling,
+    apply_rope,
+    current_rope,
+    reach,
+    rope_factor,
+    scaled_rope,
+    vllm_overrides,
+)
 
 from . import vllm_rules
 
@@ -197,6 +206,12 @@ READ: dict[str, tuple] = {
 }
 
 
+def assert_served_alike(served, rope_type, target, inv_freq, attention_factor, rtol):
+    alike = torch.allclose(inv_freq, served.inv_freq, rtol=rtol) and served.positions >= target
+    assert alike == (rope_type != "dynamic")  # which vLLM takes the length of, and doesn't scale
+    assert attention_factor == pytest.approx(served.attention_factor)
+
+
 @pytest.mark.parametrize(("name", "rope_type"), [(n, t) for n, (_, _, types) in READ.items() for t in types])
 @pytest.mark.parametrize("in_steps", [False, True])
 def test_transformers_and_vllm_derive_the_same_from_the_saved_file(name, rope_type, in_steps, tmp_path):
@@ -219,13 +234,11 @@ def test_transformers_and_vllm_derive_the_same_from_the_saved_file(name, rope_ty
     config = AutoConfig.from_pretrained(tmp_path)
     served = vllm_rules.served(config)
     assert served.longest == target
-    assert served.positions >= target
     assert served.default_length == (original if name.startswith("phi") else target)
     parameters = vllm_rules.is_nested(config.rope_parameters)
     layer = {"layer_type": "full_attention"} if parameters else {}
     inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", seq_len=target, **layer)
-    assert torch.allclose(inv_freq, served.inv_freq, rtol=1e-5)
-    assert attention_factor == pytest.approx(served.attention_factor)
+    assert_served_alike(served, rope_type, target, inv_freq, attention_factor, rtol=1e-5)
     # the live model, at the length it was made for, is what the file says
     rotary = rope.rotary_modules(model)[0]
     cos, _ = rotary(torch.zeros(1, 1), torch.arange(target)[None], **layer)
@@ -236,6 +249,21 @@ def test_transformers_and_vllm_derive_the_same_from_the_saved_file(name, rope_ty
         sliding = vllm_rules.served(config, "sliding_attention")
         assert sliding.positions >= target
         assert config.rope_parameters["sliding_attention"] == base.rope_parameters["sliding_attention"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "cohere", "llama with dynamic"])
+def test_vllm_has_the_frequencies_of_dynamic_rope_by_overrides(name, tmp_path):
+    config, target = READ[name][0](), 1000
+    scaling = scaled_rope(config, target, "dynamic")
+    rope.write_rope(config, scaling)
+    inv_freq, attention_factor = ROPE_INIT_FUNCTIONS["dynamic"](config, "cpu", seq_len=target)
+    overrides = vllm_overrides(config, scaling)
+    assert current_rope(config) == scaling
+    config.update(overrides)
+    served = vllm_rules.served(config)
+    assert served.default_length == served.longest == target
+    assert_served_alike(served, "default", target, inv_freq, attention_factor, rtol=1e-5)
+    assert vllm_overrides(config, current_rope(config)) is None
 
 
 @pytest.mark.parametrize("rope_type", ROPE_TYPES)
@@ -261,10 +289,8 @@ def test_readers_agree_at_any_length_width_and_base(rope_type, tmp_path):
         config = AutoConfig.from_pretrained(tmp_path / str(case))
         served = vllm_rules.served(config)
         assert served.longest == target, (original, target)
-        assert served.positions >= target, (original, target)
         inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", seq_len=target)
-        assert torch.allclose(inv_freq, served.inv_freq, rtol=1e-4)
-        assert attention_factor == pytest.approx(served.attention_factor)
+        assert_served_alike(served, rope_type, target, inv_freq, attention_factor, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rope_type", ROPE_TYPES)

@@ -1,7 +1,8 @@
 """What vLLM derives from a saved model's `config.json`: the longest text, frequencies, attention factor.
 
-Its rules written down, read in its source in November 2026: `_get_and_verify_max_len` (vllm/config/model.py),
-`get_rope` and the classes that it chooses from (vllm/model_executor/layers/rotary_embedding/). Not run.
+Its rules written down from the source of 0.33: `_get_and_verify_max_len` (vllm/config/model.py), `get_rope` and the
+classes that it chooses from (vllm/model_executor/layers/rotary_embedding/). `tests/third_party/vllm_serves.py` holds
+them against vLLM itself.
 """
 
 import math
@@ -48,10 +49,8 @@ def lengths(config: Any) -> tuple[int, int]:
     if "gemma3" not in config.model_type:
         factor = 1.0
         for entry in entries:
-            if entry["rope_type"] not in ("su", "longrope", "llama3"):
+            if entry["rope_type"] not in ("longrope", "llama3", "yarn"):
                 factor = entry.get("factor", factor)
-                if entry["rope_type"] == "yarn":
-                    derived = entry["original_max_position_embeddings"]
         derived *= factor
     default = derived
     if any(entry["rope_type"] == "longrope" for entry in entries):
@@ -78,10 +77,7 @@ def rotary(config: Any, parameters: dict[str, Any]) -> tuple[int, torch.Tensor, 
         return int(length * parameters["factor"]), frequencies(base) / parameters["factor"], 1.0
     if kind == "dynamic":
         assert "alpha" not in parameters
-        factor = parameters["factor"]
-        longest = length * factor
-        stretched = base * (factor * longest / length - (factor - 1)) ** (dim / (dim - 2))
-        return int(longest), frequencies(stretched), 1.0
+        return length, frequencies(base), 1.0  # as if it were not scaled, though the length that is taken is
     original = parameters["original_max_position_embeddings"]
     if kind == "llama3":
         return length, llama3(frequencies(base), parameters, original), 1.0

@@ -92,6 +92,7 @@ def adapter_card(
         base_model=base_model or "the base",
         tokenizer=base_model or name,
         max_length=reach(RopeScaling.from_dict(config.rope))[1] if config.rope is not None else None,
+        dynamic=config.rope is not None and RopeScaling.from_dict(config.rope).rope_type == "dynamic",
         limits=_limits(perplexity, retrieval),
     )
     return ModelCard(str(text).rstrip() + "\n")

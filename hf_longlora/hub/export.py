@@ -26,11 +26,14 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from ..from_hub import reason
-from ..rope import RopeScaling, current_rope, reach, write_rope
+from ..rope import RopeScaling, current_rope, reach, vllm_overrides, write_rope
 from ..tuner import LongLoraConfig
 from ..tuner.config import check_weights
+
+logger = logging.get_logger(__name__)
 
 ExportForm = Literal["merged", "lora"]
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -38,7 +41,9 @@ BASE_FOLDER = "base"
 PREFIX = "base_model.model."
 """Before each module's name in an adapter's weights."""
 NOT_SERVED = ("modules_to_save", "trainable_token_indices", "use_dora")
-"""Fields of a plain LoRA's config that vLLM refuses (read, not run)."""
+"""Fields of a plain LoRA's config that vLLM refuses."""
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as --max-lora-rank."""
 
 
 def export_adapter(
@@ -91,6 +96,8 @@ def export_adapter(
         else:
             _plain_lora(source, config, base_config, rope, base_name, out, Path(output_dir))
         _tokenizer(source, base_name, out if form == "merged" else out / BASE_FOLDER, rope)
+    if overrides := _overrides(base_config, rope):
+        logger.warning(f"vLLM does not scale dynamic RoPE by itself, and needs{overrides}; transformers does.")
     return Path(output_dir)
 
 
@@ -179,17 +186,19 @@ def _plain_lora(
         name, weight = head
         weights[f"{PREFIX}{name}.weight"] = weight
         plain |= {"ensure_weight_tying": False, "modules_to_save": [*plain["modules_to_save"], name]}
+    overrides = _overrides(base_config, rope)
     if rope is not None:
         write_rope(base_config, rope)
     base_config.save_pretrained(out / BASE_FOLDER)
     (out / CONFIG_NAME).write_text(json.dumps(plain, indent=2))
     save_file(weights, out / WEIGHTS_NAME, metadata={"format": "pt"})
-    refused = [key for key in NOT_SERVED if plain.get(key)]
-    if getattr(config, "embedding_rank", None) is None:  # whose patterns leave the scaling as it is
-        refused += [key for key in ("rank_pattern", "alpha_pattern") if plain.get(key)]
-    embeddings = any("lora_embedding_" in name for name in weights)
-    rank = max(config.r, *(plain.get("rank_pattern") or {"": 0}).values())
-    (out / "README.md").write_text(_how_to_load(refused, embeddings, base_name, output_dir.name, rank))
+    (out / "README.md").write_text(_how_to_load(plain, config, weights, base_name, output_dir.name, overrides))
+
+
+def _overrides(base_config: Any, rope: RopeScaling | None) -> str:
+    """The option that vLLM needs beside the config, with a space before it; empty for most."""
+    overrides = vllm_overrides(base_config, rope or current_rope(base_config))
+    return f" --hf-overrides '{json.dumps(overrides)}'" if overrides else ""
 
 
 def _tied_head(weights: dict[str, torch.Tensor], base_config: Any) -> tuple[str, torch.Tensor] | None:
@@ -216,20 +225,36 @@ def _tokenizer(source: Path, base_name: str, out: Path, rope: RopeScaling | None
     tokenizer.save_pretrained(out)
 
 
-def _how_to_load(refused: list[str], embeddings: bool, base_name: str, name: str, rank: int) -> str:
-    """How to load a plain LoRA, with and without what vLLM refuses, and with LoRA on embeddings."""
+def _how_to_load(
+    plain: dict[str, Any],
+    config: LongLoraConfig,
+    weights: dict[str, torch.Tensor],
+    base_name: str,
+    name: str,
+    overrides: str,
+) -> str:
+    """How to load a plain LoRA, with and without what vLLM refuses, or takes in some cases only."""
+    refused = [key for key in NOT_SERVED if plain.get(key)]
+    rank = max(config.r, *(plain.get("rank_pattern") or {"": 0}).values())
+    if rank > SERVED_RANKS[-1]:
+        refused.append(f"a rank above {SERVED_RANKS[-1]}")
+    rank = min((step for step in SERVED_RANKS if step >= rank), default=rank)
     serving = (
         f"vLLM does not take it: it has {', '.join(refused)}. Export the merged model for that."
         if refused
         else f"""For vLLM:
 
 ```
-vllm serve {base_name} --hf-config-path {name}/{BASE_FOLDER} \\
+vllm serve {base_name} --hf-config-path {name}/{BASE_FOLDER}{overrides} \\
     --enable-lora --max-lora-rank {rank} --lora-modules long={name}
 ```"""
     )
-    if embeddings and not refused:
+    if any("lora_embedding_" in key for key in weights) and not refused:
         serving += "\n\nIt has LoRA on embeddings, which vLLM takes for some families only (Llama among them)."
+    # embedding_rank's patterns leave the scaling as it is: an older vLLM is right without reading them
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if plain.get(key)]
+    if patterns and config.embedding_rank is None and not refused:
+        serving += f"\n\nIt has {' and '.join(patterns)}, which vLLM 0.32 serves right; older ones may pass over them."
     return f"""# A plain LoRA for `{base_name}` with a scaled RoPE
 
 The LoRA does not carry the RoPE scaling that it was trained with; `{BASE_FOLDER}/config.json` does. On `{base_name}`

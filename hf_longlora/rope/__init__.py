@@ -6,7 +6,7 @@ product of the steps that led there.
 """
 
 from .live import apply_rope, rotary_modules
-from .scale import AUTO, natural_type, scaled_rope
+from .scale import AUTO, natural_type, scaled_rope, vllm_overrides
 from .state import (
     CARRY_ORIGINAL,
     GLOBAL_LAYERS,
@@ -35,5 +35,6 @@ __all__ = [
     "rope_factor",
     "rotary_modules",
     "scaled_rope",
+    "vllm_overrides",
     "write_rope",
 ]

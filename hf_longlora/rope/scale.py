@@ -5,15 +5,15 @@ What is written follows what readers of `config.json` derive (vLLM's rule beside
 | type             | `max_position_embeddings` | `original_max_position_embeddings` | length a reader derives   |
 |------------------|---------------------------|------------------------------------|---------------------------|
 | linear, dynamic  | the original length       | -                                  | original x factor         |
-| yarn             | the target length         | the original length                | original x factor         |
-| llama3, longrope | the target length         | the original length                | `max_position_embeddings` |
+| yarn, llama3,    | the target length         | the original length                | `max_position_embeddings` |
+| longrope         |                           |                                    |                           |
 
 Gemma 3 is the exception: its `max_position_embeddings` counts the factor already, and vLLM knows that family by
 name. Command R's `model_max_length` overrides `max_position_embeddings` in vLLM, so that both are written.
 
-vLLM reads longrope's attention factor off the two lengths and not off `attention_factor`, and takes dynamic RoPE's
-frequencies at the full length for every text, where transformers lets them grow with the text: equal at the full
-length only.
+vLLM reads longrope's attention factor off the two lengths and not off `attention_factor`, and serves short text by the
+long factors, too, once it is let beyond the original length. Of dynamic RoPE it takes the length and nothing else: no
+config says it to both (`vllm_overrides`).
 """
 
 from __future__ import annotations
@@ -221,6 +221,23 @@ def _explicit(
 def _rotary_dim(config: Any, parameters: dict[str, Any]) -> int:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
+
+
+def vllm_overrides(config: Any, scaling: RopeScaling) -> dict[str, Any] | None:
+    """The `--hf-overrides` by which vLLM serves a dynamic RoPE; `None` for the types that it serves as they are.
+
+    vLLM 0.33 takes texts of original x factor tokens, makes a table of the original length, and doesn't scale its
+    frequencies. Here they are for every text what transformers has for one of the full length, a larger `rope_theta`.
+    """
+    if scaling.rope_type != "dynamic":
+        return None
+    parameters = scaling.parameters
+    dim, factor = _rotary_dim(text_config(config), parameters), parameters["factor"]
+    theta = parameters["rope_theta"] * (factor * factor - (factor - 1)) ** (dim / (dim - 2))
+    kept = {key: parameters[key] for key in _LASTING if key in parameters}
+    plain = scaling.with_parameters({**kept, "rope_type": "default", "rope_theta": theta}, reach(scaling)[1])
+    read = ("max_position_embeddings", "model_max_length", "rope_parameters")
+    return {key: value for key, value in plain.to_dict().items() if key in read and value is not None}
 
 
 def _longrope_ramp(config: Any, parameters: dict[str, Any], original: int, factor: float) -> list[float]:

@@ -25,6 +25,7 @@ CASES = {
     "rslora bf16": ({"dtype": torch.bfloat16}, {"target_length": 256, "rope_type": "llama3", "use_rslora": True}),
     "no rope": ({}, {"r": 4}),
     "low-rank embeddings": ({"tied": True}, {"target_length": 256, "embedding_rank": 4, "train_norms": False}),
+    "patterns": ({}, {"target_length": 256, "r": 12, "rank_pattern": {"q_proj": 4}, **LORA_ONLY}),
 }
 
 RELOAD = """
@@ -101,8 +102,10 @@ def test_a_plain_lora_does_not_run_on_the_unscaled_base_by_name(exported):
     with pytest.raises(OSError, match="base"):
         AutoPeftModelForCausalLM.from_pretrained(str(folder / "lora" / "plain"))
     said = (folder / "lora" / "plain" / "README.md").read_text()
-    assert "--hf-config-path plain/base" in said and "--max-lora-rank 8" in said
+    assert "--hf-config-path plain/base --hf-overrides '{" in said and "--max-lora-rank 8" in said
     assert "vLLM does not take it: it has modules_to_save" in (folder / "all" / "plain" / "README.md").read_text()
+    said = (folder / "patterns" / "plain" / "README.md").read_text()
+    assert "--hf-overrides" not in said and "--max-lora-rank 16" in said and "It has rank_pattern, which" in said
     assert "for some families" in (folder / "low-rank embeddings" / "plain" / "README.md").read_text()
 
 
