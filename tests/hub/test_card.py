@@ -98,6 +98,8 @@ def test_the_card_says_how_to_do_without_the_package(config):
     assert 'merge_and_unload().save_pretrained("merged")' in text
     assert 'AutoTokenizer.from_pretrained("user/b").save_pretrained("merged")' in text
     assert "vllm serve merged --max-model-len 256" in text and "--hf-overrides" not in text
+    config.rope["rope_parameters"] |= {"rope_type": "dynamic"}
+    assert "--hf-overrides" in str(adapter_card(config, name="user/a", base_model="user/b"))
 
 
 def test_a_base_that_is_a_folder_is_no_metadata(config, tmp_path):
