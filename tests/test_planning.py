@@ -240,12 +240,12 @@ def test_what_can_not_be_planned(arguments, message):
 
 
 def test_the_plan_is_near_what_was_measured():
-    """Rows of our trainer without further options: memory within 10%, time within 20%."""
-    rows = [row for row in read_rows(RESULTS / "train_step.csv") if "+" not in row["method"]]
-    lines = list(compared(rows))
-    assert lines
-    for line in lines:
-        assert abs(line["gib_error"]) < 0.1 and abs(line["s_error"]) < 0.2, line
+    """All rows of our trainer: memory within 10%, time within 20%."""
+    lines = list(compared(read_rows(RESULTS / "train_step.csv")))
+    timed = [line for line in lines if line["s_error"] is not None]
+    assert len({line["length"] for line in timed}) > 3
+    assert all(abs(line["gib_error"]) < 0.1 for line in lines)
+    assert all(abs(line["s_error"]) < 0.2 for line in timed)
 
 
 @pytest.mark.parametrize(
