@@ -57,7 +57,7 @@ def export_adapter(
         output_dir: Where it goes: a new or an empty folder. Nothing is there until all is.
         form: "merged" or "lora"; what serves where is in the table above.
         base: The base model, where it is not the one that the adapter names.
-        dtype: Of the merged model; "auto" is the base's.
+        dtype: Of the merged model, or its name ("bfloat16"); "auto" is the base's.
         device: Where merging is done.
 
     Returns:
@@ -70,6 +70,8 @@ def export_adapter(
     """
     if form not in get_args(ExportForm):
         raise ValueError(f"form must be one of {get_args(ExportForm)}, got {form!r}")
+    if dtype != "auto" and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
+        raise ValueError(f'dtype must be "auto", a torch.dtype or the name of one, such as "bfloat16", got {dtype!r}')
     source = adapter_folder(adapter)
     config = _config(source)
     base_name = str(base or config.base_model_name_or_path or "")

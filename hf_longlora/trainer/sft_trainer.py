@@ -31,8 +31,10 @@ from .checkpoints import begin_checkpoint, check_signature, last_checkpoint, opt
 from .checks import (
     check_adapter,
     check_arguments,
+    check_attention,
     check_dataset,
     check_lengths,
+    check_replicas,
     check_saving,
     checked_config,
     known_length,
@@ -109,6 +111,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         config = checked_config(model, args)
         args.resolve_stages(known_length(config))
         self.schedule: Schedule = args.schedule
+        check_attention(args)
         check_adapter(model, peft_config, self.schedule)
         self._base_rope, self._ropes = stage_ropes(model, config, peft_config, self.schedule)
         self._stage_callback = ContextStageCallback(self.schedule, self._ropes)
@@ -131,6 +134,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             callbacks=[self._stage_callback, *(callbacks or [])],
             **kwargs,
         )
+        check_replicas(args)
         self._data = describe(train_dataset, args)
         self._last_log: tuple[float, int] | None = None
         self._last_batch: dict[str, Any] = {}

@@ -175,6 +175,14 @@ def test_merging_into_a_quantized_base_is_refused(adapter):
         export_adapter(adapter / "adapter", adapter / "out")
 
 
+def test_the_dtype_of_the_merged_model(adapter):
+    for dtype in ("bfloat16", torch.bfloat16):
+        export_adapter(adapter / "adapter", adapter / str(dtype), dtype=dtype)
+        assert json.loads((adapter / str(dtype) / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(ValueError, match=r'dtype must be "auto".*got \'bf16\''):
+        export_adapter(adapter / "adapter", adapter / "out", dtype="bf16")
+
+
 def test_names_that_are_nowhere_and_unknown_forms(adapter):
     with pytest.raises(OSError, match="can't be had from the Hub"):
         export_adapter("nobody/nothing", adapter / "out")
