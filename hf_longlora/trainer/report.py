@@ -31,7 +31,7 @@ HEAD = ("stage", "tokens", "steps", "attention", "group, tokens", "first loss", 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;"
-    "text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
+    "text-align:right;white-space:nowrap}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
 )
 
 
@@ -53,8 +53,8 @@ def write_report(folder: Path, history: Sequence[Mapping[str, Any]], schedule: S
     evaluated: dict[int, list[tuple[int, float]]] = {}  # (step, loss) by stage, from 0
     for entry in history:
         if "eval_loss" in entry:
-            stage = schedule.step(max(entry["step"] - 1, 0)).stage
-            evaluated.setdefault(stage, []).append((entry["step"], float(entry["eval_loss"])))
+            number = schedule.step(max(entry["step"] - 1, 0)).stage
+            evaluated.setdefault(number, []).append((entry["step"], float(entry["eval_loss"])))
     facts = read_facts(folder)
     title = f"Context extension of {facts['base']}" if "base" in facts else "Context extension"
     rows = [_stage_row(number, logged, evaluated, schedule) for number in range(len(schedule.stages))]
@@ -67,7 +67,8 @@ def write_report(folder: Path, history: Sequence[Mapping[str, Any]], schedule: S
         body.append(f"<p>No pictures: {html.escape(str(error))}.</p>")
     else:
         for name, (heading, key, label) in CURVES.items():
-            curves, dashed = {}, {}
+            curves: dict[str, Any] = {}
+            dashed: dict[str, Any] = {}
             for number, stage in enumerate(schedule.stages):
                 curve = f"stage {number + 1}, {stage.max_length:,} tokens"
                 points = [(e["step"], float(e[key])) for e in logged if e["stage"] == number + 1 and key in e]

@@ -270,7 +270,7 @@ class LongLoraSFTTrainer(SFTTrainer):
     @property
     def _base(self) -> str | None:
         """The base's name as others may read it; none of a model that was made in memory."""
-        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         return base_name(model.config._name_or_path)
 
     @property
