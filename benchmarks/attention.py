@@ -216,21 +216,21 @@ def _backend(name: str) -> AbstractContextManager[Any]:
     return sdpa_kernel(BACKENDS[name]) if name in BACKENDS else nullcontext()
 
 
-def check(length: int = 2048, group: int = 512) -> None:
-    """Refuse to time what is wrong: every method that computes the pattern against the reference kernel.
+def check(wanted: Callable[[str], bool], length: int = 2048, group: int = 512) -> None:
+    """Refuse to time what is wrong: each wanted method that computes the pattern against the reference kernel.
 
     The rolled layout is left out: its first half group sees the end of the sequence.
     """
     query, key, value, gradient = inputs(length, None)
     expected = s2_attention(query, key, value, group_size=group, kernel="reference")
-    wanted = [expected, *torch.autograd.grad(expected, (query, key, value), gradient)]
+    right = [expected, *torch.autograd.grad(expected, (query, key, value), gradient)]
     for method in methods(length, [group]):
-        if method.kind == "s2" or method.name == "published flash layout":
+        if wanted(method.name) and (method.kind == "s2" or method.name == "published flash layout"):
             with _backend(method.backend):
                 out = method.call(query, key, value)
                 got = [out, *torch.autograd.grad(out, (query, key, value), gradient)]
             errors = [
-                ((g.float() - w.float()).norm() / w.float().norm()).item() for g, w in zip(got, wanted, strict=True)
+                ((g.float() - w.float()).norm() / w.float().norm()).item() for g, w in zip(got, right, strict=True)
             ]
             print(f"{method.name}: relative errors {', '.join(f'{e:.1e}' for e in errors)}", flush=True)
             if not max(errors) < 2e-2:
@@ -269,12 +269,16 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("This benchmark needs a CUDA device.")
-    check()
+
+    def wanted(name: str) -> bool:
+        return not args.only or any(word in name for word in args.only)
+
+    check(wanted)
     origin = provenance()
     for length in args.lengths:
         rows = []
         for method in methods(length, sorted({length // 4, 2048}, reverse=True), args.launches):
-            if args.only and not any(word in method.name for word in args.only):
+            if not wanted(method.name):
                 continue
             try:
                 measured = measure(method, length, args.seconds)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from hf_longlora.attention import kernels
 from hf_longlora.attention.kernels import KERNELS, flash, ragged
 
+from .test_compile import fresh_dynamo, one_graph  # noqa: F401
 from .test_kernels import HEADS, check, draw
 
 
@@ -143,6 +144,32 @@ def test_packing(stand_in):
 def test_launches_are_cut_between_segments(stand_in, monkeypatch):
     monkeypatch.setattr(ragged, "LAUNCH_TOKENS", 20)
     check(draw(4, 2, 61, 3), 8, "flash")
+
+
+@pytest.mark.parametrize("stand_in", [4], indirect=True)
+def test_version_4_is_one_graph(stand_in, fresh_dynamo):  # noqa: F811
+    one_graph("flash", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("stand_in", [4], indirect=True)
+def test_auto_takes_it_where_it_is_the_fastest(stand_in, monkeypatch):
+    query, _, value = draw(4, 2, 8)
+    monkeypatch.setattr(flash, "is_fastest", lambda: False)
+    assert kernels.select_kernel("auto", query, value) is KERNELS["sdpa"].function
+    monkeypatch.setattr(flash, "is_fastest", lambda: True)
+    assert kernels.select_kernel("auto", query, value) is flash.flash_kernel
+    monkeypatch.setitem(KERNELS, "flash", dataclasses.replace(KERNELS["flash"], dropout=False))
+    assert kernels.select_kernel("auto", query, value, dropout=True) is KERNELS["sdpa"].function
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "fastest"), [((9, 0), 4, True), ((9, 0), 3, False), ((10, 0), 4, False)]
+)
+def test_it_is_the_fastest_where_that_was_measured(monkeypatch, capability, version, fastest):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(flash, "version", lambda: version)
+    assert flash.is_fastest() is fastest
 
 
 def test_without_a_package_the_error_says_what_to_install(monkeypatch):

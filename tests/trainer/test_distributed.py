@@ -40,9 +40,11 @@ KEPT = {"fsdp2": "those of FSDP"}
 KEPT |= {f"zero{stage}": f"those of DeepSpeed ZeRO-{stage} in 2 processes" for stage in (2, 3)}
 
 
-def start(*command: str) -> None:
+def start(*command: str, gpus: str = "0,1") -> None:
     # DeepSpeed takes the CPU only if it is told; none of the others looks at it.
-    environment = os.environ | ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
+    environment = os.environ | (
+        {"CUDA_VISIBLE_DEVICES": gpus} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    )
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-10000:]
@@ -61,7 +63,7 @@ def told(output: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_two_processes_are_one_of_twice_the_batch(name, options, tmp_path):
     """The same adapter and the same logs, across a stage boundary; and the adapter loads in one process."""
-    start(SCRIPT, str(tmp_path / "one"), "2", *options)
+    start(SCRIPT, str(tmp_path / "one"), "2", *options, gpus="0")
     two_processes(CONFIGS / f"{name}.yaml", tmp_path / "two", *options)
     one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
     one_run, two_run = told(tmp_path / "one"), told(tmp_path / "two")

@@ -198,6 +198,7 @@ def test_offloading_without_an_accelerator_is_one_clear_error(make, monkeypatch)
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:`use_liger_kernel=True` is deprecated:FutureWarning")  # TRL >= 1.16
 @pytest.mark.parametrize("tile", [None, 50])
 def test_liger_trains_the_masters_of_norms(make, tiny_llama, tile):
     """In a bf16 base the norms' masters are fp32, and Liger's kernels read both."""

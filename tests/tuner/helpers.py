@@ -52,7 +52,7 @@ def perturbed(model, config=None):
     generator = torch.Generator().manual_seed(1)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
     return peft_model
 
 

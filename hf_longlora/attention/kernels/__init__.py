@@ -91,15 +91,18 @@ KERNELS: dict[str, Kernel] = {
         head_step=8,
         value_dim=False,
         dropout=False,
-        compiles=False,
     ),
     "flex": Kernel(
         function=flex.flex_kernel, devices=("cuda",), dropout=False, softcap=True, sinks=True, compiles=False
     ),
     "reference": Kernel(function=reference_kernel, softcap=True, sinks=True, linear_memory=False),
 }
-PREFERENCE = ("sdpa", "flex")
-"""What `"auto"` tries, in order. The reference is never chosen unasked: its memory grows with the square of length."""
+
+
+@torch.compiler.assume_constant_result
+def preference() -> tuple[str, ...]:
+    """What `"auto"` tries, in order. Never the reference: its memory grows with the square of the length."""
+    return ("flash", "sdpa", "flex") if flash.is_fastest() else ("sdpa", "flex")
 
 
 def select_kernel(
@@ -111,13 +114,13 @@ def select_kernel(
     softcap: bool = False,
     sinks: bool = False,
 ) -> Callable[..., torch.Tensor]:
-    """The kernel called `name`, or for `"auto"` the first of `PREFERENCE` that can serve.
+    """The kernel called `name`, or for `"auto"` the first of `preference()` that can serve.
 
     Raises:
         ValueError: if the named kernel, or for `"auto"` every kernel, lacks what the call needs.
     """
     needs = {"dropout": dropout, "softcap": softcap, "sinks": sinks}
-    candidates = PREFERENCE if name == "auto" else (name,)
+    candidates = preference() if name == "auto" else (name,)
     reasons = {}
     for candidate in candidates:
         lack = KERNELS[candidate].lacks(query, value, **needs)

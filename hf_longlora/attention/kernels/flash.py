@@ -18,6 +18,7 @@ from .in_place import ENGINES, Call, Tensors
 from .ragged import Launch, attend_ragged, engine, tokens_of
 
 
+@torch.compiler.assume_constant_result
 @lru_cache(maxsize=1)
 def version() -> int:
     """The newest FlashAttention that this machine can train with: 4, 3 or 2; 0: none."""
@@ -34,6 +35,15 @@ def version() -> int:
     return 3 if is_flash_attn_3_available() else 2 if is_flash_attn_2_available() else 0
 
 
+def is_fastest() -> bool:
+    """Whether this is FlashAttention 4 on Hopper, 10 to 13% faster than `sdpa` there (`benchmarks/results`).
+
+    Elsewhere nothing has been measured.
+    """
+    return version() == 4 and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+@torch.compiler.assume_constant_result
 def missing() -> str | None:
     """What this machine lacks, in words."""
     return None if version() else "the package flash-attn-4 or flash-attn (pip install flash-attn-4)"

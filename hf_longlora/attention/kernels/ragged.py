@@ -63,7 +63,8 @@ def plan(parts: tuple[Part, ...], length: int, limit: float) -> list[int]:
     found: list[int] = []
     for heads, kv_heads, rows in parts:
         pieces = [piece for row in rows for piece in _cover(row, length)]
-        start, held = 0, list[tuple[int, bool]]()
+        start = 0
+        held: list[tuple[int, bool]] = []
         for size, real in [*pieces, (0, True)]:
             tokens = sum(n for n, _ in held)
             if held and (size == 0 or tokens + size > limit):
