@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import get_token
@@ -18,7 +19,8 @@ def read_config(name: str, **options: Any) -> Any:
     try:
         return AutoConfig.from_pretrained(name, **options)
     except OSError as error:
-        raise OSError(f"the config of {name} can't be had: {reason(error)}") from error
+        where = "" if Path(name).is_dir() else " is no folder here, and"
+        raise OSError(f"the model {name}{where} can't be had: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:

@@ -295,7 +295,7 @@ def test_train_under_accelerate_launch(run):
         ("stages: sometimes", "`stages` must be"),
         ("stages: [{max_length: 128}]", "missing ['max_steps']"),
         ("model_name_or_path: null", "model_name_or_path"),
-        ("model_name_or_path: nobody/nothing", "nobody/nothing"),
+        ("model_name_or_path: ./nothing", "the model ./nothing is no folder here, and can't be had"),
         ("dataset_name: null", "dataset_name"),
         ("dataset_name: .", "data files of one kind"),
         ("dataset_name: base", "can't be read as data"),

@@ -92,10 +92,9 @@ def make_parser() -> Any:
 
 
 def run(options: argparse.Namespace) -> None:
-    from transformers import AutoConfig
     from trl import get_quantization_config
 
-    from ..from_hub import reason
+    from ..from_hub import read_config
     from ..trainer import LongLoraSFTTrainer, last_checkpoint
     from .data import check_writable, load_data, split_of
 
@@ -119,12 +118,8 @@ def run(options: argparse.Namespace) -> None:
             f"{model.model_name_or_path} is an adapter, and `train` starts from a model. Merge it (hf-longlora merge) "
             "and name the merged model, or go on with the adapter in Python: LongLoraSFTTrainer takes a PeftModel."
         )
-    try:
-        AutoConfig.from_pretrained(
-            model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code
-        )
-    except OSError as error:  # before the data are read
-        raise OSError(f"the model {model.model_name_or_path} can't be had: {reason(error)}") from error
+    # Before the data are read.
+    read_config(model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     data = load_data(script.dataset_name, script.dataset_config, script.dataset_streaming)
     train = split_of(data, script.dataset_train_split, "dataset_train_split")
     evaluated = None
