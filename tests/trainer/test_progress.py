@@ -244,7 +244,7 @@ def test_evaluations_are_no_training_time(make):
     trainer.train()
     logged = [log for log in trainer.state.log_history if "loss" in log]
     whole = trainer.state.log_history[-1]["train_runtime"]
-    assert whole > 6 and training_seconds(logged) < whole - 5.5
+    assert training_seconds(logged) < whole - 5.5
 
 
 def test_no_report_of_no_run(tmp_path):
