@@ -30,8 +30,8 @@ CURVES = {
 HEAD = ("stage", "tokens", "steps", "attention", "group, tokens", "first loss", "last loss")
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;"
-    "text-align:right;white-space:nowrap}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
+    "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;"
+    "text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
 )
 
 
