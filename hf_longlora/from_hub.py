@@ -27,7 +27,8 @@ def read_config(name: str, **options: Any) -> Any:
             raise ValueError(f"{name} is an adapter and no model: give its base, {base}") from error
         if isinstance(error, ValueError):
             raise
-        raise OSError(f"the config of {name} can't be had: {reason(error)}") from error
+        where = "" if Path(name).is_dir() else " is no folder here, and"
+        raise OSError(f"the model {name}{where} can't be had: {reason(error)}") from error
 
 
 def adapter_values(name: str) -> dict[str, Any] | None:

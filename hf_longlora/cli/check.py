@@ -1,7 +1,6 @@
 """`hf-longlora check`: what would be done to a model."""
 
 import argparse
-import warnings
 from typing import Any
 
 
@@ -32,7 +31,6 @@ def run(options: argparse.Namespace) -> None:
     from ..checking import check_model
 
     attention = None if options.group_size is None else S2AttentionConfig(group_size=options.group_size)
-    warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers, and nothing to the user
     found = check_model(
         options.model,
         target_length=options.target_length,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCardData, snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -31,6 +31,7 @@ from ..from_hub import reason
 from ..rope import RopeScaling, current_rope, reach, write_rope
 from ..tuner import LongLoraConfig
 from ..tuner.config import check_weights
+from .card import on_hub
 
 ExportForm = Literal["merged", "lora"]
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -191,7 +192,9 @@ def _plain_lora(
         refused += [key for key in ("rank_pattern", "alpha_pattern") if plain.get(key)]
     embeddings = any("lora_embedding_" in name for name in weights)
     rank = max(config.r, *(plain.get("rank_pattern") or {"": 0}).values())
-    (out / "README.md").write_text(_how_to_load(refused, embeddings, base_name, output_dir.name, rank))
+    data = ModelCardData(library_name="peft", base_model=base_name if on_hub(base_name) else None)
+    text = _how_to_load(refused, embeddings, base_name, output_dir.name, rank)
+    (out / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 def _tied_head(weights: dict[str, torch.Tensor], base_config: Any) -> tuple[str, torch.Tensor] | None:

@@ -101,6 +101,7 @@ def test_a_plain_lora_does_not_run_on_the_unscaled_base_by_name(exported):
     with pytest.raises(OSError, match="base"):
         AutoPeftModelForCausalLM.from_pretrained(str(folder / "lora" / "plain"))
     said = (folder / "lora" / "plain" / "README.md").read_text()
+    assert said.startswith("---\nlibrary_name: peft\n---\n")  # the base is a folder here, and no name on the Hub
     assert "--hf-config-path plain/base" in said and "--max-lora-rank 8" in said
     assert "vLLM does not take it: it has modules_to_save" in (folder / "all" / "plain" / "README.md").read_text()
     assert "for some families" in (folder / "low-rank embeddings" / "plain" / "README.md").read_text()
