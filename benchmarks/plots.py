@@ -2,11 +2,12 @@
 
 python -m benchmarks.plots [--results FILE] [--plot FILE] [--gpu NAME] [--model 8b]
 
-Of several rows of one method and length the newest counts, and ratios are between rows of one GPU.
+Of several rows of one method and length the newest counts, and ratios are between rows of one GPU. A * marks a step
+that was the first at its length: kernels are chosen in it and memory is taken, 0.3 to 0.6 s.
 """
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from .provenance import RESULTS, read_rows
@@ -14,7 +15,9 @@ from .provenance import RESULTS, read_rows
 Row = dict[str, str]
 FUSED = ("casts", "compile", "liger")
 FITTING = ("tile", "offload", "qlora")
-DENSE_EVERY = 8
+DENSE_EVERY = (8, 4)
+BY_LENGTH = "+liger+tile"
+"""Options of the methods in the table of lengths."""
 
 
 class Steps:
@@ -36,12 +39,14 @@ class Steps:
         taken = {m: s for m in stock if (s := self.value(m, length)) is not None}
         return min(taken, key=lambda m: taken[m]) if taken else None
 
-    def mixed(self, method: str, length: int) -> float | None:
-        """Seconds a step with each `DENSE_EVERY`th dense: the mean of the two kinds of steps, each measured."""
-        sparse, dense = self.value(method, length), self.value("ours-dense", length)
-        if sparse is None or dense is None:
-            return None
-        return sparse + (dense - sparse) / DENSE_EVERY
+    def first(self, method: str, length: int) -> str:
+        """A mark on a step before which none of its length was taken."""
+        row = self.rows.get((method, length))
+        return "*" if row is not None and row["warm"] == "0" else ""
+
+    def mixed(self, sparse: float | None, dense: float | None, every: int) -> float | None:
+        """Seconds a step with each `every`th dense: the mean of the two kinds of steps, each measured."""
+        return None if sparse is None or dense is None else sparse + (dense - sparse) / every
 
 
 def _options(method: str) -> set[str]:
@@ -77,7 +82,7 @@ def of_methods(steps: Steps, length: int) -> str:
         lines.append(
             [
                 method,
-                _text(seconds),
+                _text(seconds) + steps.first(method, length),
                 _text(steps.value(method, length, "tokens_per_s"), ",.0f"),
                 _text(steps.value(method, length, "peak_gpu_gib"), ".1f"),
                 _ratio(stock, seconds),
@@ -89,32 +94,20 @@ def of_methods(steps: Steps, length: int) -> str:
 
 
 def of_lengths(steps: Steps) -> str:
-    """Seconds, tokens a second and memory by length."""
-    Seconds = Callable[[int], float | None]
-    columns: dict[str, tuple[Seconds, Callable[[int], float | None]]] = {
-        "best dense": (
-            lambda n: steps.value(steps.best_dense(n) or "", n),
-            lambda n: steps.value(steps.best_dense(n) or "", n, "peak_gpu_gib"),
-        ),
-        f"2,048, each {DENSE_EVERY}th step dense": (
-            lambda n: steps.mixed("ours-2048", n),
-            lambda n: steps.value("ours-2048", n, "peak_gpu_gib"),
-        ),
-    }
-    for name, method in (("n/4", "ours-n/4"), ("2,048", "ours-2048"), ("no attention", "floor")):
-        columns[name] = (
-            lambda n, m=method: steps.value(m, n),  # type: ignore[misc]
-            lambda n, m=method: steps.value(m, n, "peak_gpu_gib"),  # type: ignore[misc]
-        )
+    """Seconds, tokens a second and memory by length, with the options `BY_LENGTH`."""
+    dense, quarter, fixed = (f"ours-{name}{BY_LENGTH}" for name in ("dense", "n/4", "2048"))
     lines = []
     for length in steps.lengths:
-        cells = []
-        for seconds, gib in columns.values():
-            s = seconds(length)
-            cells.append("" if s is None else f"{s:.2f} s, {length / s:,.0f}, {_text(gib(length), '.0f')} GiB")
-        if any(cells):
-            lines.append([f"{length:,}", *cells])
-    return table(["tokens", *columns], lines)
+        if steps.value(fixed, length) is None:
+            continue
+        cells = [f"{length:,}", _text(steps.value(fixed, length, "peak_gpu_gib"), ".0f")]
+        seconds = [(steps.value(m, length), steps.first(m, length)) for m in (dense, quarter, fixed)]
+        for every in DENSE_EVERY:
+            seconds.append((steps.mixed(seconds[2][0], seconds[0][0], every), seconds[0][1]))
+        cells += ["" if s is None else f"{s:.2f}{mark} s, {length / s:,.0f}" for s, mark in seconds]
+        lines.append(cells)
+    mixed = [f"2,048, each {every}th step dense" for every in DENSE_EVERY]
+    return table(["tokens", "GiB", "dense", "n/4", "2,048", *mixed], lines)
 
 
 def of_fused(steps: Steps) -> str:
@@ -143,7 +136,7 @@ def of_longest(steps: Steps) -> str:
             if row is None:
                 continue
             taken = steps.value(method, length) is not None
-            cells = [_text(steps.value(method, length)) if taken else row["status"]]
+            cells = [_text(steps.value(method, length)) + steps.first(method, length) if taken else row["status"]]
             for column in ("tokens_per_s", "peak_gpu_gib", "peak_pinned_gib", "peak_host_gib"):
                 form = ",.0f" if column == "tokens_per_s" else ".1f"
                 cells.append(_text(float(row[column]), form) if row[column] and (taken or "gpu" in column) else "")
@@ -166,12 +159,11 @@ def draw(steps: Steps, path: Path, title: str) -> bool:
 
     shown = {
         "stock": "stock TRL + PEFT",
-        "stock+cudnn": "stock, cuDNN attention",
-        "ours-n/4": "groups of n/4",
-        "ours-2048": "groups of 2,048",
+        "stock+fa4": "stock, FlashAttention 4",
         "floor": "no attention (the floor)",
+        "ours-dense+liger+tile": "dense, Liger, tiled MLP",
+        "ours-n/4+liger+tile": "groups of n/4, Liger, tiled MLP",
         "ours-2048+liger+tile": "groups of 2,048, Liger, tiled MLP",
-        "ours-2048+liger+tile+offload": "the same, activations on the host",
     }
     shown = {method: name for method, name in shown.items() if any(steps.value(method, n) for n in steps.lengths)}
     if not shown:

@@ -126,6 +126,15 @@ class Method:
         """Stock TRL's `attn_implementation`."""
         return next((f"flash_attention_{name[2]}" for name in ("fa3", "fa4") if name in self.options), "sdpa")
 
+    @property
+    def kernel(self) -> str:
+        """Ours that serves bf16 on this machine; empty where there is none of ours."""
+        from hf_longlora.attention.kernels import preference
+
+        if not self.base.startswith("ours"):
+            return ""
+        return next((o.removeprefix("kernel=") for o in self.options if o.startswith("kernel=")), preference()[0])
+
     def group_at(self, length: int) -> int:
         """Tokens in a group; 0 for dense attention, and for none."""
         if self.group.startswith("n/"):
@@ -375,8 +384,10 @@ def run_method(run: Run, model_name: str, results: Path, progress: Path) -> None
             "model": model_name,
             "length": length,
             "group": method.group_at(length),
+            "kernel": method.kernel,
             "status": status,
             **dict.fromkeys(("s_p20", "s_p50", "s_p80", "steps", "tokens_per_s", "loss"), ""),
+            "warm": sum(each for n, each in zip(plan, warm, strict=True) if n == length),
             **measured,
             **memory(),
             **origin,
@@ -484,7 +495,7 @@ def spawn(run: Run, model: str, results: Path, timeout: float) -> None:
         if code == -signal.SIGKILL:  # the host's memory is the usual reason; an error of ours is no result
             empty = dict.fromkeys(("s_p20", "s_p50", "s_p80", "steps", "tokens_per_s", "loss"), "")
             empty |= dict.fromkeys(("peak_gpu_gib", "peak_reserved_gib", "peak_pinned_gib", "peak_host_gib"), "")
-            row = {"method": run.method, "model": model, "length": failed, "group": "", "status": status}
+            row = {"method": run.method, "model": model, "length": failed, "status": status}
             append_row(results, row | empty | provenance())
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -28,11 +28,12 @@ from transformers import (
 )
 
 from .attention import S2AttentionConfig, check_supported, set_s2_attention
+from .attention.config import dense_by_size
 from .attention.interface import left_alone, refuse_sparse, refuse_unknown
 from .attention.kernels import KERNELS
 from .attention.mask import READS_MASK, S2Mask, s2_mask
 from .families import Family, find_family
-from .from_hub import read_config
+from .from_hub import adapter_values, read_config
 from .rope import AUTO, RopeScaling, current_rope, reach, rotary_modules
 from .tuner import LongLoraConfig
 from .tuner.modules import is_norm, language_modules, walk
@@ -105,10 +106,11 @@ def check_model(
     """Say what LongLoRA would do to a model, without its weights.
 
     Args:
-        model: A name on the Hub, a folder, or a config.
+        model: A name on the Hub, a folder, or a config. A LONGLORA adapter's: its base is checked, with that adapter.
         target_length: Tokens to extend RoPE to; `None` leaves RoPE as it is.
         rope_type: As in `LongLoraConfig`.
-        attention: Group size and kernel; the trainer's default, groups of 1/16, if not given.
+        attention: Group size and kernel; if not given, those the adapter was trained with, or the trainer's
+            default, groups of 1/16.
         trust_remote_code: Run the code that comes with a model whose class transformers has not.
 
     Returns:
@@ -116,15 +118,23 @@ def check_model(
 
     Raises:
         OSError: if there is no such model.
+        ValueError: if it is an adapter of another type, or a length or RoPE is given beside the adapter's own.
     """
-    if isinstance(model, str):
-        config: Any = read_config(model, trust_remote_code=trust_remote_code)
+    adapter, source, revision = None, model, None
+    if isinstance(model, str) and (adapter := _adapter(model)) is not None:
+        source, revision = str(adapter.base_model_name_or_path), adapter.revision
+        if target_length is not None or rope_type != AUTO:
+            raise ValueError(f"{model} is an adapter and has its RoPE. For another one check its base, {source}.")
+        if adapter.schedule and attention is None:
+            attention = S2AttentionConfig(group_size=adapter.schedule["group_sizes"][-1])
+    if isinstance(source, str):
+        config: Any = read_config(source, revision=revision, trust_remote_code=trust_remote_code)
+        name = source if adapter is None else f"{model}, an adapter of {source}"
     else:
-        config = copy.deepcopy(model)
-    name = model if isinstance(model, str) else type(model).__name__
+        config, name = copy.deepcopy(source), type(source).__name__
     found = ModelCheck(name, config.model_type, family=find_family(config))
-    if isinstance(model, str):
-        _theta(PreTrainedConfig.get_config_dict(model)[0], config, found)
+    if isinstance(source, str):
+        _theta(PreTrainedConfig.get_config_dict(source, revision=revision)[0], config, found)
     built = _build(config, found, trust_remote_code)
     if built is None:
         return found
@@ -135,11 +145,29 @@ def check_model(
     except ValueError as error:
         found.refused.append(str(error))
         return found
-    _put_adapter(built, found, target_length, rope_type)
+    _put_adapter(built, found, adapter or LongLoraConfig(target_length=target_length, rope_type=rope_type))
     _group_size(found, built.config, target_length, attention)
     _run(built, found)
     _judge(found, built.config)
     return found
+
+
+def _adapter(name: str) -> LongLoraConfig | None:
+    """The config of an adapter, none of its weights; `None` if it is no adapter's name."""
+    values = adapter_values(name)
+    if values is None:
+        return None
+    base = values.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"the adapter {name} doesn't name its base model (base_model_name_or_path)")
+    try:
+        adapter = PeftConfig.from_peft_type(**values | {"inference_mode": False})  # for training, as it was made
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"the adapter_config.json of {name} is not valid: {error!r}") from error
+    if not isinstance(adapter, LongLoraConfig):
+        kind = values.get("peft_type")
+        raise ValueError(f"{name} is an adapter of type {kind}, not LONGLORA: check its base, {base}")
+    return adapter
 
 
 def _theta(written: dict[str, Any], config: Any, found: ModelCheck) -> None:
@@ -179,22 +207,22 @@ def _build(config: Any, found: ModelCheck, trust_remote_code: bool) -> PreTraine
         return None
 
 
-def _put_adapter(model: PreTrainedModel, found: ModelCheck, target_length: int | None, rope_type: str) -> None:
+def _put_adapter(model: PreTrainedModel, found: ModelCheck, wanted: LongLoraConfig) -> None:
     """Norms, embeddings, targets and RoPE, by putting the adapter on."""
     try:
         before = current_rope(model.config)
     except ValueError as error:
         before = None
-        if target_length is None:
+        if wanted.target_length is None:
             found.notes.append(str(error))
     if before is not None and not rotary_modules(model):  # Granite hybrids may have the parameters and no positions
         before = None
-        if target_length is None:
+        if wanted.target_length is None:
             found.notes.append(f"{found.model_class} has no rotary module: there is no RoPE to scale.")
     tuned: Any = None
-    for wanted in LongLoraConfig(target_length=target_length, rope_type=rope_type), LongLoraConfig():
+    for config in wanted, LongLoraConfig():
         try:
-            tuned = get_peft_model(model, wanted)
+            tuned = get_peft_model(model, config)
             break
         except ValueError as error:
             if str(error) not in found.refused:
@@ -322,6 +350,9 @@ def _judge(found: ModelCheck, config: Any) -> None:
             f"{' and '.join(sorted(needs))}: train with one of the kernels {', '.join(able)}; dense attention is the "
             "family's own eager one, in blocks of queries."
         )
+    if found.group_size is not None and found.length is not None:
+        words = dense_by_size(found.group_size, found.length)
+        found.notes += [] if words is None else [words]
     if found.rope is None:
         return
     before, after = found.rope

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import get_token
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from transformers import AutoConfig
+from transformers.utils.peft_utils import find_adapter_config_file
 
 
 def read_config(name: str, **options: Any) -> Any:
@@ -14,11 +17,39 @@ def read_config(name: str, **options: Any) -> Any:
 
     Raises:
         OSError: if there is none.
+        ValueError: if it is an adapter's name.
     """
     try:
         return AutoConfig.from_pretrained(name, **options)
-    except OSError as error:
-        raise OSError(f"the config of {name} can't be had: {reason(error)}") from error
+    except (OSError, ValueError) as error:
+        if (adapter := adapter_values(name)) is not None:
+            base = adapter.get("base_model_name_or_path") or "which it does not name"
+            raise ValueError(f"{name} is an adapter and no model: give its base, {base}") from error
+        if isinstance(error, ValueError):
+            raise
+        where = "" if Path(name).is_dir() else " is no folder here, and"
+        raise OSError(f"the model {name}{where} can't be had: {reason(error)}") from error
+
+
+def adapter_values(name: str) -> dict[str, Any] | None:
+    """What the adapter_config.json of a name or path says; `None` if it has none, or can't be had.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        file = find_adapter_config_file(name)
+    except OSError:  # no such name: whoever reads its config says so
+        return None
+    if file is None:
+        return None
+    try:
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"the adapter_config.json of {name} is not valid: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"the adapter_config.json of {name} is not valid: it holds {values!r:.80}")
+    return values
 
 
 def reason(error: BaseException) -> str:

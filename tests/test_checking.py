@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, T5Config
 
 from hf_longlora import LongLoraConfig, S2AttentionConfig
@@ -202,6 +202,57 @@ def test_the_command_reads_a_config_and_nothing_else(tmp_path, capsys):
     assert "REFUSED     target_length=32" in output.out and "can't be extended like this" in output.err
     assert main(["check", str(tmp_path / "nothing")]) == 1
     assert "hf-longlora: error:" in capsys.readouterr().err
+
+
+def test_an_adapter_is_checked_on_its_base(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**COMMON))
+    model.name_or_path = "base"
+    config = LongLoraConfig(r=4, target_length=256, target_modules=["q_proj"], train_norms=False)
+    tuned = get_peft_model(model, config)
+    tuned.peft_config["default"].schedule = {"group_sizes": [8, 24]}
+    tuned.save_pretrained("adapter")
+    get_peft_model(copy.deepcopy(tuned.unload()), LoraConfig()).save_pretrained("lora")
+    LlamaConfig(**COMMON).save_pretrained("base")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()  # no weights are looked at
+    assert main(["check", "adapter"]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "adapter, an adapter of base: LlamaForCausalLM",
+        "-> yarn, 256 tokens of originally 64",
+        "groups      24 tokens, at 256",
+        "LoRA on     q_proj\n",
+        "0 norms",
+        "4,608 of",  # 128 * 32 of the embeddings, 2 * 4 * (32 + 32) of LoRA
+    ):
+        assert words in said, said
+    for arguments, message in (
+        (["check", "adapter", "--target-length", "512"], "is an adapter and has its RoPE"),
+        (["check", "lora"], "of type LORA, not LONGLORA: check its base, base"),
+        (["plan", "adapter"], "adapter is an adapter and no model: give its base, base"),
+    ):
+        assert main(arguments) == 1
+        assert message in capsys.readouterr().err
+    LlamaConfig(**COMMON | {"max_position_embeddings": 128}).save_pretrained("base")
+    assert main(["check", "adapter"]) == 1
+    assert "REFUSED     this adapter was trained on a base with another RoPE" in capsys.readouterr().out
+    for damage, message in (
+        ("{", "is not valid"),
+        ("[]", "is not valid: it holds []"),
+        ("{}", "doesn't name its base"),
+        ('{"base_model_name_or_path": "base"}', "of type None"),
+        ('{"base_model_name_or_path": "base", "peft_type": "NEW"}', "is not valid: KeyError('NEW')"),
+    ):
+        (tmp_path / "adapter" / "adapter_config.json").write_text(damage)
+        assert main(["check", "adapter"]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_groups_that_hold_all_are_noted():
+    dense = "note        A group of 64 tokens holds all of a sequence of 64: attention is dense"
+    for group_size in (63, 64):
+        said = str(check_model(LlamaConfig(**COMMON), attention=S2AttentionConfig(group_size=group_size)))
+        assert (dense in said) == (group_size == 64)
 
 
 def test_a_lost_rope_theta_is_noted(tmp_path):

@@ -150,7 +150,10 @@ def test_the_active_adapter_says_how_it_was_trained(tiny_llama):
         (["base", "--documents", "one.txt", "--group-size", "1"], "at least 2"),
         (["base", "--documents", "one.txt", "--output-dir", "one.txt"], "one.txt is no folder"),
         (["nowhere", "--documents", "one.txt", "--output-dir", "one.txt/new"], "one.txt/new can't be written to"),
+        (["base", "--documents", "one.txt", "--output-dir", "/proc/new"], "/proc/new can't be written to"),
         (["base", "--documents", "one.txt", "--passkey", "1"], "a passkey text has at least"),
+        (["base", "--documents", "one.txt", "--passkey", "-1"], "trials must be at least 1"),
+        (["base", "--documents", "one.txt", "--lengths", "450", "--passkey", "1", "--depths", "2"], "depth must lie"),
         (["base", "--documents", "one.txt", "--needles", "1"], "a passkey text has at least"),
     ],
 )
@@ -285,11 +288,14 @@ def test_train_under_accelerate_launch(run):
     [
         ("", None),
         ("nonsense: 1", "unknown options: nonsense"),
+        ("lerning_rate: 1.0e-3", "unknown options: lerning_rate (did you mean learning_rate?)"),
+        ("rope_type: yarn", "unknown options: rope_type (each stage has its own"),
+        ("per_device_train_batch_size: 0", "`per_device_train_batch_size` must be at least 1, got 0"),
         ("stages: [", "not YAML"),
         ("stages: sometimes", "`stages` must be"),
         ("stages: [{max_length: 128}]", "missing ['max_steps']"),
         ("model_name_or_path: null", "model_name_or_path"),
-        ("model_name_or_path: nobody/nothing", "nobody/nothing"),
+        ("model_name_or_path: ./nothing", "the model ./nothing is no folder here, and can't be had"),
         ("dataset_name: null", "dataset_name"),
         ("dataset_name: .", "data files of one kind"),
         ("dataset_name: base", "can't be read as data"),
@@ -376,5 +382,6 @@ def test_merge_and_export(adapter, capsys):
     assert main(["export", str(folder / "adapter"), str(folder / "plain"), "--form", "lora"]) == 0
     assert json.loads((folder / "plain" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert "carries no RoPE" in capsys.readouterr().out
-    assert main(["merge", str(folder / "adapter"), str(folder / "merged")]) == 1
-    assert "not empty" in capsys.readouterr().err
+    for output, message in (("merged", "not empty"), ("one.txt", "one.txt is no folder")):
+        assert main(["merge", str(folder / "adapter"), str(folder / output)]) == 1
+        assert message in capsys.readouterr().err

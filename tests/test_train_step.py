@@ -38,7 +38,7 @@ def test_presets_name_methods(name):
     assert all(Method.parse(run.method) for run in preset(name)[1])
 
 
-def row(method, length, seconds, status="ok", gib=10.0):
+def row(method, length, seconds, status="ok", gib=10.0, warm="1"):
     text = str(seconds) if status == "ok" else ""
     return {
         "method": method,
@@ -51,6 +51,7 @@ def row(method, length, seconds, status="ok", gib=10.0):
         "peak_gpu_gib": str(gib),
         "peak_pinned_gib": "0",
         "peak_host_gib": "1",
+        "warm": warm,
     }
 
 
@@ -65,14 +66,15 @@ def test_tables():
             row("floor", 1024, 1.6),
             row("ours-2048+compile", 1024, 1.8, gib=8.0),
             row("ours-2048", 2048, 0, "out of memory"),
-            row("ours-2048+tile", 2048, 4.0),
+            row("ours-2048+liger+tile", 2048, 4.0),
+            row("ours-dense+liger+tile", 2048, 8.0, warm="0"),
         ],
         "8b",
         "H",
     )
     assert steps.best_dense(1024) == "stock+cudnn"
-    assert steps.mixed("ours-2048", 1024) == pytest.approx((7 * 2.0 + 8.0) / 8)
+    assert steps.mixed(2.0, 8.0, 8) == pytest.approx((7 * 2.0 + 8.0) / 8)
     assert "| ours-2048 | 2.00 | 512 | 10.0 | 6.00 | 3.00 | 1.250 |" in of_methods(steps, 1024)
-    assert "| 1,024 | 6.00 s, 171, 10 GiB | 2.75 s, 372, 10 GiB |  | 2.00 s, 512, 10 GiB |" in of_lengths(steps)
+    assert "| 2,048 | 10 | 8.00* s, 256 |  | 4.00 s, 512 | 4.50* s, 455 | 5.00* s, 410 |" in of_lengths(steps)
     assert "| ours-2048+compile | 1,024 | 2.00 -> 1.80 | -10.0% | 10.0 -> 8.0 |" in of_fused(steps)
-    assert "| ours-2048+tile | 2,048 | 4.00 | 512 |" in of_longest(steps)
+    assert "| ours-2048+liger+tile | 2,048 | 4.00 | 512 |" in of_longest(steps)

@@ -54,6 +54,16 @@ class S2AttentionConfig:
         return max(2, math.ceil(self.group_size_ratio * longest))
 
 
+def dense_by_size(group_size: int, length: int) -> str | None:
+    """What to say of groups that hold all `length` tokens of a sequence; `None` of smaller ones."""
+    if group_size < length:
+        return None
+    return (
+        f"A group of {group_size:,} tokens holds all of a sequence of {length:,}: attention is dense there, and costs "
+        "what dense attention costs. Give a smaller group_size if that is not meant."
+    )
+
+
 def check_group_size(group_size: int | None) -> None:
     """Raise a `ValueError` unless `group_size` is `None` or a whole number of at least 2."""
     if group_size is None:

@@ -11,12 +11,15 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 from .config import AttentionMode, S2AttentionConfig, Shift
 from .dense import eager_attention
 from .kernels import select_kernel
 from .mask import S2Mask, s2_mask
 from .segments import Documents
+
+logger = logging.get_logger(__name__)
 
 NAME = "s2attn"
 STATE = "s2_attention_state"  # plain attributes of modules survive PEFT's wrapping and stay out of config.json
@@ -60,6 +63,11 @@ def s2_attention_forward(
         ValueError: if the layer asks for what no kernel can honour, or comes with a custom 4-D mask in training.
     """
     refuse_unknown(module, kwargs)
+    if kwargs.pop("output_attentions", False):  # as transformers' sdpa and flash
+        logger.warning_once(
+            "`s2attn` attention does not support `output_attentions=True`: no weights are returned. Please set your "
+            'attention to "eager" if you want them.'
+        )
     state: S2State = getattr(module, STATE, _DEFAULT)
     sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)

@@ -7,6 +7,7 @@ One file a command. Each has `add(commands)`, which adds its parser and sets `ru
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from .. import __version__
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = argparse.Namespace(run=train.run, arguments=arguments[1:], after_interruption=train.INTERRUPTED)
     else:
         options = parser.parse_args(arguments)
+    # Between PEFT and transformers, and nothing to the user.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         options.run(options)
     except KeyboardInterrupt:

@@ -1,7 +1,6 @@
 """`hf-longlora check`: what would be done to a model."""
 
 import argparse
-import warnings
 from typing import Any
 
 
@@ -17,10 +16,12 @@ def add(commands: Any) -> None:
             "weights are downloaded. Exit code 1 if something is refused."
         ),
     )
-    check.add_argument("model", help="a model's name or path")
+    check.add_argument("model", help="a model's name or path, or an adapter's: its base with that adapter")
     check.add_argument("--target-length", type=int, metavar="N", help="tokens to extend the context to")
     check.add_argument("--rope-type", default=AUTO, choices=(AUTO, *ROPE_TYPES), help="default: %(default)s")
-    check.add_argument("--group-size", type=int, metavar="N", help="default: 1/16 of the length, as in the trainer")
+    check.add_argument(
+        "--group-size", type=int, metavar="N", help="default: 1/16 of the length, as in the trainer, or the adapter's"
+    )
     check.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
     check.set_defaults(run=run, after_interruption="Nothing has been written.")
 
@@ -30,7 +31,6 @@ def run(options: argparse.Namespace) -> None:
     from ..checking import check_model
 
     attention = None if options.group_size is None else S2AttentionConfig(group_size=options.group_size)
-    warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers, and nothing to the user
     found = check_model(
         options.model,
         target_length=options.target_length,

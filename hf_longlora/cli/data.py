@@ -2,7 +2,7 @@
 
 import gzip
 import json
-import os
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ def check_writable(folder: Path) -> None:
     found = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not found.is_dir():
         raise NotADirectoryError(f"{folder} can't be written to: {found} is no folder")
-    if not os.access(found, os.W_OK):
-        raise PermissionError(f"{folder} can't be written to: no permission in {found}")
+    try:
+        tempfile.TemporaryFile(dir=found).close()  # permissions alone don't tell: a full disk, a read-only mount
+    except OSError as error:
+        raise OSError(f"{folder} can't be written to: {error.strerror or error} in {found}") from error
 
 
 def load_data(name: str, config: str | None = None, streaming: bool = False) -> Any:

@@ -74,10 +74,10 @@ def run(options: argparse.Namespace) -> None:
         loss_by_position,
         multi_needle_accuracy,
         passkey_accuracy,
-        passkey_example,
         perplexity_by_length,
     )
     from ..evaluation.plots import require_matplotlib
+    from ..hub.card import base_name
     from .data import check_writable, read_documents
 
     require_matplotlib()
@@ -85,11 +85,11 @@ def run(options: argparse.Namespace) -> None:
     documents = [document for file in options.documents for document in read_documents(Path(file))]
     model, tokenizer = load(options.model, options.dtype, options.device)
     texts = options.retrieval_lengths or options.lengths
-    # A text too short to hide its passkeys is refused now, not after an hour of windows.
-    if options.passkey:
-        passkey_example(tokenizer, min(texts), 0.0, "12345")
-    if options.needles:
-        multi_needle_accuracy(model, tokenizer, min(texts), options.depths, trials=1, progress=False)
+    retrieval = [("passkey", passkey_accuracy), ("needles", multi_needle_accuracy)]
+    for name, measure in retrieval:
+        # A text too short to hide its passkeys is refused now, not after an hour of windows.
+        if trials := getattr(options, name):
+            measure(model, tokenizer, min(texts), options.depths, trials=min(trials, 1), progress=False)
     windows = {"max_windows": options.max_windows, "batch_size": options.batch_size, "tokenizer": tokenizer}
     if options.dense_only:
         records = {"dense": perplexity_by_length(model, documents, options.lengths, options.stride, **windows)}
@@ -102,13 +102,13 @@ def run(options: argparse.Namespace) -> None:
         records = compare_attention(
             model, documents, options.lengths, attention=attention, stride=options.stride, **windows
         )
-    results: dict[str, Any] = {"model": options.model, "perplexity": records}
+    results: dict[str, Any] = {"model": base_name(options.model), "perplexity": records}
     longest = max(options.lengths)
     results["positions"] = loss_by_position(model, documents, longest, buckets=_doubling(longest), **windows)
-    for name, measure in (("passkey", passkey_accuracy), ("needles", multi_needle_accuracy)):
+    for name, measure in retrieval:
         if trials := getattr(options, name):
             results[name] = measure(model, tokenizer, texts, options.depths, trials=trials)
-    _report(results, options)
+    _report(results, Path(options.output_dir), _extension(model))
 
 
 def _doubling(length: int) -> list[int]:
@@ -116,40 +116,63 @@ def _doubling(length: int) -> list[int]:
     return [0, *sorted({length // 2**i for i in range(7) if length // 2**i > 1})]
 
 
-def _report(results: dict[str, Any], options: argparse.Namespace) -> None:
+def _extension(model: Any) -> dict[str, int]:
+    """From what length to what length a LONGLORA adapter extends its base, as `plot_perplexity` takes it."""
+    from ..rope import RopeScaling, reach
+    from ..tuner import LongLoraConfig
+
+    config = getattr(model, "active_peft_config", None)
+    if not isinstance(config, LongLoraConfig) or config.rope is None or config.base_rope is None:
+        return {}
+    return {
+        "base_length": reach(RopeScaling.from_dict(config.base_rope))[1],
+        "train_length": reach(RopeScaling.from_dict(config.rope))[1],
+    }
+
+
+def _report(results: dict[str, Any], out: Path, extension: dict[str, int]) -> None:
+    from peft.utils import CONFIG_NAME
     from rich.console import Console
     from rich.table import Table
     from transformers.trainer import TRAINER_STATE_NAME
 
     from ..evaluation import far_context, plot_perplexity, plot_positions, plot_retrieval
+    from ..evaluation.tables import perplexity_table, retrieval_table
+    from ..hub import refresh_card
     from ..trainer import update_report
 
-    records, name = results["perplexity"], options.model
-    out = Path(options.output_dir)
+    records, name = results["perplexity"], results["model"]
     out.mkdir(parents=True, exist_ok=True)
     results["far_context"] = far_context(results["positions"])
     (out / "evaluation.json").write_text(json.dumps(results, indent=2))
-    plot_perplexity(records, out / "perplexity.png", title=f"{name}: perplexity by context length")
-    plot_positions({"dense": results["positions"]}, out / "positions.png", title=f"{name}: loss by position")
-
+    title = f"{name}: perplexity by context length"
+    written = [
+        out / "evaluation.json",
+        plot_perplexity(records, out / "perplexity.png", title=title, **extension),
+        plot_positions({"dense": results["positions"]}, out / "positions.png", title=f"{name}: loss by position"),
+    ]
     console = Console()
-    table = Table("Perplexity at", *(f"{length:,}" for length in options.lengths))
-    for attention, rows in records.items():
-        table.add_row(attention, *(f"{row['perplexity']:.2f}" for row in rows))
-    console.print(table)
-    console.print(results["far_context"], highlight=False)
+
+    def show(corner: str, table: tuple[list[str], list[list[str]]]) -> None:
+        head, rows = table
+        shown = Table(corner, *head[1:])
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
+
+    show("Perplexity at", perplexity_table(records))
+    print(results["far_context"])
     titles = {"passkey": "Passkey", "needles": "One passkey of several"}
     for kind in (kind for kind in titles if kind in results):
-        depths = sorted({row["depth"] for row in results[kind]})
-        table = Table(f"{titles[kind]} found at depth", *(f"{depth:.0%}" for depth in depths))
-        for length in dict.fromkeys(row["length"] for row in results[kind]):
-            found = {row["depth"]: row["accuracy"] for row in results[kind] if row["length"] == length}
-            table.add_row(f"{length:,} tokens", *(f"{found[depth]:.0%}" for depth in depths))
-        console.print(table)
-        plot_retrieval(results[kind], out / f"{kind}.png", title=f"{name}: {titles[kind].lower()}")
+        head, rows = retrieval_table(results[kind])
+        show(f"{titles[kind]} found at depth", (head, [[f"{length} tokens", *found] for length, *found in rows]))
+        title = f"{name}: {titles[kind].lower()}"
+        written.append(plot_retrieval(results[kind], out / f"{kind}.png", title=title))
     if (out / TRAINER_STATE_NAME).is_file():
-        update_report(out)  # of the run that has ended there
-    console.print(f"In {out}: {', '.join(sorted(path.name for path in out.iterdir()))}", highlight=False)
+        written.append(update_report(out))  # of the run that has ended there
+    if (out / CONFIG_NAME).is_file() and refresh_card(out):
+        written.append(out / "README.md")
+    print(f"Written to {out}: {', '.join(path.name for path in written)}")
 
 
 def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:

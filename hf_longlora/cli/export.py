@@ -47,7 +47,9 @@ def _arguments(parser: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..hub import export_adapter
+    from .data import check_writable
 
+    check_writable(Path(options.output_dir))
     out = export_adapter(
         options.adapter,
         options.output_dir,

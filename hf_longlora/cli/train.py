@@ -1,6 +1,7 @@
 """`hf-longlora train`: TRL's parser and field names, our trainer."""
 
 import argparse
+import difflib
 import sys
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -91,9 +92,9 @@ def make_parser() -> Any:
 
 
 def run(options: argparse.Namespace) -> None:
-    from transformers import AutoConfig
     from trl import get_quantization_config
 
+    from ..from_hub import read_config
     from ..trainer import LongLoraSFTTrainer, last_checkpoint
     from .data import check_writable, load_data, split_of
 
@@ -117,12 +118,8 @@ def run(options: argparse.Namespace) -> None:
             f"{model.model_name_or_path} is an adapter, and `train` starts from a model. Merge it (hf-longlora merge) "
             "and name the merged model, or go on with the adapter in Python: LongLoraSFTTrainer takes a PeftModel."
         )
-    try:
-        AutoConfig.from_pretrained(
-            model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code
-        )
-    except OSError as error:  # before the data are read
-        raise OSError(f"the model {model.model_name_or_path} can't be had: {error}") from error
+    # Before the data are read.
+    read_config(model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     data = load_data(script.dataset_name, script.dataset_config, script.dataset_streaming)
     train = split_of(data, script.dataset_train_split, "dataset_train_split")
     evaluated = None
@@ -176,9 +173,18 @@ def _parse(arguments: list[str]) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(f"The --config file is not YAML: {error}") from error
     if unknown:
-        names = ", ".join(name.removeprefix("--") for name in unknown[::2])
+        known = [name.removeprefix("--") for name in parser._option_string_actions]
+        names = ", ".join(_meant(name.removeprefix("--"), known) for name in unknown[::2])
         raise ValueError(f"The --config file has unknown options: {names}")
     return parsed
+
+
+def _meant(name: str, known: list[str]) -> str:
+    """An unknown option, and what may have been meant."""
+    if name in OF_THE_STAGES:
+        return f"{name} (each stage has its own: see stages)"
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"{name} (did you mean {near[0]}?)" if near else name
 
 
 def _apart(argument: str) -> list[str]:

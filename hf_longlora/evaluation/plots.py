@@ -8,9 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from .tables import basis
+
 # A curve this many times above the best value explodes: it gets a log axis, and is cut off at CLIP times the best.
 EXPLODES = 4.0
 CLIP = 20.0
+SIZE = (7, 3.6)  # inches, at 150 dpi
 # Okabe and Ito's palette without the yellow: told apart by readers with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#333333")
 MARKERS = "osD^vPX"
@@ -32,7 +35,7 @@ def plot_perplexity(
     train_length: int | None = None,
     title: str | None = None,
 ) -> Path:
-    """Draw perplexity by context length, one line per name, and save it (7 x 4.2 inches, 150 dpi).
+    """Draw perplexity by context length, one line per name, and save it.
 
     The y axis is logarithmic where a curve explodes (above 4 times the best value), and ends at 20 times the best:
     what lies above stands at the upper edge with an arrow and its value.
@@ -66,7 +69,7 @@ def plot_perplexity(
     ceiling = min(max(finite), CLIP * min(finite))
     log_scale = max(finite) > EXPLODES * min(finite)
 
-    figure, axes = _figure(7, 4.2)
+    figure, axes = _figure(*SIZE)
     axes.set_xscale("log", base=2)
     if log_scale:
         axes.set_yscale("log")
@@ -128,12 +131,8 @@ def plot_perplexity(
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(round(value))))
     axes.set_xlim(ticks[0] / 1.12, ticks[-1] * 1.12 if len(ticks) > 1 else ticks[0] * 2)
-    axes.set_xlabel("context length (tokens)")
-    axes.set_ylabel("perplexity" + (" (log scale)" if log_scale else ""))
-    _rule(axes)
-    if title:
-        axes.set_title(title, fontsize=11, pad=18 if base_length or train_length else 8)
-
+    _style(axes, "context length (tokens)", "perplexity" + (" (log scale)" if log_scale else ""))
+    _title(axes, title, pad=18 if base_length or train_length else 8)
     return _save(figure, path)
 
 
@@ -157,7 +156,7 @@ def plot_retrieval(records: Sequence[Mapping[str, Any]], path: str | Path, *, ti
     accuracy = {(record["depth"], record["length"]): record["accuracy"] for record in records}
     if not lengths or len(accuracy) != len(lengths) * len(depths):
         raise ValueError("records must hold every depth at every length, and at least one of each")
-    figure, axes = _figure(1.6 + 0.75 * len(lengths), 1.6 + 0.42 * len(depths))
+    figure, axes = _figure(max(2.4 + 0.75 * len(lengths), 4.4), max(1.6 + 0.42 * len(depths), 2.4))
     grid = [[accuracy[depth, length] for length in lengths] for depth in depths]
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for row, values in enumerate(grid):
@@ -168,8 +167,11 @@ def plot_retrieval(records: Sequence[Mapping[str, Any]], path: str | Path, *, ti
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axes.set_xlabel("text length (tokens)")
     axes.set_ylabel("depth of the passkey")
-    axes.set_title(title or "")
-    figure.colorbar(image, ax=axes, format=lambda share, _: f"{share:.0%}")
+    axes.tick_params(labelsize=9)
+    _title(axes, title)
+    bar = figure.colorbar(image, ax=axes, format=lambda share, _: f"{share:.0%}")
+    bar.ax.tick_params(labelsize=9)
+    bar.set_label(f"found, of {texts}" if (texts := basis(records)) else "found")
     return _save(figure, path)
 
 
@@ -192,7 +194,7 @@ def plot_positions(
     require_matplotlib()
     if not any(records_by_name.values()):
         raise ValueError("nothing to draw: no record")
-    figure, axes = _figure(7, 3.6)
+    figure, axes = _figure(*SIZE)
     for index, (name, records) in enumerate(records_by_name.items()):
         colour = COLOURS[index % len(COLOURS)]
         edges = [max(records[0]["start"], 1), *(record["end"] for record in records)]
@@ -203,23 +205,29 @@ def plot_positions(
         axes.errorbar(centres, values, errors, fmt="none", ecolor=colour, elinewidth=1, capsize=2)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: _short(round(value)))
-    axes.set_xlabel("position in the text (tokens of context)")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title or "")
-    _rule(axes)
-    axes.legend(fontsize=8, frameon=False)
+    _style(axes, "position in the text (tokens of context)", "loss (nats per token)")
+    _title(axes, title)
+    axes.legend(fontsize=8.5, frameon=False)
     return _save(figure, path)
 
 
 def plot_history(
-    curves: Mapping[str, Sequence[tuple[int, float]]], path: str | Path, *, ylabel: str, title: str | None = None
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    path: str | Path,
+    *,
+    ylabel: str,
+    evaluated: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    from_zero: bool = False,
+    title: str | None = None,
 ) -> Path:
     """Draw what a run logged by optimizer step, one line per name, and save it.
 
     Args:
         curves: (step, value) pairs by the name to show, in drawing order.
         path, title: as in `plot_perplexity`.
-        ylabel: what the values are.
+        ylabel: what the values are, and their unit.
+        evaluated: the same of evaluations, dashed, in the colour of the curve of that name.
+        from_zero: begin the y axis at 0, so that heights compare.
 
     Returns:
         `path`.
@@ -228,15 +236,24 @@ def plot_history(
         ImportError: matplotlib is missing (`pip install hf-longlora[plot]`).
     """
     require_matplotlib()
-    figure, axes = _figure(7, 3.2)
+    figure, axes = _figure(*SIZE)
     for index, (name, points) in enumerate(curves.items()):
-        marker = MARKERS[index % len(MARKERS)] if len(points) < 3 else None
-        axes.plot(*zip(*points, strict=True), color=COLOURS[index % len(COLOURS)], marker=marker, label=name)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel(ylabel)
-    axes.set_title(title or "")
-    _rule(axes)
-    axes.legend(fontsize=8, frameon=False)
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        single = marker if len(points) < 3 else None
+        axes.plot(*zip(*points, strict=True), color=colour, marker=single, linewidth=1.8, label=name)
+        if evaluated and evaluated.get(name):
+            steps, values = zip(*evaluated[name], strict=True)
+            axes.plot(steps, values, color=colour, marker=marker, markersize=5, linewidth=1.2, linestyle="--")
+    if evaluated:
+        axes.plot([], [], color="#666666", marker="o", markersize=5, linewidth=1.2, linestyle="--", label="evaluation")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlim(left=0)
+    if from_zero:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    _style(axes, "optimizer step", ylabel)
+    _title(axes, title)
+    axes.legend(fontsize=8.5, frameon=False)
     return _save(figure, path)
 
 
@@ -250,11 +267,18 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _rule(axes: Any) -> None:
-    """Faint lines to read values off, and no box."""
+def _style(axes: Any, xlabel: str, ylabel: str) -> None:
+    """What is along the axes; faint lines to read values off, and no box."""
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.tick_params(labelsize=9)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _title(axes: Any, title: str | None, pad: float = 8) -> None:
+    axes.set_title(title or "", fontsize=11, pad=pad)
 
 
 def _save(figure: Any, path: str | Path) -> Path:

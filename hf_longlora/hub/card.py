@@ -10,11 +10,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft.utils import CONFIG_NAME
 
+from ..evaluation.tables import Records, Table, basis, perplexity_table, retrieval_table
 from ..rope import RopeScaling, reach, rope_factor
 from ..tuner import LongLoraConfig
 from .run import read_facts
-
-Records = Sequence[Mapping[str, Any]]
 
 TEMPLATE = Path(__file__).with_name("card.md")
 TAGS = ("longlora", "hf_longlora", "long-context", "lora", "transformers")
@@ -71,7 +70,7 @@ def adapter_card(
         pipeline_tag="text-generation",
         license=license,
         tags=[*TAGS, *(tag for tag in tags if tag not in TAGS)],
-        model_name=title,
+        model_name=name,
         eval_results=[*_perplexity_results(perplexity), *_retrieval_results(retrieval or {})] or None,
     )
     text = ModelCard.from_template(
@@ -128,12 +127,12 @@ def folder_card(
     )
 
 
-def refresh_card(folder: str | Path, name: str) -> bool:
+def refresh_card(folder: str | Path, name: str | None = None) -> bool:
     """Write the card of a saved LONGLORA adapter with what is known by now, and with its name.
 
     Args:
         folder: As for `folder_card`.
-        name: As for `adapter_card`.
+        name: As for `adapter_card`; what the card says, or else the folder's by default.
 
     Returns:
         Whether it was written: not if someone has made the card his own (it lacks our mark), or the adapter is of
@@ -145,7 +144,7 @@ def refresh_card(folder: str | Path, name: str) -> bool:
         card = ModelCard.load(file)
         if MARK not in card.text:
             return False
-        data = card.data
+        data, name = card.data, name or card.data.model_name
     if json.loads(Path(folder, CONFIG_NAME).read_text())["peft_type"] != "LONGLORA":
         return False
     dataset = data.datasets[0] if data.datasets else None
@@ -157,7 +156,7 @@ def base_name(name_or_path: str | None) -> str | None:
     """A base's name as others may read it: a folder of this machine by its own name alone."""
     if not name_or_path:
         return None
-    return Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
+    return Path(name_or_path).absolute().name if Path(name_or_path).is_dir() else name_or_path
 
 
 def on_hub(name: str | None) -> bool:
@@ -230,25 +229,20 @@ def _schedule(schedule: Mapping[str, Any] | None) -> str:
 
 
 def _perplexity(text: str, records: Mapping[str, Records]) -> str:
-    lengths = sorted({record["length"] for rows in records.values() for record in rows})
-    lines = [f"## Perplexity on {text}", ""]
-    lines.append("| model | " + " | ".join(f"{length:,} tokens" for length in lengths) + " |")
-    lines.append("|---" * (len(lengths) + 1) + "|")
-    for name, rows in records.items():
-        found = {row["length"]: f"{row['perplexity']:.2f}" for row in rows}
-        lines.append(f"| {name} | " + " | ".join(found.get(length, "") for length in lengths) + " |")
-    return "\n".join(lines)
+    measured = basis([record for rows in records.values() for record in rows])
+    lines = [f"## Perplexity on {text}", "", *_table(perplexity_table(records))]
+    return "\n".join([*lines, *(["", f"Each is over {measured}."] if measured else [])])
 
 
 def _retrieval(title: str, records: Records) -> str:
-    depths = sorted({record["depth"] for record in records})
-    lines = [f"## {title}, by length of the text and depth of the passkey", ""]
-    lines.append("| tokens | " + " | ".join(f"{depth:.0%}" for depth in depths) + " |")
-    lines.append("|---" * (len(depths) + 1) + "|")
-    for length in sorted({record["length"] for record in records}):
-        found = {row["depth"]: f"{row['accuracy']:.0%}" for row in records if row["length"] == length}
-        lines.append(f"| {length:,} | " + " | ".join(found.get(depth, "") for depth in depths) + " |")
-    return "\n".join(lines)
+    tried = basis(records)
+    lines = [f"## {title}, by length of the text and depth of the passkey", "", *_table(retrieval_table(records))]
+    return "\n".join([*lines, *(["", f"Each is of {tried}."] if tried else [])])
+
+
+def _table(table: Table) -> list[str]:
+    head, rows = table
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def _limits(perplexity: Mapping[str, Mapping[str, Records]], retrieval: Mapping[str, Records] | None) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCardData, snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -32,6 +32,7 @@ from ..from_hub import reason
 from ..rope import RopeScaling, current_rope, reach, vllm_overrides, write_rope
 from ..tuner import LongLoraConfig
 from ..tuner.config import check_weights
+from .card import on_hub
 
 logger = logging.get_logger(__name__)
 
@@ -62,7 +63,7 @@ def export_adapter(
         output_dir: Where it goes: a new or an empty folder. Nothing is there until all is.
         form: "merged" or "lora"; what serves where is in the table above.
         base: The base model, where it is not the one that the adapter names.
-        dtype: Of the merged model; "auto" is the base's.
+        dtype: Of the merged model, or its name ("bfloat16"); "auto" is the base's.
         device: Where merging is done.
 
     Returns:
@@ -75,6 +76,8 @@ def export_adapter(
     """
     if form not in get_args(ExportForm):
         raise ValueError(f"form must be one of {get_args(ExportForm)}, got {form!r}")
+    if dtype != "auto" and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
+        raise ValueError(f'dtype must be "auto", a torch.dtype or the name of one, such as "bfloat16", got {dtype!r}')
     source = adapter_folder(adapter)
     config = _config(source)
     base_name = str(base or config.base_model_name_or_path or "")
@@ -192,7 +195,9 @@ def _plain_lora(
     base_config.save_pretrained(out / BASE_FOLDER)
     (out / CONFIG_NAME).write_text(json.dumps(plain, indent=2))
     save_file(weights, out / WEIGHTS_NAME, metadata={"format": "pt"})
-    (out / "README.md").write_text(_how_to_load(plain, config, weights, base_name, output_dir.name, overrides))
+    data = ModelCardData(library_name="peft", base_model=base_name if on_hub(base_name) else None)
+    text = _how_to_load(plain, config, weights, base_name, output_dir.name, overrides)
+    (out / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 def _overrides(base_config: Any, rope: RopeScaling | None) -> str:

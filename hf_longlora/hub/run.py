@@ -39,10 +39,12 @@ def run_facts(args: Any, state: TrainerState) -> dict[str, str]:
     facts["learning rate"] = f"{args.learning_rate:g}, {kind}"
     if logged:
         facts["loss"] = f"{float(logged[0]['loss']):.3f} at first, {float(logged[-1]['loss']):.3f} at last"
+    if evaluated := [float(entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry]:
+        facts["evaluation loss"] = f"{evaluated[0]:.3f} at first, {evaluated[-1]:.3f} at last"
     facts["hardware"] = hardware(args.world_size, args.device)
     seconds = training_seconds(logged)
     if seconds:
-        facts["time"] = duration(seconds)
+        facts["time"] = f"{duration(seconds)} of training"
     peaks = [float(entry["peak_memory_gib"]) for entry in logged if "peak_memory_gib" in entry]
     if peaks:
         where = "on the GPU" if args.device.type == "cuda" else "of the process"
@@ -75,7 +77,7 @@ def hardware(processes: int, device: torch.device) -> str:
 
 
 def training_seconds(logged: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds that the logged steps took, those before a stop and a resumption included.
+    """Seconds that the logged steps took, those before a stop and a resumption included, evaluations and saving not.
 
     A log has the tokens so far and the speed since the log before it.
     """

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..attention.config import dense_by_size
 from ..from_hub import read_config
 from ..tuner import LongLoraConfig
 from .gpus import Gpu, find_gpu
@@ -75,7 +76,7 @@ def plan_run(
 
     Raises:
         ValueError: for a card that isn't in the table, lengths below 2, settings that can't be, or a model that is no
-            decoder with attention layers.
+            decoder with attention layers, or that `set_s2_attention` refuses, as training would.
         OSError: if the config can't be had.
     """
     card = find_gpu(gpu)
@@ -98,7 +99,7 @@ def plan_run(
         trainable=shape.trainable,
         lengths=rows,
         longest=longest(shape, settings, card),
-        notes=_notes(config.get_text_config(), shape, card),
+        notes=(*_notes(config.get_text_config(), shape, card), *_dense_lengths(settings, lengths)),
     )
 
 
@@ -114,6 +115,12 @@ def _notes(config: Any, shape: Shape, gpu: Gpu) -> tuple[str, ...]:
     if not gpu.measured:
         notes.append(f"No step on this card has been measured: the {gpu.name}'s seconds are from its data sheet.")
     return tuple(notes)
+
+
+def _dense_lengths(settings: RunSettings, lengths: Sequence[int]) -> list[str]:
+    """Of the lengths that groups hold whole, what to say of the longest."""
+    said = (dense_by_size(settings.group(length), length) for length in sorted(lengths, reverse=True))
+    return [words for words in said if words is not None][:1]
 
 
 def _plan_length(shape: Shape, settings: RunSettings, gpu: Gpu, length: int) -> LengthPlan:

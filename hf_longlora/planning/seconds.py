@@ -11,7 +11,7 @@ from .shape import Shape
 # Fitted constants, and what to.
 MATMUL_SHARE = 0.70
 """Of a card's FLOPs that long matrix products reach; with the two below, to the rows of train_step.csv."""
-TRAFFIC, TRAFFIC_FUSED = 22.0, 11.0
+TRAFFIC, TRAFFIC_FUSED = 24.0, 15.0
 """Bytes moved between matrix products in a step with checkpointing, over the bytes that autograd keeps of a layer."""
 SHORT_SEGMENT = 1600
 """Tokens in a segment at which attention runs at half its rate (benchmarks/results/attention.csv, cuDNN)."""

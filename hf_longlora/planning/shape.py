@@ -10,6 +10,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from ..attention import set_s2_attention
 from ..tuner.modules import is_norm, is_projection, language_modules
 from .settings import RunSettings
 
@@ -59,6 +60,7 @@ class Shape:
                 base: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype))
         except (ValueError, KeyError) as error:
             raise ValueError(f"a {config.model_type} is no causal language model: {error}") from error
+        set_s2_attention(base)  # raises on what would not be trained
         layers, hidden = text.num_hidden_layers, text.hidden_size
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads

@@ -7,18 +7,25 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.utils import logging
 
 from ..attention import check_supported
+from ..attention.config import dense_by_size
+from ..attention.kernels import check_kernel
 from ..rope import AUTO, RopeScaling, current_rope, find_rope, reach, scaled_rope
 from ..tuner import LongLoraConfig, LongLoraModel
 from .callbacks import longlora_tuner
 from .config import LongLoraSFTConfig
 from .stages import Schedule
 
+logger = logging.get_logger(__name__)
+
 
 def check_arguments(args: LongLoraSFTConfig) -> None:
     if args.auto_find_batch_size:
         raise ValueError("`auto_find_batch_size` would change how many examples a stage sees; set the batch size.")
+    if args.per_device_train_batch_size < 1:
+        raise ValueError(f"`per_device_train_batch_size` must be at least 1, got {args.per_device_train_batch_size}.")
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise ValueError(
             f"`train_sampling_strategy={args.train_sampling_strategy!r}` would mix the stages; use 'random' (shuffled "
@@ -42,6 +49,18 @@ def check_arguments(args: LongLoraSFTConfig) -> None:
 
     if args.activation_offloading and not torch.accelerator.is_available():
         raise ValueError("`activation_offloading` moves activations off an accelerator, and there is none here.")
+
+
+def check_attention(args: LongLoraSFTConfig) -> None:
+    """Refuse a kernel that can't run here, and warn of stages that would be dense unasked."""
+    schedule = args.schedule
+    check_kernel(schedule.attention.kernel, args.device.type)
+    for number, stage in enumerate(schedule.stages, start=1):
+        group_size = schedule.attention_config(number - 1).group_size
+        assert group_size is not None
+        words = dense_by_size(group_size, stage.max_length)
+        if words is not None and stage.attention != "dense":
+            logger.warning(f"Stage {number}: {words}")
 
 
 def check_dataset(dataset: Any, args: LongLoraSFTConfig, formatting_func: Any) -> None:
@@ -112,6 +131,19 @@ def check_adapter(model: Any, peft_config: PeftConfig | None, schedule: Schedule
         raise ValueError(
             "The adapter's rope_type or rope_parameters contradict the stages'. Set them in ContextStage alone, for "
             'example ContextStage(8192, 200, rope_type="yarn").'
+        )
+
+
+def check_replicas(args: LongLoraSFTConfig) -> None:
+    """Refuse `torch.nn.DataParallel`, as TRL does since 1.15: to be asked once Trainer has counted the GPUs.
+
+    Its replicas run what is bound to the model that they are copies of: TRL's loss, the weight of our tied head.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process: Trainer would wrap the model in torch.nn.DataParallel, which is not "
+            "supported. Start the script by `accelerate launch` or `torchrun`, or show it one GPU "
+            "(CUDA_VISIBLE_DEVICES=0)."
         )
 
 

@@ -12,29 +12,34 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ..evaluation.plots import plot_history, plot_perplexity, require_matplotlib
+from ..evaluation.plots import plot_history, require_matplotlib
+from ..evaluation.tables import basis, perplexity_table, retrieval_table
+from ..hub.card import EVALUATION_NAME, RETRIEVAL
+from ..hub.run import read_facts, training_seconds
 from .checkpoints import SCHEDULE_NAME
 from .stages import Schedule
 
 logger = logging.get_logger(__name__)
 
 CURVES = {
-    "loss": ("loss", "training loss"),
-    "speed": ("tokens_per_second", "tokens a second"),
-    "memory": ("peak_memory_gib", "peak memory, GiB"),
+    "loss": ("Loss", "loss", "loss (nats per token)"),
+    "speed": ("Speed", "tokens_per_second", "tokens a second"),
+    "memory": ("Memory", "peak_memory_gib", "peak memory (GiB)"),
 }
+"""Title, key in the log and axis of each picture of the run."""
+HEAD = ("stage", "tokens", "steps", "attention", "group, tokens", "first loss", "last loss")
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;"
+    "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;"
     "text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
 )
 
 
 def write_report(folder: Path, history: Sequence[Mapping[str, Any]], schedule: Schedule) -> Path:
-    """Write `report.html`, with loss, speed and memory by stage, into a run's output directory.
+    """Write `report.html`, with losses, speed and memory by stage and the run's facts, into its output directory.
 
-    What `hf-longlora evaluate --output-dir` has left in the same folder (`evaluation.json`) is shown, too; see
-    `update_report`. Without matplotlib the report has its tables and says how to get the pictures.
+    What `hf-longlora evaluate --output-dir` has left in the same folder (`evaluation.json`, pictures) is shown, too;
+    see `update_report`. Without matplotlib the report has its tables and says how to get the pictures.
 
     Args:
         folder: The output directory.
@@ -45,32 +50,41 @@ def write_report(folder: Path, history: Sequence[Mapping[str, Any]], schedule: S
         The file.
     """
     logged = [entry for entry in history if "loss" in entry and "stage" in entry]
-    rows = [_stage_row(number, logged, schedule) for number in range(len(schedule.stages))]
-    body = [
-        "<h1>Context extension</h1>",
-        _table(("stage", "tokens", "steps", "attention", "group", "first loss", "last loss", "tokens/s", "GiB"), rows),
-    ]
-    body += _evaluation(folder)
+    evaluated: dict[int, list[tuple[int, float]]] = {}  # (step, loss) by stage, from 0
+    for entry in history:
+        if "eval_loss" in entry:
+            number = schedule.step(max(entry["step"] - 1, 0)).stage
+            evaluated.setdefault(number, []).append((entry["step"], float(entry["eval_loss"])))
+    facts = read_facts(folder)
+    title = f"Context extension of {facts['base']}" if "base" in facts else "Context extension"
+    rows = [_stage_row(number, logged, evaluated, schedule) for number in range(len(schedule.stages))]
+    head = (*HEAD, *(("evaluation loss",) if evaluated else ()), "tokens/s", "peak GiB")
+    body = [f"<h1>{html.escape(title)}</h1>", _table(head, rows)]
     try:
         require_matplotlib()
     except ImportError as error:
         logger.warning(f"{folder / 'report.html'} has no pictures: {error}")
         body.append(f"<p>No pictures: {html.escape(str(error))}.</p>")
     else:
-        for name, (key, label) in CURVES.items():
-            by_stage: dict[str, list[tuple[int, float]]] = {}
-            for entry in logged:
-                title = f"stage {entry['stage']}, {entry['context_length']:,} tokens"
-                if key in entry:
-                    by_stage.setdefault(title, []).append((entry["step"], float(entry[key])))
-            if by_stage:
-                plot_history(by_stage, folder / f"{name}.png", ylabel=label)
-                body.append(f'<img src="{name}.png" alt="{label} by step">')
-        evaluated = [(entry["step"], float(entry["eval_loss"])) for entry in history if "eval_loss" in entry]
-        if evaluated:
-            plot_history({"evaluation": evaluated}, folder / "eval_loss.png", ylabel="evaluation loss")
-            body.append('<img src="eval_loss.png" alt="evaluation loss by step">')
-    page = f"<!doctype html><meta charset=utf-8><title>Context extension</title><style>{STYLE}</style>\n"
+        for name, (heading, key, label) in CURVES.items():
+            curves: dict[str, Any] = {}
+            dashed: dict[str, Any] = {}
+            for number, stage in enumerate(schedule.stages):
+                curve = f"stage {number + 1}, {stage.max_length:,} tokens"
+                points = [(e["step"], float(e[key])) for e in logged if e["stage"] == number + 1 and key in e]
+                curves |= {curve: points} if points else {}
+                dashed |= {curve: evaluated[number]} if key == "loss" and number in evaluated else {}
+            if curves:
+                file = folder / f"{name}.png"
+                plot_history(curves, file, ylabel=label, evaluated=dashed, from_zero=key != "loss")
+                body += [f"<h2>{heading}</h2>", *_picture(file)]
+            if dashed:
+                longest = f"{schedule.stages[-1].max_length:,}"
+                body.append(f"<p>Evaluation is dense, on up to {longest} tokens in every stage.</p>")
+    body += _evaluation(folder)
+    if facts:
+        body += ["<h2>The run</h2>", _table((), list(facts.items()))]
+    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>\n"
     file = folder / "report.html"
     file.write_text(page + "\n".join(body) + "\n", encoding="utf-8")
     return file
@@ -96,47 +110,67 @@ def update_report(folder: Path) -> Path:
     return write_report(folder, history, Schedule.from_dict(json.loads(schedule.read_text())))
 
 
-def _stage_row(number: int, logged: Sequence[Mapping[str, Any]], schedule: Schedule) -> tuple[str, ...]:
+def _stage_row(
+    number: int,
+    logged: Sequence[Mapping[str, Any]],
+    evaluated: Mapping[int, Sequence[tuple[int, float]]],
+    schedule: Schedule,
+) -> list[str]:
     stage = schedule.stages[number]
     entries = [entry for entry in logged if entry["stage"] == number + 1]
     every = schedule.dense_every if stage.dense_every is None else stage.dense_every
-    group = schedule.attention_config(number).group_size
     dense = stage.attention == "dense"
-    attention = "dense" if dense else "sparse" + (f", each {every}th step dense" if every else "")
-    found = ("", "", "", "")
-    if entries:
-        speeds = [float(entry["tokens_per_second"]) for entry in entries]
-        found = (
-            f"{entries[0]['loss']:.3f}",
-            f"{entries[-1]['loss']:.3f}",
-            f"{sum(speeds) / len(speeds):,.0f}",
-            f"{max(float(entry['peak_memory_gib']) for entry in entries):.1f}",
-        )
-    group_size = "" if dense else f"{group:,}"
-    return (str(number + 1), f"{stage.max_length:,}", str(stage.max_steps), attention, group_size, *found)
+    before = sum(earlier.max_steps for earlier in schedule.stages[:number])
+    done = entries[-1]["step"] - before if entries else 0
+    row = [
+        f"{number + 1}",
+        f"{stage.max_length:,}",
+        f"{stage.max_steps:,}" if done == stage.max_steps else f"{done:,} of {stage.max_steps:,}",
+        "dense" if dense else "sparse" + (f", one step in {every} dense" if every else ""),
+        "" if dense else f"{schedule.attention_config(number).group_size:,}",
+        *((f"{entries[0]['loss']:.3f}", f"{entries[-1]['loss']:.3f}") if entries else ("", "")),
+    ]
+    if evaluated:
+        row.append(f"{evaluated[number][-1][1]:.3f}" if number in evaluated else "")
+    if not entries:
+        return [*row, "", ""]
+    so_far, earlier = ([entry for entry in logged if entry["stage"] <= stage] for stage in (number + 1, number))
+    seconds = training_seconds(so_far) - training_seconds(earlier)
+    tokens = so_far[-1]["num_tokens"] - (earlier[-1]["num_tokens"] if earlier else 0)
+    peak = max(float(entry["peak_memory_gib"]) for entry in entries)
+    return [*row, f"{tokens / seconds:,.0f}" if seconds else "", f"{peak:.1f}"]
 
 
 def _evaluation(folder: Path) -> list[str]:
-    """Perplexity by length, if the model was evaluated into this folder."""
-    file = folder / "evaluation.json"
+    """What `hf-longlora evaluate` has found, if it wrote into this folder."""
+    file = folder / EVALUATION_NAME
     if not file.is_file():
         return []
-    records = json.loads(file.read_text()).get("perplexity")
-    if not records:
-        return []
-    lengths = [f"{record['length']:,}" for record in next(iter(records.values()))]
-    rows = [(name, *(f"{record['perplexity']:.2f}" for record in found)) for name, found in records.items()]
-    parts = ["<h2>Perplexity by length</h2>", _table(("attention", *lengths), rows)]
-    try:
-        plot_perplexity(records, folder / "perplexity.png")
-        parts.append('<img src="perplexity.png" alt="perplexity by length">')
-    except ImportError:
-        pass  # said once, by the caller
+    results = json.loads(file.read_text())
+    parts = []
+    if records := results.get("perplexity"):
+        measured = basis([record for rows in records.values() for record in rows])
+        parts += ["<h2>Perplexity by context length</h2>", _table(*perplexity_table(records))]
+        parts += [f"<p>Each is over {measured}.</p>"] if measured else []
+        parts += _picture(folder / "perplexity.png")
+    if "far_context" in results:
+        parts += ["<h2>Loss by position</h2>", f"<p>{html.escape(results['far_context'])}</p>"]
+        parts += _picture(folder / "positions.png")
+    for kind, title in RETRIEVAL.items():
+        if records := results.get(kind):
+            tried = basis(records)
+            parts += [f"<h2>{title}, by length and depth</h2>", _table(*retrieval_table(records))]
+            parts += [f"<p>Each is of {tried}.</p>"] if tried else []
+            parts += _picture(folder / f"{kind}.png")
     return parts
+
+
+def _picture(file: Path) -> list[str]:
+    return [f'<img src="{file.name}" alt="{file.stem}">'] if file.is_file() else []
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    return "<table>" + row(head, "th") + "".join(row(cells, "td") for cells in rows) + "</table>"
+    return "<table>" + (row(head, "th") if head else "") + "".join(row(cells, "td") for cells in rows) + "</table>"

@@ -4,7 +4,8 @@ import copy
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,8 +32,10 @@ from .checkpoints import begin_checkpoint, check_signature, last_checkpoint, opt
 from .checks import (
     check_adapter,
     check_arguments,
+    check_attention,
     check_dataset,
     check_lengths,
+    check_replicas,
     check_saving,
     checked_config,
     known_length,
@@ -109,6 +112,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         config = checked_config(model, args)
         args.resolve_stages(known_length(config))
         self.schedule: Schedule = args.schedule
+        check_attention(args)
         check_adapter(model, peft_config, self.schedule)
         self._base_rope, self._ropes = stage_ropes(model, config, peft_config, self.schedule)
         self._stage_callback = ContextStageCallback(self.schedule, self._ropes)
@@ -131,6 +135,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             callbacks=[self._stage_callback, *(callbacks or [])],
             **kwargs,
         )
+        check_replicas(args)
         self._data = describe(train_dataset, args)
         self._last_log: tuple[float, int] | None = None
         self._last_batch: dict[str, Any] = {}
@@ -201,7 +206,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             resume_from_checkpoint = self._check_checkpoint(resume_from_checkpoint)
         self._last_log = (time.perf_counter(), self._total_train_tokens)
         if self.is_world_process_zero():
-            write_facts(Path(str(self.args.output_dir)), {"data": self._data})
+            write_facts(Path(str(self.args.output_dir)), self._known)
         try:
             with compiled_layers(self.model, self.args.compile_layers):
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -223,6 +228,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
             write_signature(folder, self._signature())
+            write_facts(folder, self._known | run_facts(self.args, self.state))
             write_report(folder, self.state.log_history, self.schedule)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -266,6 +272,17 @@ class LongLoraSFTTrainer(SFTTrainer):
             )
 
     @property
+    def _base(self) -> str | None:
+        """The base's name as others may read it; none of a model that was made in memory."""
+        model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return base_name(model.config._name_or_path)
+
+    @property
+    def _known(self) -> dict[str, str]:
+        """Facts of the run before its first step."""
+        return ({"base": self._base} if self._base else {}) | {"data": self._data}
+
+    @property
     def _documents(self) -> str:
         """How the documents of this process's last batch begin."""
         return beginnings(self._last_batch, self.processing_class)
@@ -274,6 +291,19 @@ class LongLoraSFTTrainer(SFTTrainer):
     def _plan(self) -> StepPlan:
         """That of the step that was last done."""
         return self.schedule.step(max(self.state.global_step - 1, 0))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._clock_stopped():
+            return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        """What is done meanwhile is no training: the time it takes is none of the steps'."""
+        stopped = time.perf_counter()
+        yield
+        if self._last_log is not None:
+            since, tokens = self._last_log
+            self._last_log = since + time.perf_counter() - stopped, tokens
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """TRL's logs, and the stage's: stage, context length, RoPE factor, speed and peak memory.
@@ -328,10 +358,11 @@ class LongLoraSFTTrainer(SFTTrainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _write_card(self, folder: Path, dataset_name: str | None = None, tags: Sequence[str] = ()) -> None:
-        write_facts(folder, read_facts(folder) | {"data": self._data} | run_facts(self.args, self.state))
+        write_facts(folder, read_facts(folder) | self._known | run_facts(self.args, self.state))
         name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
-        base = base_name(self.model.get_base_model().config._name_or_path)
-        card = folder_card(folder, name=name, base_model=base, dataset=dataset_name, tags=[*self._tag_names, *tags])
+        card = folder_card(
+            folder, name=name, base_model=self._base, dataset=dataset_name, tags=[*self._tag_names, *tags]
+        )
         card.save(folder / "README.md")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -343,7 +374,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         if tuner is not None:
             tuner.full_precision_state = True
         try:
-            super()._save_checkpoint(model, trial)
+            with self._clock_stopped():
+                super()._save_checkpoint(model, trial)
         finally:
             if tuner is not None:
                 tuner.full_precision_state = False

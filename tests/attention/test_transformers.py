@@ -273,6 +273,14 @@ def test_custom_masks_are_refused_in_training(models):
         attention(x, rope, mask)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_weights_are_not_given_and_it_is_said(models, monkeypatch, training):
+    said = []
+    monkeypatch.setattr(interface.logger, "warning_once", said.append)
+    assert not models[0].train(training)(ids(), output_attentions=True).attentions
+    assert said and all("`s2attn` attention does not support `output_attentions=True`" in words for words in said)
+
+
 def test_what_no_kernel_honours_is_refused(models):
     model = models[0].train()
     q = torch.randn(1, 4, 16, 8)

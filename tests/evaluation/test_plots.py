@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from hf_longlora.evaluation import plot_perplexity, plot_positions, plot_retrieval
+from hf_longlora.evaluation import plot_perplexity, plot_positions, plot_retrieval, plots
+from hf_longlora.evaluation.tables import basis, perplexity_table, retrieval_table
 
 
 def records(*values):
@@ -25,7 +26,7 @@ def test_writes_a_picture(tmp_path, curves):
 
     path = tmp_path / "new" / "plot.png"
     assert plot_perplexity(curves, path, base_length=256, train_length=2048, title="A title") == path
-    assert imread(path).shape[:2] == (630, 1050)
+    assert imread(path).shape[:2] == (540, 1050)
 
 
 def test_nothing_to_draw(tmp_path):
@@ -70,3 +71,48 @@ def test_loss_by_position(tmp_path):
     assert path.stat().st_size > 5_000
     with pytest.raises(ValueError, match="nothing to draw"):
         plot_positions({"dense": []}, tmp_path / "none.png")
+
+
+def test_history_with_evaluations(tmp_path, monkeypatch):
+    """Each evaluation in its curve's colour; axes named, from 0 where heights are to compare."""
+    drawn = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure.axes[0]) or save(figure, path))
+    curves = {"stage 1": [(1, 3.0), (2, 2.5), (3, 2.4)], "stage 2": [(4, 2.6)]}
+    evaluated = {"stage 2": [(4, 2.7)]}
+    plots.plot_history(curves, tmp_path / "a.png", ylabel="loss (nats per token)", evaluated=evaluated)
+    plots.plot_history(curves, tmp_path / "b.png", ylabel="peak memory (GiB)", from_zero=True)
+    first, second = drawn
+    solid, dashed = [line for line in first.lines if list(line.get_xdata()) == [4]]
+    assert dashed.get_linestyle() == "--" and dashed.get_color() == solid.get_color()
+    assert [text.get_text() for text in first.get_legend().get_texts()] == ["stage 1", "stage 2", "evaluation"]
+    assert [text.get_text() for text in second.get_legend().get_texts()] == ["stage 1", "stage 2"]
+    assert (first.get_xlabel(), first.get_ylabel()) == ("optimizer step", "loss (nats per token)")
+    assert first.get_ylim()[0] > 2 and second.get_ylim()[0] == 0
+
+
+def test_tables_hold_what_there_is():
+    ragged = {"dense": records(12.5, 1234.5), "as trained": records(11.75)}
+    assert perplexity_table(ragged) == (
+        ["model", "256 tokens", "512 tokens"],
+        [["dense", "12.50", "1234.50"], ["as trained", "11.75", ""]],
+    )
+    found = [{"length": 2048, "depth": 0.5, "accuracy": 0.25, "trials": 4}]
+    assert retrieval_table([*found, {"length": 1024, "depth": 1.0, "accuracy": 1.0, "trials": 1}]) == (
+        ["tokens", "50%", "100%"],
+        [["1,024", "", "100%"], ["2,048", "25%", ""]],
+    )
+
+
+@pytest.mark.parametrize(
+    ("measured", "words"),
+    [
+        ([{"trials": 4}, {"trials": 4}], "4 texts"),
+        ([{"trials": 1}], "1 text"),
+        ([{"tokens": 1280, "documents": 1}], "1,280 tokens of 1 document"),
+        ([{"tokens": 10, "documents": 2}, {"tokens": 30, "documents": 3}], "10 to 30 tokens of 2 to 3 documents"),
+        ([{"length": 4}], ""),
+    ],
+)
+def test_what_a_number_rests_on(measured, words):
+    assert basis(measured) == words

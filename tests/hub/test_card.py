@@ -120,11 +120,14 @@ def test_a_base_that_is_a_folder_is_no_metadata(config, tmp_path):
 def test_a_card_is_brought_up_to_date_unless_it_was_edited(config, tmp_path):
     config.save_pretrained(tmp_path)
     assert refresh_card(tmp_path, "someone/long")
-    folder_card(tmp_path, tags=["mine"], dataset="someone/books", license="mit").save(tmp_path / "README.md")
+    folder_card(tmp_path, name="someone/long", tags=["mine"], dataset="someone/books", license="mit").save(
+        tmp_path / "README.md"
+    )
     evaluation = {"perplexity": RECORDS["books"], "passkey": PASSKEY, "needles": PASSKEY[:2]}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
-    assert refresh_card(tmp_path, "someone/long")
+    assert refresh_card(tmp_path)  # under the name that it has
     card = ModelCard.load(tmp_path / "README.md")
+    assert 'from_pretrained(base, "someone/long")' in card.text and "Each is of 10 texts." in card.text
     assert "# long\n" in card.text and "| dense | 12.50 | 11.25 |" in card.text
     assert "## Passkeys found, by" in card.text and "## Passkeys found among several, by" in card.text
     assert "mine" in card.data.tags and card.data.tags.count("longlora") == 1

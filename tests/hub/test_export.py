@@ -102,6 +102,7 @@ def test_a_plain_lora_does_not_run_on_the_unscaled_base_by_name(exported):
     with pytest.raises(OSError, match="base"):
         AutoPeftModelForCausalLM.from_pretrained(str(folder / "lora" / "plain"))
     said = (folder / "lora" / "plain" / "README.md").read_text()
+    assert said.startswith("---\nlibrary_name: peft\n---\n")  # the base is a folder here, and no name on the Hub
     assert "--hf-config-path plain/base --hf-overrides '{" in said and "--max-lora-rank 8" in said
     assert "vLLM does not take it: it has modules_to_save" in (folder / "all" / "plain" / "README.md").read_text()
     said = (folder / "patterns" / "plain" / "README.md").read_text()
@@ -176,6 +177,14 @@ def test_merging_into_a_quantized_base_is_refused(adapter):
     _quantized(adapter)
     with pytest.raises(ValueError, match="is quantized"):
         export_adapter(adapter / "adapter", adapter / "out")
+
+
+def test_the_dtype_of_the_merged_model(adapter):
+    for dtype in ("bfloat16", torch.bfloat16):
+        export_adapter(adapter / "adapter", adapter / str(dtype), dtype=dtype)
+        assert json.loads((adapter / str(dtype) / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(ValueError, match=r'dtype must be "auto".*got \'bf16\''):
+        export_adapter(adapter / "adapter", adapter / "out", dtype="bf16")
 
 
 def test_names_that_are_nowhere_and_unknown_forms(adapter):

@@ -75,6 +75,17 @@ def test_an_adapter_that_one_may_read(private, token, monkeypatch, capsys, tmp_p
     assert merged.config.max_position_embeddings == 256
 
 
+def test_an_adapter_s_name_is_no_model_s(private, token, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    HfApi(endpoint=private.url, token=token).upload_folder(repo_id=PRIVATE, folder_path=tmp_path / "adapter")
+    llama().config.save_pretrained(tmp_path / "base")
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert main(["check", PRIVATE]) == 0
+    assert f"{PRIVATE}, an adapter of {tmp_path / 'base'}: LlamaForCausalLM" in capsys.readouterr().out
+    assert f"{PRIVATE} is an adapter and no model: give its base, {tmp_path / 'base'}" in said(capsys, "plan", PRIVATE)
+
+
 @pytest.mark.parametrize("trouble", [500, 403])
 def test_another_answer(private, token, monkeypatch, capsys, trouble):
     monkeypatch.setenv("HF_TOKEN", token)

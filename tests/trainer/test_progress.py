@@ -7,6 +7,7 @@ import logging
 import re
 import sqlite3
 import sys
+import time
 from importlib.util import find_spec
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.integrations import rewrite_logs
 
 from hf_longlora import ContextStage
-from hf_longlora.evaluation import plots
+from hf_longlora.hub.run import training_seconds
 from hf_longlora.trainer import report, update_report
 
 from .helpers import STAGES, Stop, texts
@@ -168,33 +169,82 @@ def page(folder):
 
 
 def test_a_run_ends_with_a_report(make, tmp_path):
-    make(
+    trainer = make(
         dense_every=2,
         stages=[STAGES[0], ContextStage(256, 3, attention="dense")],
         eval_strategy="steps",
         eval_steps=3,
         eval_dataset=texts(2),
-    ).train()
+    )
+    trainer.train()
     out = tmp_path / "out"
     rows = re.findall(r"<tr>(.*?)</tr>", page(out))
-    assert "<td>1</td><td>128</td><td>3</td><td>sparse, each 2th step dense</td><td>8</td>" in rows[1]
+    assert "<td>1</td><td>128</td><td>3</td><td>sparse, one step in 2 dense</td><td>8</td>" in rows[1]
     assert "<td>2</td><td>256</td><td>3</td><td>dense</td><td></td>" in rows[2]
-    assert re.search(r"<td>\d\.\d{3}</td><td>\d\.\d{3}</td><td>[\d,]+</td><td>\d+\.\d</td>$", rows[1])
+    assert re.search(r"(<td>\d\.\d{3}</td>){3}<td>[\d,]+</td><td>\d+\.\d</td>$", rows[1])
+    evaluated = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    for row, loss in zip(rows[1:3], evaluated, strict=True):  # that of the stage's end, beside training's
+        assert re.findall(r"<td>(\d\.\d{3})</td>", row)[2] == f"{loss:.3f}"
+    assert "dense, on up to 256 tokens" in page(out)
+    facts = dict(re.findall(r"<tr><td>([a-z ]+)</td><td>(.*?)</td></tr>", page(out)))
+    assert facts == json.loads((out / "run.json").read_text())
+    assert facts["evaluation loss"] == f"{evaluated[0]:.3f} at first, {evaluated[1]:.3f} at last"
+    assert "None" not in page(out)
     pictures = re.findall(r'src="(.*?)"', page(out))
-    assert pictures == ["loss.png", "speed.png", "memory.png", "eval_loss.png"]
+    assert pictures == ["loss.png", "speed.png", "memory.png"]
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 
 def test_an_evaluation_comes_into_the_report(make, tmp_path):
     make().train()
     out = tmp_path / "out"
-    records = [{"length": 128, "perplexity": 12.5}, {"length": 256, "perplexity": 11.25}]
-    (out / "evaluation.json").write_text(json.dumps({"perplexity": {"dense <&>": records}}))
+    records = [
+        {"length": length, "perplexity": perplexity, "tokens": 1280, "documents": 12}
+        for length, perplexity in ((128, 12.5), (256, 11.25))
+    ]
+    retrieval = [{"length": 256, "depth": depth, "accuracy": depth, "trials": 4} for depth in (0.25, 1.0)]
+    results = {"perplexity": {"dense <&>": records}, "far_context": "It helps.", "passkey": retrieval}
+    (out / "evaluation.json").write_text(json.dumps(results))
+    for name in ("perplexity", "passkey", "needles"):  # the last of an earlier evaluation
+        (out / f"{name}.png").write_bytes(b"PNG")
     assert "Perplexity" not in page(out)
     assert update_report(out) == out / "report.html"
-    assert "<th>attention</th><th>128</th><th>256</th>" in page(out)
-    assert "<td>dense &lt;&amp;&gt;</td><td>12.50</td><td>11.25</td>" in page(out)
-    assert (out / "perplexity.png").is_file() and "loss.png" in page(out)
+    for part in (
+        "<th>model</th><th>128 tokens</th><th>256 tokens</th>",
+        "<td>dense &lt;&amp;&gt;</td><td>12.50</td><td>11.25</td>",
+        "<p>Each is over 1,280 tokens of 12 documents.</p>",
+        "<p>It helps.</p>",
+        "<h2>Passkeys found, by length and depth</h2>",
+        "<th>tokens</th><th>25%</th><th>100%</th></tr><tr><td>256</td><td>25%</td><td>100%</td>",
+        "<p>Each is of 4 texts.</p>",
+    ):
+        assert part in page(out), part
+    assert re.findall(r'src="(.*?)"', page(out))[3:] == ["perplexity.png", "passkey.png"]
+
+
+def test_a_run_that_was_stopped_says_how_far_it_came(make, tmp_path):
+    make(callbacks=[Stop(4)]).train()
+    rows = re.findall(r"<tr>(.*?)</tr>", page(tmp_path / "out"))
+    assert "<td>128</td><td>3</td>" in rows[1] and "<td>256</td><td>1 of 3</td>" in rows[2]
+
+
+class Slow(TrainerCallback):
+    """Evaluations and checkpoints that take a second more."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        time.sleep(1)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        time.sleep(1)
+
+
+def test_evaluations_are_no_training_time(make):
+    options = dict(eval_strategy="steps", eval_steps=2, eval_dataset=texts(2), per_device_eval_batch_size=8)
+    trainer = make(callbacks=[Slow()], **options)
+    trainer.train()
+    logged = [log for log in trainer.state.log_history if "loss" in log]
+    whole = trainer.state.log_history[-1]["train_runtime"]
+    assert training_seconds(logged) < whole - 5.5
 
 
 def test_no_report_of_no_run(tmp_path):
@@ -212,7 +262,6 @@ def test_without_matplotlib_a_report_has_tables_and_one_warning(make, tmp_path, 
         raise ImportError("plots need matplotlib: pip install 'hf_longlora[plot]'")
 
     monkeypatch.setattr(report, "require_matplotlib", missing)
-    monkeypatch.setattr(plots, "require_matplotlib", missing)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     monkeypatch.setattr(report.logger, "propagate", True)
     out = tmp_path / "out"

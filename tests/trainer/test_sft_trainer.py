@@ -21,7 +21,7 @@ from trl import SFTTrainer
 
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
 from hf_longlora.attention import get_s2_attention, interface
-from hf_longlora.trainer import checkpoints
+from hf_longlora.trainer import checkpoints, checks
 
 from .helpers import STAGES, TEXT, Spy, Stop, texts, weights
 
@@ -359,6 +359,7 @@ def test_the_vocabulary_is_not_resized(make):
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "skip_prepare_dataset"),
         ({"dataset": Dataset.from_dict({"text": ["a"], "image": [1]})}, "images"),
         ({"padding_free": True, "packing": False}, "set packing=True as well"),
+        ({"attention_kernel": "flex"}, "The attention kernel 'flex' lacks device 'cpu'.*'auto' or one of .*'sdpa'"),
     ],
 )
 def test_refused_before_training(make, tiny_llama, options, message):
@@ -391,6 +392,29 @@ def test_what_counts_examples_otherwise_is_refused(make, monkeypatch):
         make(accelerator_config={"split_batches": True})
     with pytest.raises(ValueError, match="parallelism_config"):
         make(parallelism_config=ParallelismConfig(cp_size=2))
+
+
+def test_several_gpus_in_one_process_are_refused(make, monkeypatch):
+    monkeypatch.setattr(LongLoraSFTConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"DataParallel.*accelerate launch.*CUDA_VISIBLE_DEVICES"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"group_size": 256}, True),
+        ({"group_size_ratio": 1.0}, True),
+        ({"group_size": 255}, False),
+        ({"group_size": 256, "stages": [ContextStage(256, 1, attention="dense")]}, False),
+    ],
+)
+def test_a_stage_that_groups_make_dense_is_said(make, monkeypatch, options, warned):
+    said = []
+    monkeypatch.setattr(checks.logger, "warning", said.append)
+    make(**{"stages": [ContextStage(256, 1)], **options})
+    words = "Stage 1: A group of 256 tokens holds all of a sequence of 256: attention is dense"
+    assert [message.startswith(words) for message in said] == [True] * warned
 
 
 def test_plain_arguments_are_refused(tiny_llama, tmp_path):

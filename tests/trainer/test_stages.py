@@ -4,8 +4,10 @@ import warnings
 
 import pytest
 import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer, S2AttentionConfig
+from hf_longlora.trainer.callbacks import ContextStageCallback
 from hf_longlora.trainer.checks import check_lengths
 from hf_longlora.trainer.stages import Schedule, auto_stages
 
@@ -254,3 +256,15 @@ def test_a_stage_that_would_see_nothing_says_why():
     check_lengths(plan, None, [None, None], [64, 128])
     with pytest.raises(ValueError, match=r"Stage 2 .* would see nothing: no example is left"):
         check_lengths(plan, None, [None, None], [64, 0])
+
+
+def test_a_stage_gives_back_what_the_allocators_keep(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for name in ("empty_cache", "empty_host_cache"):
+        monkeypatch.setattr(torch.accelerator, name, lambda name=name: given.append(name), raising=False)
+    callback = ContextStageCallback(schedule(ContextStage(128, 2), ContextStage(256, 1)), [None, None])
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    for step in (1, 2, 3):
+        callback.on_step_end(args, TrainerState(global_step=step), TrainerControl())
+        assert given == ["empty_cache", "empty_host_cache"] * (step - 1)

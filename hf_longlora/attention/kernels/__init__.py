@@ -52,6 +52,12 @@ class Kernel:
     linear_memory: bool = True
     compiles: bool = True
 
+    def lacks_here(self, device: str) -> str | None:
+        """What a type of device, or this machine, has not for it, in words; `None` if it can run."""
+        if self.devices is not None and device not in self.devices:
+            return f"device {device!r}"
+        return self.missing()
+
     def lacks(
         self, query: torch.Tensor, value: torch.Tensor, *, dropout: bool, softcap: bool, sinks: bool
     ) -> str | None:
@@ -60,7 +66,6 @@ class Kernel:
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         wanted = {
-            f"device {device!r}": self.devices is not None and device not in self.devices,
             f"{dtype}": self.dtypes is not None and dtype not in self.dtypes,
             f"heads of {width}": width % self.head_step > 0 or (self.head_dim is not None and width > self.head_dim),
             "values of another width than keys": not self.value_dim and width != value.shape[-1],
@@ -68,7 +73,7 @@ class Kernel:
             "softcap": softcap and not self.softcap,
             "attention sinks": sinks and not self.sinks,
         }
-        return next((name for name, lacking in wanted.items() if lacking), None) or self.missing()
+        return self.lacks_here(device) or next((name for name, lacking in wanted.items() if lacking), None)
 
 
 KERNELS: dict[str, Kernel] = {
@@ -103,6 +108,14 @@ KERNELS: dict[str, Kernel] = {
 def preference() -> tuple[str, ...]:
     """What `"auto"` tries, in order. Never the reference: its memory grows with the square of the length."""
     return ("flash", "sdpa", "flex") if flash.is_fastest() else ("sdpa", "flex")
+
+
+def check_kernel(name: str, device: str) -> None:
+    """Raise a `ValueError` if the kernel called `name` can't run on a type of device, or on this machine."""
+    lack = None if name == "auto" else KERNELS[name].lacks_here(device)
+    if lack is not None:
+        able = [other for other, kernel in KERNELS.items() if kernel.lacks_here(device) is None]
+        raise ValueError(f"The attention kernel {name!r} lacks {lack}. Here it can be 'auto' or one of {able}.")
 
 
 def select_kernel(
