@@ -16,7 +16,8 @@ from .in_place import Call, Engine, Tensors, attend_in_place, heads_of
 
 LAUNCH_TOKENS = 32_768
 """Tokens in a launch, or one segment if that is longer: kernels add up the gradients of queries in fp32, which for
-all heads is as much as queries and their gradients together."""
+all heads is as much as queries and their gradients together. 131,072 in one launch are 3% faster and take 1.32 times
+the tensors' memory instead of 1.08 (`benchmarks/results/attention.csv`)."""
 
 
 class Launch(NamedTuple):
