@@ -3,7 +3,7 @@
 python -m benchmarks.plots [--results FILE] [--plot FILE] [--gpu NAME] [--model 8b]
 
 Of several rows of one method and length the newest counts, and ratios are between rows of one GPU. A * marks a step
-that was the first at its length: kernels are chosen in it and memory is taken, 0.3 to 0.6 s.
+that was the first at its length: kernels are chosen in it and memory is taken.
 """
 
 import argparse

@@ -71,8 +71,8 @@ class ContextStageCallback(TrainerCallback):
 def _release_memory() -> None:
     """Give back what the allocators keep: blocks of a stage's sizes, which fit no other length.
 
-    With activation offloading the host's are most of its memory: 206 GiB were pinned at 524,288 tokens after 262,144,
-    where 137 were in use (`benchmarks/LOG.md`).
+    With activation offloading that is much of the host's memory: of 206 GiB pinned at 524,288 tokens 70 were left over
+    from 262,144 (`benchmarks/results/train_step.csv`).
     """
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
