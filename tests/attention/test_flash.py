@@ -177,7 +177,7 @@ def test_without_a_package_the_error_says_what_to_install(monkeypatch):
     query, _, value = draw(4, 2, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"'flash' lacks (device 'cpu'|the package flash-attn-4)"):
         kernels.select_kernel("flash", query, value)
-    assert "pip install flash-attn-4" in flash.missing()
+    assert "pip install 'hf-longlora[flash]'" in flash.missing()
     assert KERNELS["flash"].missing is flash.missing
 
 

@@ -22,10 +22,8 @@ from .ragged import Launch, attend_ragged, engine, tokens_of
 @lru_cache(maxsize=1)
 def version() -> int:
     """The newest FlashAttention that this machine can train with: 4, 3 or 2; 0: none."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (
-        9,
-        0,
-    ):  # 4 has no backward before Hopper
+    # 4 has no backward before Hopper.
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0):
         try:
             _interface()
         except ImportError:
@@ -46,7 +44,9 @@ def is_fastest() -> bool:
 @torch.compiler.assume_constant_result
 def missing() -> str | None:
     """What this machine lacks, in words."""
-    return None if version() else "the package flash-attn-4 or flash-attn (pip install flash-attn-4)"
+    if version():
+        return None
+    return "the package flash-attn-4 (from Hopper on; pip install 'hf-longlora[flash]') or flash-attn"
 
 
 def flash_kernel(
