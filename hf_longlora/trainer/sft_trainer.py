@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import trl
 from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
@@ -147,6 +148,9 @@ class LongLoraSFTTrainer(SFTTrainer):
             tuner.upcast_masters()  # TRL casts what a quantized model trains to bf16, the norms too
             adapter: Any = self.model.active_peft_config
             adapter.schedule = self.schedule.to_dict()
+        if args.selective_checkpointing and isinstance(self.model, PeftModel):
+            # TRL changes the method of the PeftModel, and transformers >= 5.24 calls another.
+            trl.models.enable_selective_activation_checkpointing(self.model.get_base_model())
         if args.mlp_tile is not None:
             tile_mlps(self.model, args.mlp_tile)
         self._stage_callback.apply(self.model, 0)
