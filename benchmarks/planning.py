@@ -20,7 +20,7 @@ from hf_longlora.planning import LengthPlan, RunSettings, gpu_called
 from .provenance import RESULTS, read_rows
 from .train_step import model_config
 
-KNOWN = {"cudnn", "flash", "liger", "compile", "tile", "offload", "qlora"}
+KNOWN = {"cudnn", "flash", "liger", "compile", "tile", "selective", "offload", "qlora"}
 TILE = 8192
 """As in the rows, from 32,768 tokens on."""
 COLUMNS = ("gpu", "model", "method", "length", "gib", "planned_gib", "gib_error", "s", "planned_s", "s_error")
@@ -38,6 +38,7 @@ def planned(row: Mapping[str, str]) -> tuple[LengthPlan, float] | None:
         quantization="4bit" if "qlora" in options else None,
         fused="liger" in options or "compile" in options,
         mlp_tile=TILE if "tile" in options else None,
+        selective_checkpointing="selective" in options,
         activation_offloading="offload" in options,
         group_size=group or None,
         dense_every=0,

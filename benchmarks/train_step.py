@@ -16,7 +16,8 @@ trained, gradient checkpointing, TRL's chunked loss, AdamW, batch 1, one documen
 
 and each `+NAME` behind it switches on: `cudnn` or `flash` (the backend of scaled_dot_product_attention), `fa3` or
 `fa4` (transformers' flash_attention_3 and _4; stock only), `liger` (use_liger_kernel), `compile` (compile_layers),
-`tile` (mlp_tile=8192, or a quarter of a shorter length), `offload` (activations to the host), `qlora` (4 bits),
+`tile` (mlp_tile=8192, or a quarter of a shorter length), `selective` (checkpoints keep attention's output), `offload`
+(activations to the host), `qlora` (4 bits),
 `kernel=NAME` (attention_kernel), `casts` (adapters' inputs to fp32 and back, as PEFT does it and our trainer did).
 
 Each method runs in a process of its own, through its lengths in order. A row is appended when a length is done; a
@@ -76,7 +77,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 """What sets a model apart from Llama 3: 8 key/value heads, a vocabulary of 128,256, theta 500,000."""
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-OPTIONS = ("cudnn", "flash", "fa3", "fa4", "liger", "casts", "compile", "tile", "offload", "qlora")
+OPTIONS = ("cudnn", "flash", "fa3", "fa4", "liger", "casts", "compile", "tile", "selective", "offload", "qlora")
 OURS = {"casts", "compile", "tile"}
 """Options of our trainer alone."""
 WARM_UP = 8192
@@ -232,6 +233,7 @@ def arguments(method: Method, folder: str) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
+        "gradient_checkpointing_kwargs": {"selective": True} if "selective" in method.options else None,
     }
 
 

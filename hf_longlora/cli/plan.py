@@ -48,6 +48,7 @@ def add(commands: Any) -> None:
     )
     plan.add_argument("--quantized", choices=("4bit", "8bit"), help="a base quantized by bitsandbytes")
     plan.add_argument("--no-gradient-checkpointing", action="store_true", help="keep all activations")
+    plan.add_argument("--selective-checkpointing", action="store_true", help="keep attention's output, alone")
     plan.add_argument("--activation-offloading", action="store_true", help="checkpoints wait in the host's memory")
     plan.add_argument("--fused", action="store_true", help="with use_liger_kernel or compile_layers")
     plan.add_argument("--mlp-tile", type=int, metavar="N", help="tokens that an MLP takes at a time; default: all")
@@ -76,6 +77,7 @@ def run(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulation,
         gradient_checkpointing=not options.no_gradient_checkpointing,
+        selective_checkpointing=options.selective_checkpointing,
         activation_offloading=options.activation_offloading,
         fused=options.fused,
         mlp_tile=options.mlp_tile,

@@ -66,6 +66,8 @@ def bytes_at_peak(shape: Shape, settings: RunSettings, length: int) -> tuple[dic
         checkpoint = stream * h * tokens
         on_card = min(STASHED, shape.layers) if settings.activation_offloading else shape.layers
         saved = on_card * checkpoint
+        if settings.selective_checkpointing:  # the output, and a fp32 number a head
+            saved += shape.layers * tokens * (2 * shape.query + 4 * shape.heads)
         host = (shape.layers - on_card) * checkpoint
     else:
         saved = shape.layers * tokens * (outside + whole)

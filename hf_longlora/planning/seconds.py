@@ -22,7 +22,8 @@ def _attention_seconds(shape: Shape, settings: RunSettings, gpu: Gpu, length: in
     share = gpu.attention[settings.backend] if settings.backend else max(gpu.attention.values())
     rate = share * gpu.tflops * 1e12
     document = ((0, length),)
-    passes = 1 + 2.5 + settings.gradient_checkpointing  # backward: 5 products for the forward's 2
+    again = settings.gradient_checkpointing and not settings.selective_checkpointing
+    passes = 1 + 2.5 + again  # backward: 5 products for the forward's 2
     widths = 2 * shape.query / shape.heads
     seconds = 0.0
     for window in shape.windows:

@@ -24,6 +24,8 @@ class RunSettings:
         gradient_checkpointing: Whether each layer is computed again in the backward.
         fused: Whether norms and activations are fused: `use_liger_kernel` or `compile_layers`.
         mlp_tile: Tokens that an MLP takes at a time; `None`: all.
+        selective_checkpointing: Whether checkpointing keeps attention's output, by TRL's
+            `gradient_checkpointing_kwargs={"selective": True}`.
         activation_offloading: Whether checkpoints wait in the host's memory.
         chunked_loss: Whether the loss is computed by tiles (TRL >= 1.16 does) and never has all logits.
         group_size, group_size_ratio, dense_every: As the trainer's.
@@ -38,6 +40,7 @@ class RunSettings:
     gradient_checkpointing: bool = True
     fused: bool = False
     mlp_tile: int | None = None
+    selective_checkpointing: bool = False
     activation_offloading: bool = False
     chunked_loss: bool = True
     group_size: int | None = None
@@ -54,6 +57,8 @@ class RunSettings:
             raise ValueError("all weights can't be trained on a quantized base: give an adapter")
         if self.activation_offloading and not self.gradient_checkpointing:
             raise ValueError("activation offloading is planned with gradient checkpointing only")
+        if self.selective_checkpointing and not self.gradient_checkpointing:
+            raise ValueError("selective checkpointing is planned with gradient checkpointing only")
         for name in ("batch_size", "gradient_accumulation_steps", "mlp_tile"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

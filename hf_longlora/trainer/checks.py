@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import trl
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
@@ -47,6 +48,10 @@ def check_arguments(args: LongLoraSFTConfig) -> None:
     if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
         raise ValueError("`skip_prepare_dataset` leaves no way to cut sequences to each stage's length.")
 
+    if args.selective_checkpointing and not hasattr(trl.models, "enable_selective_activation_checkpointing"):
+        raise ValueError(
+            f"TRL {trl.__version__} has no selective gradient_checkpointing_kwargs: 1.15 is the first."
+        )
     if args.activation_offloading and not torch.accelerator.is_available():
         raise ValueError("`activation_offloading` moves activations off an accelerator, and there is none here.")
 

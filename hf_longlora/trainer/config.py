@@ -126,6 +126,12 @@ class LongLoraSFTConfig(SFTConfig):
             self.stages = auto_stages(self.stages, base_length, self.max_length or 0, self.max_steps)
 
     @property
+    def selective_checkpointing(self) -> bool:
+        """Whether checkpoints keep attention's output: TRL's `gradient_checkpointing_kwargs={"selective": True}`."""
+        options: Any = self.gradient_checkpointing_kwargs or {}
+        return bool(self.gradient_checkpointing and options.get("selective"))
+
+    @property
     def schedule(self) -> Schedule:
         """The stages as a function of the step; to be asked for once they are a list."""
         assert isinstance(self.stages, list)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import trl
 from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
@@ -147,6 +148,9 @@ class LongLoraSFTTrainer(SFTTrainer):
             tuner.upcast_masters()  # TRL casts what a quantized model trains to bf16, the norms too
             adapter: Any = self.model.active_peft_config
             adapter.schedule = self.schedule.to_dict()
+        if args.selective_checkpointing and isinstance(self.model, PeftModel):
+            # TRL changes the method of the PeftModel, and transformers >= 5.24 calls another.
+            trl.models.enable_selective_activation_checkpointing(self.model.get_base_model())
         if args.mlp_tile is not None:
             tile_mlps(self.model, args.mlp_tile)
         self._stage_callback.apply(self.model, 0)
@@ -171,7 +175,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         self._train_source = None  # the first that TRL prepares; an evaluation set may be the same object
         # TRL tokenises, then truncates or packs; without a length it stops in between.
         tokenized = prepare(dataset, processing_class, with_length(args, None), False, formatting_func, dataset_name)
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        # `train_batch_size` counts GPUs that Trainer has yet to find to hold one model between them (`device_map`).
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         longest, served = [], []
         for number, stage in enumerate(self.schedule.stages, start=1):
             own = with_length(args, stage.max_length)
@@ -230,6 +235,20 @@ class LongLoraSFTTrainer(SFTTrainer):
             write_signature(folder, self._signature())
             write_facts(folder, self._known | run_facts(self.args, self.state))
             write_report(folder, self.state.log_history, self.schedule)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_model_parallel:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        # `device_map` has spread the model over GPUs, with its head on the last. Trainer counts tokens and wants the
+        # loss on the first, and TRL's kernel runs on the current one.
+        device = self.model.get_output_embeddings().weight.device
+        if isinstance(kwargs.get("num_items_in_batch"), torch.Tensor):
+            kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"].to(device)
+        with torch.cuda.device(device):
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+        if isinstance(result, tuple):
+            return result[0].to(self.args.device), *result[1:]
+        return result.to(self.args.device)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self._last_batch = {key: inputs[key] for key in ("input_ids", "position_ids") if key in inputs}

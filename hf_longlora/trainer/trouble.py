@@ -95,6 +95,11 @@ def memory_remedies(args: Any, quantization: str | None) -> dict[str, dict[str, 
             {"batch_size": 1, "gradient_accumulation_steps": steps},
         ),
         (not args.gradient_checkpointing, f"{checkpointing}=True", {"gradient_checkpointing": True}),
+        (
+            args.selective_checkpointing,
+            f"{checkpointing}_kwargs without selective",
+            {"selective_checkpointing": False},
+        ),
         (args.mlp_tile is None, "mlp_tile=4096 (the MLP by tiles of tokens)", {"mlp_tile": 4096}),
         (
             not args.activation_offloading,
@@ -128,6 +133,7 @@ def planned_memory(
             gradient_checkpointing=args.gradient_checkpointing,
             fused=args.use_liger_kernel or args.compile_layers,
             mlp_tile=args.mlp_tile,
+            selective_checkpointing=args.selective_checkpointing,
             activation_offloading=args.activation_offloading,
             group_size=schedule.attention_config(stage).group_size,
         )

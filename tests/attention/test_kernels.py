@@ -79,6 +79,17 @@ def compare(out, tensors, rows, group_size, scale=None):
         assert error < tolerance, (name, error.item())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("kernel", "device", "dtype"), [run for run in RUNS if run[1] == "cuda"], ids=str)
+def test_a_device_other_than_the_current_one(kernel, device, dtype):
+    """As the layers of a model that `device_map` spreads over GPUs: they run with the first one as the current."""
+    assert torch.cuda.current_device() == 0
+    for batch, mask in ((1, None), (2, torch.tensor([[1] * 200, [0] * 30 + [1] * 170], device="cuda:1"))):
+        tensors = draw(8, 2, 200, batch, dim=64, dtype=dtype, device="cuda:1")
+        assert check(tensors, 32, kernel, mask=mask).device.index == 1
+
+
 @every_kernel
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 23, 33])
@@ -92,6 +103,18 @@ def test_against_oracle(kernel, heads, length, device, dtype):
 @pytest.mark.parametrize("group_size", [2, 3, 8, 64, None])
 def test_half_precision_and_group_sizes(kernel, dtype, half, group_size, device):
     check(draw(4, 2, 29, 2, dim=32, dtype=half, device=device), group_size, kernel)
+
+
+@every_kernel
+@pytest.mark.parametrize("dim", [8, 16, 24, 40, 64, 72, 80, 96, 112, 128, 192, 256])
+def test_each_width_is_right_or_refused(kernel, dim, dtype, device):
+    tensors = draw(4, 2, 70, 2, dim=dim, dtype=dtype, device=device)
+    if KERNELS[kernel].lacks(tensors[0], tensors[2], dropout=False, softcap=False, sinks=False):
+        assert dim % 32
+        with pytest.raises(ValueError, match=f"heads of {dim}"):
+            check(tensors, 32, kernel)
+    else:
+        check(tensors, 32, kernel)
 
 
 @every_kernel

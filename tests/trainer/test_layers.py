@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_longlora import ContextStage, LongLoraConfig
 from hf_longlora.attention import interface
+from hf_longlora.attention.kernels import in_place
 from hf_longlora.trainer.layers import compiled_layers, tile_mlps
 
 from .helpers import weights
@@ -128,6 +129,37 @@ def test_a_run_in_tiles_ends_as_one_without(make, tiny_llama, seen):
         runs[tile] = weights(trainer)
     for name, value in runs[None].items():
         torch.testing.assert_close(runs[50][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"mlp_tile": 50}, {"compile_layers": True}, {"dense_every": 2}], ids=str)
+def test_selective_checkpointing_computes_attention_once(make, tiny_llama, monkeypatch, options):
+    """TRL's, which keeps attention's output: it knows our operator by its name."""
+    compile = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile(self, backend="aot_eager"))
+    calls, engine = [], in_place.ENGINES["sdpa"]
+
+    def forward(launch, *rest):
+        calls.append(launch)
+        engine.forward(launch, *rest)
+
+    monkeypatch.setitem(in_place.ENGINES, "sdpa", engine._replace(forward=forward))
+    runs, counts = [], []
+    for selective in (False, True):
+        torch.manual_seed(1)
+        trainer = make(
+            model=tiny_llama(),
+            stages=STAGES,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"selective": selective},
+            **options,
+        )
+        calls.clear()
+        trainer.train()
+        counts.append(len(calls))
+        runs.append(weights(trainer))
+    assert counts[0] == 2 * counts[1] > 0
+    for name, value in runs[0].items():
+        torch.testing.assert_close(runs[1][name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_are_compiled_for_the_run_and_no_longer(make, tiny_llama, monkeypatch):

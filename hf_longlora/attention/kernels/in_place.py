@@ -4,7 +4,7 @@ Under plain autograd each slice of q, k and v gets a gradient of its own, which 
 copy, and so are the outputs: at groups of 2,048 that was a fifth of the call (24.6 ms against 19.0 ms of the launches
 alone, one H100, `benchmarks/LOG.md`). Here the output and the gradients are allocated once, and an engine, a pair of
 functions that serve one launch each way, fills its share of them. The node is a pair of custom operators, opaque to
-`torch.compile`.
+`torch.compile`. Their names have "flash_attn" in them: by that TRL's selective checkpointing knows what to keep.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -105,7 +105,7 @@ def heads_of(x: torch.Tensor, heads: Span) -> torch.Tensor:
     return x[:, heads[0] : heads[1]]
 
 
-@torch.library.custom_op("hf_longlora::attend_in_place", mutates_args=())
+@torch.library.custom_op("hf_longlora::flash_attn_in_place", mutates_args=())
 def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Sequence[int], scale: float, engine: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +120,7 @@ def _forward(
     return out, lse
 
 
-@torch.library.custom_op("hf_longlora::attend_in_place_backward", mutates_args=())
+@torch.library.custom_op("hf_longlora::flash_attn_in_place_backward", mutates_args=())
 def _backward(
     grad: torch.Tensor,
     query: torch.Tensor,
