@@ -49,9 +49,7 @@ def check_arguments(args: LongLoraSFTConfig) -> None:
         raise ValueError("`skip_prepare_dataset` leaves no way to cut sequences to each stage's length.")
 
     if args.selective_checkpointing and not hasattr(trl.models, "enable_selective_activation_checkpointing"):
-        raise ValueError(
-            f"TRL {trl.__version__} has no selective gradient_checkpointing_kwargs: 1.15 is the first."
-        )
+        raise ValueError(f"TRL {trl.__version__} has no selective gradient_checkpointing_kwargs: 1.15 is the first.")
     if args.activation_offloading and not torch.accelerator.is_available():
         raise ValueError("`activation_offloading` moves activations off an accelerator, and there is none here.")
 
