@@ -400,6 +400,12 @@ def test_several_gpus_in_one_process_are_refused(make, monkeypatch):
         make()
 
 
+def test_stages_are_served_their_examples_where_a_model_takes_several_gpus(make, monkeypatch):
+    """Trainer counts the GPUs into the batch until it has seen that one model has them all (`test_devices.py`)."""
+    monkeypatch.setattr(LongLoraSFTConfig, "train_batch_size", 4)
+    assert len(make(per_device_train_batch_size=2).train_dataset) == 2 * sum(stage.max_steps for stage in STAGES)
+
+
 @pytest.mark.parametrize(
     ("options", "warned"),
     [
