@@ -38,6 +38,13 @@ SHAPE = {
     "eos_token_id": 2,
 }
 LAYERS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+DEEPSEEK = {
+    **{"q_lora_rank": 32, "kv_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64},
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+    **{"moe_intermediate_size": 64, "first_k_dense_replace": 1, "num_key_value_heads": 4},
+    # In the published config; vLLM routes otherwise without, and transformers asks for neither.
+    **{"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+}
 # What the config has besides, and the RoPE types.
 FAMILIES: dict[str, tuple[dict, tuple[str, ...]]] = {
     "llama": ({}, ROPE_TYPES),
@@ -45,6 +52,7 @@ FAMILIES: dict[str, tuple[dict, tuple[str, ...]]] = {
     "stablelm": ({"partial_rotary_factor": 0.25}, ("linear", "yarn", "longrope")),
     "gemma3_text": ({"head_dim": 32, **LAYERS}, ("linear", "yarn", "llama3", "longrope")),
     "phi3": ({}, ("longrope",)),
+    "deepseek_v3": (DEEPSEEK, ("yarn",)),
     "cohere": ({"model_max_length": FIRST}, ("linear", "yarn", "llama3")),
     "gpt_neox": ({"num_key_value_heads": 4}, ("yarn",)),  # transformers' code, in vLLM's engine
 }
