@@ -190,15 +190,17 @@ def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
             raise
         adapter = None  # a model, or a name that loading will refuse
     base = name if adapter is None else adapter.base_model_name_or_path
+    revision = None if adapter is None else adapter.revision  # the base's
     if base is None:
         raise ValueError(f"the adapter {name} doesn't name its base model (base_model_name_or_path)")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision)
     except OSError as error:
         what = name if adapter is None else f"the base of {name}, {base},"
         raise OSError(f"{what} can't be had: {reason(error)}") from error
     if adapter is not None:
         model = PeftModel.from_pretrained(model, name)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer_of = name if adapter is not None and (Path(name) / "tokenizer_config.json").is_file() else base
-    return model, AutoTokenizer.from_pretrained(tokenizer_of)
+    if adapter is not None and (Path(name) / "tokenizer_config.json").is_file():
+        return model, AutoTokenizer.from_pretrained(name)
+    return model, AutoTokenizer.from_pretrained(base, revision=revision)

@@ -90,6 +90,7 @@ def adapter_card(
         else "",
         base_model=base_model or "the base",
         tokenizer=base_model or name,
+        revision=f', revision="{config.revision}"' if config.revision and base_model else "",
         max_length=reach(RopeScaling.from_dict(config.rope))[1] if config.rope is not None else None,
         dynamic=config.rope is not None and RopeScaling.from_dict(config.rope).rope_type == "dynamic",
         limits=_limits(perplexity, retrieval),

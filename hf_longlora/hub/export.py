@@ -83,8 +83,9 @@ def export_adapter(
     base_name = str(base or config.base_model_name_or_path or "")
     if not base_name:
         raise ValueError(f"the adapter {adapter} doesn't name its base model: pass base")
+    revision = None if base else config.revision
     try:
-        base_config = AutoConfig.from_pretrained(base_name, revision=None if base else config.revision)
+        base_config = AutoConfig.from_pretrained(base_name, revision=revision)
     except (OSError, ValueError) as error:
         raise OSError(f"the base of {adapter}, {base_name}, can't be had: {reason(error)}") from error
     rope = _rope(config, base_config, base_name)
@@ -95,10 +96,10 @@ def export_adapter(
         )
     with _new_folder(Path(output_dir)) as out:
         if form == "merged":
-            _merge(source, base_name, out, dtype, device, revision=None if base else config.revision)
+            _merge(source, base_name, out, dtype, device, revision)
         else:
-            _plain_lora(source, config, base_config, rope, base_name, out, Path(output_dir))
-        _tokenizer(source, base_name, out if form == "merged" else out / BASE_FOLDER, rope)
+            _plain_lora(source, config, base_config, rope, base_name, out, Path(output_dir), revision)
+        _tokenizer(source, base_name, out if form == "merged" else out / BASE_FOLDER, rope, revision)
     if overrides := _overrides(base_config, rope):
         logger.warning(f"vLLM does not scale dynamic RoPE by itself, and needs{overrides}; transformers does.")
     return Path(output_dir)
@@ -177,6 +178,7 @@ def _plain_lora(
     base_name: str,
     out: Path,
     output_dir: Path,
+    revision: str | None,
 ) -> None:
     known = {field.name for field in fields(LoraConfig)}
     plain = {key: value for key, value in json.loads((source / CONFIG_NAME).read_text()).items() if key in known}
@@ -196,7 +198,7 @@ def _plain_lora(
     (out / CONFIG_NAME).write_text(json.dumps(plain, indent=2))
     save_file(weights, out / WEIGHTS_NAME, metadata={"format": "pt"})
     data = ModelCardData(library_name="peft", base_model=base_name if on_hub(base_name) else None)
-    text = _how_to_load(plain, config, weights, base_name, output_dir.name, overrides)
+    text = _how_to_load(plain, config, weights, base_name, output_dir.name, overrides, revision)
     (out / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
@@ -218,11 +220,12 @@ def _tied_head(weights: dict[str, torch.Tensor], base_config: Any) -> tuple[str,
     return names[head], embedding.clone()
 
 
-def _tokenizer(source: Path, base_name: str, out: Path, rope: RopeScaling | None) -> None:
+def _tokenizer(source: Path, base_name: str, out: Path, rope: RopeScaling | None, revision: str | None) -> None:
     """The adapter's tokenizer, else the base's; its `model_max_length` is raised, for vLLM clips the length by it."""
-    where = str(source) if (source / "tokenizer_config.json").is_file() else base_name
+    own = (source / "tokenizer_config.json").is_file()
+    where, revision = (str(source), None) if own else (base_name, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
     except (OSError, ValueError):  # a base without one
         return
     if rope is not None:
@@ -237,8 +240,11 @@ def _how_to_load(
     base_name: str,
     name: str,
     overrides: str,
+    revision: str | None,
 ) -> str:
     """How to load a plain LoRA, with and without what vLLM refuses, or takes in some cases only."""
+    pinned = f', revision="{revision}"' if revision else ""
+    served = f"{base_name} --revision {revision}" if revision else base_name
     refused = [key for key in NOT_SERVED if plain.get(key)]
     rank = max(config.r, *(plain.get("rank_pattern") or {"": 0}).values())
     if rank > SERVED_RANKS[-1]:
@@ -250,7 +256,7 @@ def _how_to_load(
         else f"""For vLLM:
 
 ```
-vllm serve {base_name} --hf-config-path {name}/{BASE_FOLDER}{overrides} \\
+vllm serve {served} --hf-config-path {name}/{BASE_FOLDER}{overrides} \\
     --enable-lora --max-lora-rank {rank} --lora-modules long={name}
 ```"""
     )
@@ -270,7 +276,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 config = AutoConfig.from_pretrained("{name}/{BASE_FOLDER}")
-base = AutoModelForCausalLM.from_pretrained("{base_name}", config=config)
+base = AutoModelForCausalLM.from_pretrained("{base_name}", config=config{pinned})
 model = PeftModel.from_pretrained(base, "{name}")
 ```
 

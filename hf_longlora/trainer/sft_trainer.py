@@ -148,6 +148,9 @@ class LongLoraSFTTrainer(SFTTrainer):
             tuner.upcast_masters()  # TRL casts what a quantized model trains to bf16, the norms too
             adapter: Any = self.model.active_peft_config
             adapter.schedule = self.schedule.to_dict()
+            # TRL loads the base at a revision and doesn't tell PEFT, which would load the adapter on another one.
+            if isinstance(model, str) and (revision := (given or {}).get("revision", "main")) != "main":
+                adapter.revision = revision
         if args.selective_checkpointing and isinstance(self.model, PeftModel):
             # TRL changes the method of the PeftModel, and transformers >= 5.24 calls another.
             trl.models.enable_selective_activation_checkpointing(self.model.get_base_model())

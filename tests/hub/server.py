@@ -32,7 +32,19 @@ class Repo:
 
     @property
     def head(self) -> str:
-        return hashlib.sha1(f"{len(self.commits)}".encode()).hexdigest()
+        return self.commit_id(len(self.commits))
+
+    @staticmethod
+    def commit_id(count: int) -> str:
+        """Of the last of so many commits."""
+        return hashlib.sha1(f"{count}".encode()).hexdigest()
+
+    def at(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        """Id and files of a commit, or of the main branch's last; `None` if there is no such revision."""
+        if revision in ("main", self.head):
+            return self.head, self.files
+        earlier = {self.commit_id(count): files for count, (_, files) in enumerate(self.commits, start=1)}
+        return (revision, earlier[revision]) if revision in earlier else None
 
 
 class Hub(ThreadingHTTPServer):
@@ -240,15 +252,18 @@ class Handler(BaseHTTPRequestHandler):
                 ],
             )
 
-    def resolve(self, body: bytes, repo: str, file: str) -> None:
+    def resolve(self, body: bytes, repo: str, revision: str, file: str) -> None:
         there = self.found(repo)
         if there is None:
             return
-        if file not in there.files:
+        if (found := there.at(revision)) is None:
+            return self.answer(404, {"error": "Revision not found"}, X_Error_Code="RevisionNotFound")
+        commit, files = found
+        if file not in files:
             return self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
-        data = there.files[file]
+        data = files[file]
         etag = hashlib.sha256(data).hexdigest()
-        self.answer(200, data, ETag=f'"{etag}"', X_Repo_Commit=there.head, Accept_Ranges="bytes")
+        self.answer(200, data, ETag=f'"{etag}"', X_Repo_Commit=commit, Accept_Ranges="bytes")
 
 
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
@@ -263,5 +278,5 @@ ROUTES = (
     (rf"POST /{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     (rf"POST /{REPO}\.git/verify", Handler.lfs_verify),
     (r"PUT /lfs/(?P<oid>[0-9a-f]{64})", Handler.lfs_upload),
-    (rf"(GET|HEAD) /{REPO}/resolve/[\w.-]+/(?P<file>.+)", Handler.resolve),
+    (rf"(GET|HEAD) /{REPO}/resolve/(?P<revision>[\w.-]+)/(?P<file>.+)", Handler.resolve),
 )

@@ -114,6 +114,13 @@ def test_a_base_that_is_a_folder_is_no_metadata(config, tmp_path):
     assert "# adapter" in card.text
 
 
+def test_the_card_loads_the_revision_of_the_base_that_was_trained(config):
+    config.revision = "v1"
+    text = adapter_card(config, name="user/long", base_model="user/llama").text
+    assert 'AutoModelForCausalLM.from_pretrained("user/llama", revision="v1")' in text
+    assert 'AutoTokenizer.from_pretrained("user/llama", revision="v1")' in text
+
+
 # --- the trainer's --------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM
 
-from hf_longlora import LongLoraConfig
+from hf_longlora import LongLoraConfig, perplexity_by_length
 from hf_longlora.cli import main
 from hf_longlora.from_hub import reason
 from tests.tuner.helpers import llama, perturbed
@@ -84,6 +84,44 @@ def test_an_adapter_s_name_is_no_model_s(private, token, monkeypatch, capsys, tm
     assert main(["check", PRIVATE]) == 0
     assert f"{PRIVATE}, an adapter of {tmp_path / 'base'}: LlamaForCausalLM" in capsys.readouterr().out
     assert f"{PRIVATE} is an adapter and no model: give its base, {tmp_path / 'base'}" in said(capsys, "plan", PRIVATE)
+
+
+def test_the_base_is_had_at_the_adapter_s_revision(
+    private, token, make, monkeypatch, tmp_path, tiny_llama, tiny_tokenizer
+):
+    """On the main branch lie another config, weights that don't fit and a damaged tokenizer."""
+    base, api = tiny_llama(), HfApi(endpoint=private.url, token=token)
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    api.create_repo("user/base")
+    revision = api.upload_folder(repo_id="user/base", folder_path=tmp_path / "base").oid
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "newer")
+    (tmp_path / "newer" / "tokenizer_config.json").write_text("{")
+    api.upload_folder(repo_id="user/base", folder_path=tmp_path / "newer")
+    base.name_or_path = "user/base"
+    config = LongLoraConfig(target_length=256, revision=revision, train_norms=False, train_embeddings=False)
+    model = perturbed(base, config)
+    model.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setenv("HF_TOKEN", token)
+
+    assert main([*(part.replace("NAME", "adapter") for part in COMMANDS["evaluate"]), "--output-dir", "results"]) == 0
+    results = json.loads((tmp_path / "results" / "evaluation.json").read_text())
+    book = [(tmp_path / "book.txt").read_text()]
+    expected = perplexity_by_length(model, book, [64], tokenizer=tiny_tokenizer, progress=False)
+    assert results["perplexity"]["dense"][0]["perplexity"] == pytest.approx(expected[0]["perplexity"])
+    assert main(["check", "adapter"]) == 0
+    assert main(["merge", "adapter", "merged"]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    torch.testing.assert_close(merged, model.merge_and_unload().state_dict())
+    assert main(["export", "adapter", "plain", "--form", "lora"]) == 0
+    assert json.loads((tmp_path / "plain" / "base" / "config.json").read_text())["num_hidden_layers"] == 2
+    readme = (tmp_path / "plain" / "README.md").read_text()
+    assert f'"user/base", config=config, revision="{revision}")' in readme and f"--revision {revision} " in readme
+    for folder in ("merged", "plain/base"):
+        assert (tmp_path / folder / "tokenizer_config.json").is_file()
+    trainer = make(model="user/base", model_init_kwargs={"revision": revision})
+    trainer.save_model()
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["revision"] == revision
 
 
 @pytest.mark.parametrize("trouble", [500, 403])
