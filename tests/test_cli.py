@@ -18,6 +18,7 @@ from hf_longlora.cli import main
 from hf_longlora.cli.data import load_data, read_documents
 from hf_longlora.evaluation import compare
 from hf_longlora.evaluation.compare import compare_attention
+from hf_longlora.hub import refresh_card
 
 TEXT = "The quick brown fox jumps over the lazy dog, and a long book has many chapters. "
 
@@ -63,6 +64,37 @@ def test_evaluate(adapter, tiny_tokenizer, capsys):
     assert "Context beyond 128 tokens" in results["far_context"]
     assert " ".join(results["far_context"].split()) in " ".join(printed.split())
     assert f"{results['perplexity']['dense'][1]['perplexity']:.2f}" in printed and "as trained" in printed
+
+
+def test_a_card_has_the_numbers_of_its_adapter_alone(adapter, capsys, caplog):
+    model, folder = adapter
+    out = folder / "adapter"
+    model.active_peft_config.schedule = None
+    model.save_pretrained(out)
+
+    def evaluate(model, output_dir):
+        arguments = ["evaluate", str(folder / model), "--documents", str(folder / "one.txt"), "--lengths", "64"]
+        return main([*arguments, "--dense-only", "--output-dir", str(folder / output_dir), "--device", "cpu"])
+
+    (out / "README.md").unlink()  # PEFT's
+    assert evaluate("adapter", "adapter") == 0
+    results = json.loads((out / "evaluation.json").read_text())
+    shown = f"| dense | {results['perplexity']['dense'][0]['perplexity']:.2f} |"
+    card = (out / "README.md").read_text()
+    assert shown in card
+
+    assert evaluate("base", "adapter") == 1  # before anything is measured
+    assert f"{out} holds an adapter" in capsys.readouterr().err
+    assert json.loads((out / "evaluation.json").read_text()) == results and (out / "README.md").read_text() == card
+
+    assert evaluate("base", "elsewhere") == 0
+    shutil.copytree(out, folder / "moved")
+    assert refresh_card(folder / "moved") and shown in (folder / "moved" / "README.md").read_text()
+    shutil.copy(folder / "elsewhere" / "evaluation.json", folder / "moved")
+    assert refresh_card(folder / "moved")
+    card = (folder / "moved" / "README.md").read_text()
+    assert "has not been evaluated" in card and "| dense |" not in card and "perplexity.png" not in card
+    assert "is of other weights (base) than lie beside it" in caplog.text
 
 
 def test_evaluate_a_plain_model_with_passkeys(adapter, capsys):

@@ -68,6 +68,9 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from peft import PeftModel
+    from peft.utils import CONFIG_NAME
+
     from ..attention import S2AttentionConfig, set_s2_attention
     from ..evaluation import (
         compare_attention,
@@ -77,13 +80,20 @@ def run(options: argparse.Namespace) -> None:
         perplexity_by_length,
     )
     from ..evaluation.plots import require_matplotlib
-    from ..hub.card import base_name
+    from ..hub.card import base_name, weights_sha256
     from .data import check_writable, read_documents
 
     require_matplotlib()
-    check_writable(Path(options.output_dir))
+    out = Path(options.output_dir)
+    check_writable(out)
     documents = [document for file in options.documents for document in read_documents(Path(file))]
     model, tokenizer = load(options.model, options.dtype, options.device)
+    measured = weights_sha256(options.model) if isinstance(model, PeftModel) else None
+    if (out / CONFIG_NAME).is_file() and weights_sha256(out) != measured:
+        raise ValueError(
+            f"{out} holds an adapter, whose card takes the results that lie beside it, and {options.model} is another "
+            "model: give another --output-dir"
+        )
     texts = options.retrieval_lengths or options.lengths
     retrieval = [("passkey", passkey_accuracy), ("needles", multi_needle_accuracy)]
     for name, measure in retrieval:
@@ -102,13 +112,13 @@ def run(options: argparse.Namespace) -> None:
         records = compare_attention(
             model, documents, options.lengths, attention=attention, stride=options.stride, **windows
         )
-    results: dict[str, Any] = {"model": base_name(options.model), "perplexity": records}
+    results: dict[str, Any] = {"model": base_name(options.model), "adapter_sha256": measured, "perplexity": records}
     longest = max(options.lengths)
     results["positions"] = loss_by_position(model, documents, longest, buckets=_doubling(longest), **windows)
     for name, measure in retrieval:
         if trials := getattr(options, name):
             results[name] = measure(model, tokenizer, texts, options.depths, trials=trials)
-    _report(results, Path(options.output_dir), _extension(model))
+    _report(results, out, _extension(model))
 
 
 def _doubling(length: int) -> list[int]:

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from peft.utils import CONFIG_NAME
+from huggingface_hub.utils.sha import sha_fileobj
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers.utils import cached_file, logging
 
 from ..evaluation.tables import Records, Table, basis, perplexity_table, retrieval_table
 from ..rope import RopeScaling, reach, rope_factor
 from ..tuner import LongLoraConfig
 from .run import read_facts
+
+logger = logging.get_logger(__name__)
 
 TEMPLATE = Path(__file__).with_name("card.md")
 TAGS = ("longlora", "hf_longlora", "long-context", "lora", "transformers")
@@ -103,6 +107,8 @@ def folder_card(
 ) -> ModelCard:
     """The card of a saved adapter, with what `hf-longlora evaluate --output-dir` has left beside it.
 
+    An evaluation of another model, or of the adapter before it was trained on, is left out with a warning.
+
     Args:
         folder: Holds `adapter_config.json`, and `run.json`, `evaluation.json` and `perplexity.png` if there are such.
         name: As for `adapter_card`; the folder's by default.
@@ -112,9 +118,7 @@ def folder_card(
     folder = Path(folder)
     values = json.loads((folder / CONFIG_NAME).read_text())
     config: Any = LongLoraConfig.from_peft_type(**values)
-    evaluation: dict[str, Any] = {}
-    if (folder / EVALUATION_NAME).is_file():
-        evaluation = json.loads((folder / EVALUATION_NAME).read_text())
+    evaluation = read_evaluation(folder)
     records = evaluation.get("perplexity")
     return adapter_card(
         config,
@@ -151,6 +155,33 @@ def refresh_card(folder: str | Path, name: str | None = None) -> bool:
     dataset = data.datasets[0] if data.datasets else None
     folder_card(folder, name=name, tags=data.tags or (), dataset=dataset, license=data.license).save(file)
     return True
+
+
+def read_evaluation(folder: str | Path) -> dict[str, Any]:
+    """What `hf-longlora evaluate` has left in a folder; nothing, and a warning, if it measured other weights."""
+    file = Path(folder, EVALUATION_NAME)
+    if not file.is_file():
+        return {}
+    results = json.loads(file.read_text())
+    if results.get("adapter_sha256") == weights_sha256(folder):
+        return results
+    logger.warning(
+        f"{file} is of other weights ({results.get('model')}) than lie beside it, and left out. To have theirs: "
+        f"hf-longlora evaluate {folder} --output-dir {folder} ..."
+    )
+    return {}
+
+
+def weights_sha256(adapter: str | Path) -> str | None:
+    """SHA-256 of an adapter's weights, by which the Hub lists the file, too; `None` of a folder without such.
+
+    Unlike a path or a name, it stays with an adapter that is moved or published, and not with one trained on.
+    """
+    file = cached_file(str(adapter), SAFETENSORS_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return None
+    with open(file, "rb") as weights:
+        return sha_fileobj(weights).hex()
 
 
 def base_name(name_or_path: str | None) -> str | None:

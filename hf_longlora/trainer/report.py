@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..evaluation.plots import plot_history, require_matplotlib
 from ..evaluation.tables import basis, perplexity_table, retrieval_table
-from ..hub.card import EVALUATION_NAME, RETRIEVAL
+from ..hub.card import RETRIEVAL, read_evaluation
 from ..hub.run import read_facts, training_seconds
 from .checkpoints import SCHEDULE_NAME
 from .stages import Schedule
@@ -143,10 +143,7 @@ def _stage_row(
 
 def _evaluation(folder: Path) -> list[str]:
     """What `hf-longlora evaluate` has found, if it wrote into this folder."""
-    file = folder / EVALUATION_NAME
-    if not file.is_file():
-        return []
-    results = json.loads(file.read_text())
+    results = read_evaluation(folder)
     parts = []
     if records := results.get("perplexity"):
         measured = basis([record for rows in records.values() for record in rows])

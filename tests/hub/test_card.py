@@ -9,7 +9,7 @@ from transformers import TrainerState
 
 from hf_longlora import LongLoraConfig
 from hf_longlora.hub import adapter_card, folder_card, refresh_card, run
-from hf_longlora.hub.card import MARK
+from hf_longlora.hub.card import MARK, weights_sha256
 from hf_longlora.trainer import ContextStage, LongLoraSFTConfig
 
 from ..trainer.helpers import Stop, texts
@@ -179,13 +179,19 @@ def test_an_evaluation_and_measured_energy_come_into_the_card(make, tmp_path):
     trainer = make()
     trainer.train()
     (out / run.EMISSIONS_NAME).write_text("run_id,energy_consumed\na,0.25\nb,0.5\n")
-    (out / "evaluation.json").write_text(json.dumps({"perplexity": RECORDS["books"], "passkey": PASSKEY}))
+    trainer.save_model()
+    evaluation = {"adapter_sha256": weights_sha256(out), "perplexity": RECORDS["books"], "passkey": PASSKEY}
+    (out / "evaluation.json").write_text(json.dumps(evaluation))
     (out / "perplexity.png").write_bytes(b"PNG")
     trainer.save_model()
     text = (out / "README.md").read_text()
     assert "- energy: 0.75 kWh, by codecarbon" in text
     assert "| dense | 12.50 | 11.25 |" in text and "| 256 | 50% | 100% |" in text and "(perplexity.png)" in text
     assert len(front(text)["model-index"][0]["results"]) == 2
+    trainer.train()  # on, to other weights
+    trainer.save_model()
+    text = (out / "README.md").read_text()
+    assert "has not been evaluated" in text and "12.50" not in text and "model-index" not in front(text)
 
 
 def test_a_whole_model_has_trl_s_card(make, tmp_path):

@@ -21,6 +21,7 @@ from trl import SFTConfig
 from hf_longlora import PushAdapterCallback
 from hf_longlora.cli import main
 from hf_longlora.hub import push
+from hf_longlora.hub.card import weights_sha256
 
 from ..trainer.helpers import Stop
 
@@ -403,7 +404,8 @@ def test_push_by_the_command_line_takes_what_was_evaluated_since(make, hub, toke
     (out / "_push" / "step-3").mkdir(parents=True)
     (out / "_push" / "step-3" / "README.md").write_text("waiting")
     records = {"dense": [{"length": 128, "perplexity": 12.5}]}
-    (out / "evaluation.json").write_text(json.dumps({"perplexity": records}))
+    evaluation = {"adapter_sha256": weights_sha256(out), "perplexity": records}
+    (out / "evaluation.json").write_text(json.dumps(evaluation))
     monkeypatch.setenv("HF_TOKEN", token)
     assert main(["push", str(out), REPO]) == 0
     files = hub.repos[REPO].files
