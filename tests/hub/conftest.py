@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import transformers.utils.hub
 from huggingface_hub import close_session, constants
-from huggingface_hub.utils import _http
+from huggingface_hub.utils import _http, _xet
 
 from ..trainer.conftest import make  # noqa: F401  (a fixture)
 from .server import TOKEN, Hub
@@ -34,6 +34,20 @@ def hub(monkeypatch, tmp_path):
         if thread.name.startswith("push to "):
             thread.join(240)
     close_session()
+
+
+@pytest.fixture
+def xet(hub, monkeypatch):
+    """Uploads go by Xet, as they do to the real Hub."""
+    pytest.importorskip("hf_xet")
+    if not hasattr(_xet, "abort_xet_session"):
+        pytest.skip("the retries of older versions can't be shortened")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setenv("HF_XET_XORB_COMPRESSION_POLICY", "none")
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "10ms")
+    yield
+    _xet.abort_xet_session()
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """A server that speaks the Hub's protocol, on the loopback interface: enough to upload to and to download from.
 
 Repositories, `preupload`, commits, LFS (batch, upload, verify), `resolve` and `whoami`, as `huggingface_hub` calls
-them without Xet. Files above `LFS_BYTES`, and all safetensors, go by LFS.
+them. Files above `LFS_BYTES`, and all safetensors, go by LFS, or by Xet from a client that has it: it gets a token,
+uploads chunks of the files, uncompressed if it is told so, and what they make up (version 1 of that protocol).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -61,6 +63,7 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
+        self.chunks: list[bytes] = []  # by Xet, in the order of their files
         self.requests: list[tuple[str, str]] = []
         self.trouble: Any = lambda method, path: None
         self.release = threading.Event()
@@ -212,6 +215,33 @@ class Handler(BaseHTTPRequestHandler):
         there = self.server.objects.get(asked["oid"])
         self.answer(200 if there is not None and len(there) == asked["size"] else 404, {})
 
+    def xet_token(self, body: bytes, repo: str) -> None:
+        if not self.authorised:
+            return self.refuse()
+        self.answer(200, {"accessToken": "xet", "exp": int(time.time()) + 3600, "casUrl": f"{self.server.url}/xet"})
+
+    def xet_xorb(self, body: bytes) -> None:
+        while body[:1] == b"\0":  # the header of a chunk: version, its bytes here, compression, its bytes
+            here, compression = int.from_bytes(body[1:4], "little"), body[4]
+            assert compression == 0
+            self.server.chunks.append(body[8 : 8 + here])
+            body = body[8 + here :]
+        self.answer(200, {"was_inserted": True})
+
+    def xet_shard(self, body: bytes) -> None:
+        self.answer(200, {"result": 1})
+
+    def xet_object(self, oid: str) -> None:
+        """Find a file among the chunks."""
+        chunks = self.server.chunks
+        for start in range(len(chunks)):
+            digest = hashlib.sha256()
+            for end in range(start, len(chunks)):
+                digest.update(chunks[end])
+                if digest.hexdigest() == oid:
+                    self.server.objects[oid] = b"".join(chunks[start : end + 1])
+                    return
+
     def commit(self, body: bytes, repo: str) -> None:
         there = self.found(repo)
         if there is None:
@@ -229,6 +259,8 @@ class Handler(BaseHTTPRequestHandler):
             elif item["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":
+                if value["oid"] not in self.server.objects:
+                    self.xet_object(value["oid"])
                 if value["oid"] not in self.server.objects:
                     return self.answer(400, {"error": f"{value['path']} was not uploaded"})
                 files[value["path"]] = self.server.objects[value["oid"]]
@@ -277,6 +309,9 @@ ROUTES = (
     (rf"GET /api/models/{REPO}/tree/[\w.-]+", Handler.tree),
     (rf"POST /{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     (rf"POST /{REPO}\.git/verify", Handler.lfs_verify),
+    (rf"GET /api/models/{REPO}/xet-write-token/main", Handler.xet_token),
+    (r"POST /xet/v1/xorbs/default/[0-9a-f]{64}", Handler.xet_xorb),
+    (r"POST /xet/v1/shards", Handler.xet_shard),
     (r"PUT /lfs/(?P<oid>[0-9a-f]{64})", Handler.lfs_upload),
     (rf"(GET|HEAD) /{REPO}/resolve/(?P<revision>[\w.-]+)/(?P<file>.+)", Handler.resolve),
 )

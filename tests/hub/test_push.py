@@ -266,6 +266,30 @@ def test_trouble_that_stays_ends_no_training(make, hub, token, said, tiny_llama,
     assert torch.allclose(kept.eval()(input_ids=x).logits, trainer.model.eval()(input_ids=x).logits, atol=1e-5)
 
 
+@pytest.mark.usefixtures("xet")
+@pytest.mark.parametrize("trouble", [None, 503])
+def test_an_adapter_goes_by_xet(make, hub, token, said, tmp_path, trouble):
+    hub.trouble = once("/xet/", trouble, times=6)  # Xet tries twice by itself
+    trainer = make(stages=[{"max_length": 128, "max_steps": 2}], callbacks=[callback(token, retries=8, backoff=0.02)])
+    trainer.train()
+    trainer.save_model()
+    (commit,) = hub.repos[REPO].commits
+    assert commit[1]["adapter_model.safetensors"] == (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    assert not any("/lfs/" in path for _, path in hub.requests)
+    assert [message for message in said() if "Next try in" not in message] == []
+    assert bool(said()) == (trouble is not None)
+
+
+@pytest.mark.usefixtures("xet")
+@pytest.mark.parametrize(("where", "trouble"), [("/xet/", "drop"), ("/xet/", 500), ("xet-write-token", 403)])
+def test_xet_that_fails_ends_no_training(make, hub, token, said, tmp_path, where, trouble):
+    hub.trouble = lambda method, path: trouble if where in path else None
+    assert make(callbacks=[callback(token, retries=1)]).train().global_step == 6
+    assert said()[-1].startswith("The adapter of step 6 is not on the Hub as user/adapter: ")
+    assert waiting(tmp_path) == ["step-6"] and not hub.repos[REPO].commits
+    assert not any(token in message for message in said())
+
+
 class UntilItStalls(TrainerCallback):
     """Before the last step, a push is under way and has no answer."""
 
