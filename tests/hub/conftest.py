@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import transformers.utils.hub
-from huggingface_hub import close_session, constants
+from huggingface_hub import close_session, constants, hf_api
 from huggingface_hub.utils import _http, _xet
 
 from ..trainer.conftest import make  # noqa: F401  (a fixture)
@@ -21,6 +21,7 @@ def hub(monkeypatch, tmp_path):
             "HUGGINGFACE_CO_URL_TEMPLATE",
             constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", server.url),
         )
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # that of huggingface_hub's functions
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))

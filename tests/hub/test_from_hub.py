@@ -75,6 +75,19 @@ def test_an_adapter_that_one_may_read(private, token, monkeypatch, capsys, tmp_p
     assert merged.config.max_position_embeddings == 256
 
 
+def test_an_adapter_evaluated_by_its_name_is_that_of_the_folder(private, token, monkeypatch, tmp_path, tiny_tokenizer):
+    llama().save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    (tmp_path / "adapter" / "README.md").unlink()  # PEFT's
+    HfApi(endpoint=private.url, token=token).upload_folder(repo_id=PRIVATE, folder_path=tmp_path / "adapter")
+    monkeypatch.setenv("HF_TOKEN", token)
+    arguments = [PRIVATE if part == "NAME" else part for part in COMMANDS["evaluate"]]
+    assert main([*arguments, "--dense-only", "--output-dir", "adapter"]) == 0
+    assert "| dense |" in (tmp_path / "adapter" / "README.md").read_text()
+
+
 def test_an_adapter_s_name_is_no_model_s(private, token, monkeypatch, capsys, tmp_path):
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
