@@ -190,6 +190,7 @@ def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     import torch
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import cached_file
 
     from ..from_hub import reason
 
@@ -211,6 +212,7 @@ def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     if adapter is not None:
         model = PeftModel.from_pretrained(model, name)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if adapter is not None and (Path(name) / "tokenizer_config.json").is_file():
+    file = "tokenizer_config.json"
+    if adapter is not None and cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None:
         return model, AutoTokenizer.from_pretrained(name)
     return model, AutoTokenizer.from_pretrained(base, revision=revision)

@@ -88,6 +88,18 @@ def test_an_adapter_evaluated_by_its_name_is_that_of_the_folder(private, token, 
     assert "| dense |" in (tmp_path / "adapter" / "README.md").read_text()
 
 
+def test_an_adapter_is_evaluated_with_its_own_tokenizer(private, token, monkeypatch, tmp_path, tiny_tokenizer):
+    """It may have tokens that the base's lacks; here the base has none."""
+    llama().save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    HfApi(endpoint=private.url, token=token).upload_folder(repo_id=PRIVATE, folder_path=tmp_path / "adapter")
+    monkeypatch.setenv("HF_TOKEN", token)
+    arguments = [PRIVATE if part == "NAME" else part for part in COMMANDS["evaluate"]]
+    assert main([*arguments, "--dense-only", "--output-dir", "results"]) == 0
+
+
 def test_an_adapter_s_name_is_no_model_s(private, token, monkeypatch, capsys, tmp_path):
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
