@@ -418,9 +418,11 @@ def test_stages_are_served_their_examples_where_a_model_takes_several_gpus(make,
 def test_a_stage_that_groups_make_dense_is_said(make, monkeypatch, options, warned):
     said = []
     monkeypatch.setattr(checks.logger, "warning", said.append)
-    make(**{"stages": [ContextStage(256, 1)], **options})
+    trainer = make(**{"stages": [ContextStage(256, 1)], **options})
     words = "Stage 1: A group of 256 tokens holds all of a sequence of 256: attention is dense"
     assert [message.startswith(words) for message in said] == [True] * warned
+    trainer.train()
+    assert trainer.state.log_history[0]["attention"] == ("s2attn" if options.get("group_size") == 255 else "dense")
 
 
 def test_plain_arguments_are_refused(tiny_llama, tmp_path):
