@@ -97,7 +97,11 @@ def test_a_card_has_the_numbers_of_its_adapter_alone(adapter, capsys, caplog):
     assert "is of other weights (base) than lie beside it" in caplog.text
 
 
-def test_evaluate_a_plain_model_with_passkeys(adapter, capsys):
+def test_evaluate_a_plain_model_with_passkeys(adapter, capsys, monkeypatch):
+    def asked(*args, **kwargs):
+        raise AssertionError("a folder here is nothing to ask the Hub for")
+
+    monkeypatch.setattr("peft.config.hf_hub_download", asked)
     _, folder = adapter
     arguments = ["evaluate", str(folder / "base"), "--documents", str(folder / "one.txt"), "--lengths", "450"]
     arguments += ["--passkey", "1", "--needles", "1", "--retrieval-lengths", "600", "--depths", "0", "1"]
@@ -322,6 +326,7 @@ def test_train_under_accelerate_launch(run):
         ("nonsense: 1", "unknown options: nonsense"),
         ("lerning_rate: 1.0e-3", "unknown options: lerning_rate (did you mean learning_rate?)"),
         ("rope_type: yarn", "unknown options: rope_type (each stage has its own"),
+        ("eval_strategy: steps\neval_steps: 0", "`eval_steps=0` would evaluate as often as `logging_steps`"),
         ("per_device_train_batch_size: 0", "`per_device_train_batch_size` must be at least 1, got 0"),
         ("stages: [", "not YAML"),
         ("stages: sometimes", "`stages` must be"),
@@ -366,6 +371,9 @@ def test_trains_usage(run, capsys, monkeypatch):
         with pytest.raises(SystemExit) as stopped:
             main(["train", *arguments])
         assert stopped.value.code == 2
+    with pytest.raises(SystemExit):
+        main(["train", "--lerning_rate", "1"])
+    assert "unknown: --lerning_rate (did you mean --learning_rate?)" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--help"])
     printed = capsys.readouterr().out

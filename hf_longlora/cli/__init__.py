@@ -42,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = argparse.Namespace(run=train.run, arguments=arguments[1:], after_interruption=train.INTERRUPTED)
     else:
         options = parser.parse_args(arguments)
-    # Between PEFT and transformers, and nothing to the user.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # Between PEFT, TRL and transformers, and nothing to the user.
+    for name in ("is_gradient_checkpointing", "gradient_checkpointing_enable"):
+        warnings.filterwarnings("ignore", f"`{name}` is deprecated", FutureWarning)
     try:
         options.run(options)
     except KeyboardInterrupt:

@@ -192,14 +192,10 @@ def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import cached_file
 
-    from ..from_hub import reason
+    from ..from_hub import adapter_values, reason
 
-    try:
-        adapter = PeftConfig.from_pretrained(name)
-    except (ValueError, OSError):
-        if (Path(name) / "adapter_config.json").is_file():  # an adapter, but a damaged one
-            raise
-        adapter = None  # a model, or a name that loading will refuse
+    # No adapter: a model, or a name that loading will refuse.
+    adapter = None if adapter_values(name) is None else PeftConfig.from_pretrained(name)
     base = name if adapter is None else adapter.base_model_name_or_path
     revision = None if adapter is None else adapter.revision  # the base's
     if base is None:

@@ -166,14 +166,15 @@ def _parse(arguments: list[str]) -> Any:
         if not Path(rest[at + 1]).is_file():
             raise FileNotFoundError(f"{rest[at + 1]} does not exist or is no file")
         del rest[at : at + 2]
+    options = list(parser._option_string_actions)
     if unknown := parser.parse_known_args(rest)[1]:  # before anything is made of the others
-        parser.error(f"unknown: {' '.join(unknown)}")
+        parser.error("unknown: " + " ".join(_meant(part, options) if part[:2] == "--" else part for part in unknown))
     try:
         *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     except yaml.YAMLError as error:
         raise ValueError(f"The --config file is not YAML: {error}") from error
     if unknown:
-        known = [name.removeprefix("--") for name in parser._option_string_actions]
+        known = [option.removeprefix("--") for option in options]
         names = ", ".join(_meant(name.removeprefix("--"), known) for name in unknown[::2])
         raise ValueError(f"The --config file has unknown options: {names}")
     return parsed
@@ -181,7 +182,7 @@ def _parse(arguments: list[str]) -> Any:
 
 def _meant(name: str, known: list[str]) -> str:
     """An unknown option, and what may have been meant."""
-    if name in OF_THE_STAGES:
+    if name.removeprefix("--") in OF_THE_STAGES:
         return f"{name} (each stage has its own: see stages)"
     near = difflib.get_close_matches(name, known, n=1)
     return f"{name} (did you mean {near[0]}?)" if near else name

@@ -253,7 +253,7 @@ def _schedule(schedule: Mapping[str, Any] | None) -> str:
     lines = ["## Schedule", "", "| stage | tokens | steps | attention | group | a dense step each |", "|---" * 6 + "|"]
     stages = zip(schedule["stages"], schedule["group_sizes"], strict=True)
     for number, (stage, group_size) in enumerate(stages, start=1):
-        dense = stage["attention"] == "dense"
+        dense = stage["attention"] == "dense" or group_size >= stage["max_length"]
         every = schedule["dense_every"] if stage["dense_every"] is None else stage["dense_every"]
         cells = ("dense", "-", "-") if dense else ("shifted sparse", f"{group_size:,}", str(every or "never"))
         lines.append(f"| {number} | {stage['max_length']:,} | {stage['max_steps']} | {' | '.join(cells)} |")

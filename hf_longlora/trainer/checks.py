@@ -25,8 +25,9 @@ logger = logging.get_logger(__name__)
 def check_arguments(args: LongLoraSFTConfig) -> None:
     if args.auto_find_batch_size:
         raise ValueError("`auto_find_batch_size` would change how many examples a stage sees; set the batch size.")
-    if args.per_device_train_batch_size < 1:
-        raise ValueError(f"`per_device_train_batch_size` must be at least 1, got {args.per_device_train_batch_size}.")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(args, name)}.")
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise ValueError(
             f"`train_sampling_strategy={args.train_sampling_strategy!r}` would mix the stages; use 'random' (shuffled "

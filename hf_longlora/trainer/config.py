@@ -79,6 +79,11 @@ class LongLoraSFTConfig(SFTConfig):
         check_dense_every(self.dense_every)
         if self.mlp_tile is not None and self.mlp_tile < 1:
             raise ValueError(f"`mlp_tile` must be a number of tokens, at least 1, got {self.mlp_tile!r}.")
+        if self.eval_strategy == "steps" and self.eval_steps == 0:
+            raise ValueError(
+                "`eval_steps=0` would evaluate as often as `logging_steps` says. Give the steps between evaluations, "
+                'or eval_strategy="no".'
+            )
         if isinstance(self.stages, str) and self.stages not in AUTO_STAGES:
             try:
                 self.stages = json.loads(self.stages)
@@ -94,8 +99,8 @@ class LongLoraSFTConfig(SFTConfig):
             return super().__post_init__()
         if not isinstance(self.stages, (list, tuple)):
             raise ValueError(
-                "`stages` must be a list of stages, for example [ContextStage(max_length=8192, max_steps=200)], or "
-                f"one of {AUTO_STAGES}, got {self.stages!r}."
+                "`stages` must be a list of stages, for example [ContextStage(max_length=8192, max_steps=200)], in "
+                f"YAML [{{max_length: 8192, max_steps: 200}}], or one of {AUTO_STAGES}, got {self.stages!r}."
             )
         self.stages = [ContextStage.of(stage) for stage in self.stages]
         check_stages(self.stages)

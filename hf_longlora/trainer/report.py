@@ -119,7 +119,7 @@ def _stage_row(
     stage = schedule.stages[number]
     entries = [entry for entry in logged if entry["stage"] == number + 1]
     every = schedule.dense_every if stage.dense_every is None else stage.dense_every
-    dense = stage.attention == "dense"
+    dense = schedule.is_dense(number)
     before = sum(earlier.max_steps for earlier in schedule.stages[:number])
     done = entries[-1]["step"] - before if entries else 0
     row = [

@@ -68,6 +68,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         args: The stages and everything that `SFTConfig` has.
         train_dataset: Raw text, conversations, prompt-completion pairs or token ids, as TRL takes them; map-style.
         peft_config: A [`LongLoraConfig`], or `None` to train all weights (or the adapter of a `PeftModel`).
+        eval_dataset: What TRL takes. It is cut or packed to the last stage's length once, so that losses of all stages
+            are of the same text and can be compared; attention is dense, RoPE that of the stage that is trained.
         kwargs: The remaining arguments of [`~trl.SFTTrainer`].
 
     Raises:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any, Literal, get_args
 
-from ..attention.config import AttentionMode, S2AttentionConfig, check_group_size
+from ..attention.config import AttentionMode, S2AttentionConfig, check_group_size, dense_by_size
 from ..rope import AUTO
 
 StageAttention = Literal["s2attn", "dense"]
@@ -137,8 +137,14 @@ class Schedule:
         index = bisect_right(ends, global_step)
         stage, end = self.stages[index], ends[index]
         every = self.dense_every if stage.dense_every is None else stage.dense_every
-        dense = stage.attention == "dense" or (every > 0 and (global_step + 1) % every == 0)
+        dense = self.is_dense(index) or (every > 0 and (global_step + 1) % every == 0)
         return StepPlan(index, global_step + 1 == end, "dense" if dense else "auto")
+
+    def is_dense(self, stage: int) -> bool:
+        """Whether all steps of a stage are dense: because it says so, or because a group holds its whole length."""
+        own, group_size = self.stages[stage], self.attention_config(stage).group_size
+        assert group_size is not None
+        return own.attention == "dense" or dense_by_size(group_size, own.max_length) is not None
 
     def attention_config(self, stage: int) -> S2AttentionConfig:
         """Attention of a stage, its group size resolved: a ratio is one of the stage's `max_length`."""

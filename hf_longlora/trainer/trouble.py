@@ -15,6 +15,8 @@ from ..planning import Gpu, RunSettings, plan_run
 from ..tuner import LongLoraConfig
 from .stages import Schedule
 
+GOES_ON = "A run that has saved a checkpoint goes on from it (resume_from_checkpoint=True)."
+
 
 def beginnings(inputs: Mapping[str, Any], tokenizer: Any, documents: int = 4, tokens: int = 12) -> str:
     """How the first documents of a batch begin: the rows, and where positions restart the documents packed in them."""
@@ -51,7 +53,7 @@ def diverged(
 
 
 def out_of_memory(args: Any, schedule: Schedule, global_step: int, model: Any, gpu: Gpu | None) -> str:
-    """What to say of the step after `global_step` steps.
+    """What to say of the step after `global_step` steps, or of the evaluation then.
 
     Args:
         args: The trainer's.
@@ -60,6 +62,15 @@ def out_of_memory(args: Any, schedule: Schedule, global_step: int, model: Any, g
         model: What is trained.
         gpu: The card, if the planner knows it: then it says what each remedy brings.
     """
+    if not model.training:
+        batch, longest = args.per_device_eval_batch_size, schedule.stages[-1].max_length
+        return (
+            f"Out of memory in the evaluation after step {global_step} (up to {longest:,} tokens in a sequence, "
+            f"{batch} in a batch; peak {peak_memory(args.device):.1f} GiB). What helps: "
+            + ("per_device_eval_batch_size=1; " if batch > 1 else "")
+            + 'shorter texts in eval_dataset; eval_strategy="no" and `hf-longlora evaluate` afterwards. '
+            f"{GOES_ON}"
+        )
     step = min(global_step, schedule.max_steps - 1)
     number = schedule.step(step).stage
     length = schedule.stages[number].max_length
@@ -71,7 +82,7 @@ def out_of_memory(args: Any, schedule: Schedule, global_step: int, model: Any, g
         f"{args.per_device_train_batch_size} in a batch; peak {peak_memory(args.device):.1f} GiB"
         + (f", planned {planned['']:.0f} GiB on one {gpu.name}" if gpu is not None and planned else "")
         + f"). What helps: {'; '.join(advice)}; shorter stages. "
-        "A run that has saved a checkpoint goes on from it (resume_from_checkpoint=True)."
+        f"{GOES_ON}"
     )
 
 

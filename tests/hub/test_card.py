@@ -70,6 +70,11 @@ def test_the_card_says_what_happened(config, tmp_path):
     ]
 
 
+def test_the_card_calls_a_stage_dense_where_a_group_holds_all_of_it(config):
+    config.schedule["group_sizes"][0] = 128
+    assert "| 1 | 128 | 2 | dense | - | - |" in str(adapter_card(config, name="a", base_model="b"))
+
+
 def test_the_card_claims_nothing_that_was_not_measured(config):
     text = str(adapter_card(config, name="a", base_model="b"))
     assert "has not been evaluated" in text

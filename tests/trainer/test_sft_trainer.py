@@ -70,6 +70,21 @@ def test_each_step_sees_its_stage_s_length(make):
     assert [shape[1] for shape in seen[6:]].count(256) >= 5 and len(seen) == 12
 
 
+def test_evaluation_is_of_the_last_stage_s_length_with_the_rope_of_the_stage_trained(make):
+    seen = []
+
+    class Lengths(LongLoraSFTTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if not model.training:
+                seen.append((self.state.global_step, inputs["input_ids"].shape[1], rope_of(self)[0]))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    trainer = make(eval_strategy="steps", eval_steps=1, eval_dataset=texts(2))
+    trainer.__class__ = Lengths
+    trainer.train()
+    assert seen == [(step, 256, 2.0 if step <= 3 else 4.0) for step in range(1, 7)]
+
+
 def test_the_saved_adapter_carries_the_last_rope(make, tiny_llama, tmp_path):
     trainer = make()
     trainer.train()
@@ -120,6 +135,11 @@ def test_a_resumed_run_is_the_unbroken_run(make, stop, stages, tmp_path):
     for log, other in zip(resumed.state.log_history, unbroken.state.log_history, strict=True):
         for key in ("step", "loss", "stage", "context_length", "rope_factor", "attention"):
             assert log.get(key) == other.get(key), key
+
+
+def test_save_steps_of_0_leave_a_checkpoint_at_each_stage_s_end(make, tmp_path):
+    make(save_strategy="steps", save_steps=0).train()
+    assert {folder.name for folder in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
 
 
 def rope_of(trainer):
@@ -359,6 +379,10 @@ def test_the_vocabulary_is_not_resized(make):
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "skip_prepare_dataset"),
         ({"dataset": Dataset.from_dict({"text": ["a"], "image": [1]})}, "images"),
         ({"padding_free": True, "packing": False}, "set packing=True as well"),
+        ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` must be at least 1, got 0"),
+        ({"per_device_eval_batch_size": 0}, "`per_device_eval_batch_size` must be at least 1, got 0"),
+        ({"eval_strategy": "steps", "eval_steps": 0}, 'eval_steps=0.*eval_strategy="no"'),
+        ({"logging_steps": 0}, "non-zero --logging_steps"),
         ({"attention_kernel": "flex"}, "The attention kernel 'flex' lacks device 'cpu'.*'auto' or one of .*'sdpa'"),
     ],
 )
@@ -418,9 +442,11 @@ def test_stages_are_served_their_examples_where_a_model_takes_several_gpus(make,
 def test_a_stage_that_groups_make_dense_is_said(make, monkeypatch, options, warned):
     said = []
     monkeypatch.setattr(checks.logger, "warning", said.append)
-    make(**{"stages": [ContextStage(256, 1)], **options})
+    trainer = make(**{"stages": [ContextStage(256, 1)], **options})
     words = "Stage 1: A group of 256 tokens holds all of a sequence of 256: attention is dense"
     assert [message.startswith(words) for message in said] == [True] * warned
+    trainer.train()
+    assert trainer.state.log_history[0]["attention"] == ("s2attn" if options.get("group_size") == 255 else "dense")
 
 
 def test_plain_arguments_are_refused(tiny_llama, tmp_path):

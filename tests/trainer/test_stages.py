@@ -49,6 +49,12 @@ def test_a_stage_overrides_the_run():
     }
 
 
+def test_a_group_of_a_stage_s_whole_length_makes_it_dense():
+    plan = schedule(ContextStage(128, 1, group_size=128), ContextStage(256, 1), group_size=255)
+    assert [plan.step(i).mode for i in range(2)] == ["dense", "auto"]
+    assert [plan.is_dense(i) for i in range(2)] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

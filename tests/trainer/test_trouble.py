@@ -17,7 +17,7 @@ from hf_longlora.trainer.trouble import (
     planned_memory,
 )
 
-from .helpers import Spy
+from .helpers import Spy, texts
 
 
 def documents_of_step(trainer, step):
@@ -133,6 +133,22 @@ def test_out_of_memory_is_one_message_with_what_helps(make, tmp_path):
     )
     assert f"{name}=True; mlp_tile=4096 (the MLP by tiles of tokens); activation_offloading=True; " in message
     assert "Tried to allocate" in str(error.value.__cause__)
+
+
+def test_out_of_memory_in_an_evaluation_says_so(make):
+    class Large(LongLoraSFTTrainer):
+        def compute_loss(self, model, *args, **kwargs):
+            if not model.training:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            return super().compute_loss(model, *args, **kwargs)
+
+    for batch, helps in ((8, "per_device_eval_batch_size=1; shorter texts"), (1, "shorter texts")):
+        trainer = make(eval_strategy="steps", eval_steps=2, eval_dataset=texts(2), per_device_eval_batch_size=batch)
+        trainer.__class__ = Large
+        with pytest.raises(torch.OutOfMemoryError) as error:
+            trainer.train()
+        assert f"the evaluation after step 2 (up to 256 tokens in a sequence, {batch} in a batch" in str(error.value)
+        assert f"What helps: {helps} in eval_dataset; " in str(error.value)
 
 
 def test_advice_leaves_out_what_is_done_already(make):
