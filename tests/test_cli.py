@@ -84,7 +84,7 @@ def test_a_card_has_the_numbers_of_its_adapter_alone(adapter, capsys, caplog):
     assert shown in card
 
     assert evaluate("base", "adapter") == 1  # before anything is measured
-    assert f"{out} holds an adapter" in capsys.readouterr().err
+    assert f"{out} holds a model or a run" in capsys.readouterr().err
     assert json.loads((out / "evaluation.json").read_text()) == results and (out / "README.md").read_text() == card
 
     assert evaluate("base", "elsewhere") == 0
@@ -95,6 +95,21 @@ def test_a_card_has_the_numbers_of_its_adapter_alone(adapter, capsys, caplog):
     card = (folder / "moved" / "README.md").read_text()
     assert "has not been evaluated" in card and "| dense |" not in card and "perplexity.png" not in card
     assert "is of other weights (base) than lie beside it" in caplog.text
+
+
+@pytest.mark.parametrize("held", ["config.json", "trainer_state.json"])
+def test_no_folder_of_another_model_or_run_is_evaluated_into(adapter, capsys, held):
+    """A report takes what lies beside it, too."""
+    _, folder = adapter
+    shutil.copytree(folder / "base", folder / "another")
+    if held == "trainer_state.json":  # a run whose model was not saved
+        (folder / "another" / "config.json").rename(folder / "another" / held)
+    arguments = ["evaluate", "--documents", str(folder / "one.txt"), "--lengths", "64", "--device", "cpu"]
+    for name in ("base", "adapter"):
+        assert main([*arguments, str(folder / name), "--output-dir", str(folder / "another")]) == 1
+        assert f"{folder / 'another'} holds a model or a run" in capsys.readouterr().err
+    assert not (folder / "another" / "evaluation.json").exists()
+    assert main([*arguments, str(folder / "base"), "--output-dir", str(folder / "base")]) == 0
 
 
 def test_evaluate_a_plain_model_with_passkeys(adapter, capsys, monkeypatch):

@@ -70,6 +70,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     from peft import PeftModel
     from peft.utils import CONFIG_NAME
+    from transformers.trainer import TRAINER_STATE_NAME
 
     from ..attention import S2AttentionConfig, set_s2_attention
     from ..evaluation import (
@@ -89,10 +90,12 @@ def run(options: argparse.Namespace) -> None:
     documents = [document for file in options.documents for document in read_documents(Path(file))]
     model, tokenizer = load(options.model, options.dtype, options.device)
     measured = weights_sha256(options.model) if isinstance(model, PeftModel) else None
-    if (out / CONFIG_NAME).is_file() and weights_sha256(out) != measured:
+    taken = any((out / name).is_file() for name in (CONFIG_NAME, "config.json", TRAINER_STATE_NAME))
+    own = out.is_dir() and Path(options.model).is_dir() and out.samefile(options.model)
+    if taken and not own and (measured is None or weights_sha256(out) != measured):
         raise ValueError(
-            f"{out} holds an adapter, whose card takes the results that lie beside it, and {options.model} is another "
-            "model: give another --output-dir"
+            f"{out} holds a model or a run, whose card and report take the results that lie beside them, and "
+            f"{options.model} is another model: give another --output-dir"
         )
     texts = options.retrieval_lengths or options.lengths
     retrieval = [("passkey", passkey_accuracy), ("needles", multi_needle_accuracy)]

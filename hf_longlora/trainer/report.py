@@ -35,16 +35,22 @@ STYLE = (
 )
 
 
-def write_report(folder: Path, history: Sequence[Mapping[str, Any]], schedule: Schedule) -> Path:
+def write_report(
+    folder: Path,
+    history: Sequence[Mapping[str, Any]],
+    schedule: Schedule,
+    evaluation: Mapping[str, Any] | None = None,
+) -> Path:
     """Write `report.html`, with losses, speed and memory by stage and the run's facts, into its output directory.
 
-    What `hf-longlora evaluate --output-dir` has left in the same folder (`evaluation.json`, pictures) is shown, too;
-    see `update_report`. Without matplotlib the report has its tables and says how to get the pictures.
+    Without matplotlib the report has its tables and says how to get the pictures.
 
     Args:
         folder: The output directory.
         history: The trainer's `state.log_history`.
         schedule: The stages.
+        evaluation: What `hf-longlora evaluate` has found since, its pictures in the same folder. None of a run that
+            has just ended: what lies there is of the run before.
 
     Returns:
         The file.
@@ -81,7 +87,7 @@ def write_report(folder: Path, history: Sequence[Mapping[str, Any]], schedule: S
             if dashed:
                 longest = f"{schedule.stages[-1].max_length:,}"
                 body.append(f"<p>Evaluation is dense, on up to {longest} tokens in every stage.</p>")
-    body += _evaluation(folder)
+    body += _evaluation(folder, evaluation or {})
     if facts:
         body += ["<h2>The run</h2>", _table((), list(facts.items()))]
     page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>\n"
@@ -91,7 +97,7 @@ def write_report(folder: Path, history: Sequence[Mapping[str, Any]], schedule: S
 
 
 def update_report(folder: Path) -> Path:
-    """Write the report of a run that has ended once more, with what has been evaluated since.
+    """Write the report of a run that has ended once more, with what `hf-longlora evaluate` has left in its folder.
 
     Args:
         folder: The run's output directory.
@@ -107,7 +113,8 @@ def update_report(folder: Path) -> Path:
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist: no run of LongLoraSFTTrainer has ended in {folder}.")
     history = TrainerState.load_from_json(str(state)).log_history
-    return write_report(folder, history, Schedule.from_dict(json.loads(schedule.read_text())))
+    stages = Schedule.from_dict(json.loads(schedule.read_text()))
+    return write_report(folder, history, stages, read_evaluation(folder))
 
 
 def _stage_row(
@@ -141,9 +148,8 @@ def _stage_row(
     return [*row, f"{tokens / seconds:,.0f}" if seconds else "", f"{peak:.1f}"]
 
 
-def _evaluation(folder: Path) -> list[str]:
-    """What `hf-longlora evaluate` has found, if it wrote into this folder."""
-    results = read_evaluation(folder)
+def _evaluation(folder: Path, results: Mapping[str, Any]) -> list[str]:
+    """What `hf-longlora evaluate` has found."""
     parts = []
     if records := results.get("perplexity"):
         measured = basis([record for rows in records.values() for record in rows])

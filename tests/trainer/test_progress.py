@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.integrations import rewrite_logs
 
 from hf_longlora import ContextStage
+from hf_longlora.hub.card import weights_sha256
 from hf_longlora.hub.run import training_seconds
 from hf_longlora.trainer import report, update_report
 
@@ -222,6 +223,20 @@ def test_an_evaluation_comes_into_the_report(make, tmp_path):
     assert re.findall(r'src="(.*?)"', page(out))[3:] == ["perplexity.png", "passkey.png"]
 
 
+def test_a_report_does_not_show_the_evaluation_of_the_run_before(make, tmp_path):
+    out = tmp_path / "out"
+    make().save_model()
+    records = [{"length": 128, "perplexity": 12.5}]
+    evaluation = {"adapter_sha256": weights_sha256(out), "perplexity": {"dense": records}}
+    (out / "evaluation.json").write_text(json.dumps(evaluation))
+    trainer = make()
+    trainer.train()
+    assert "12.50" not in page(out)  # while the adapter of before is still there
+    trainer.save_model()
+    update_report(out)
+    assert "12.50" not in page(out)
+
+
 def test_a_run_that_was_stopped_says_how_far_it_came(make, tmp_path):
     make(callbacks=[Stop(4)]).train()
     rows = re.findall(r"<tr>(.*?)</tr>", page(tmp_path / "out"))
@@ -257,7 +272,7 @@ def test_a_report_can_be_left_out(make, tmp_path):
     assert not (tmp_path / "out" / "report.html").exists()
 
 
-def test_without_matplotlib_a_report_has_tables_and_one_warning(make, tmp_path, monkeypatch, caplog):
+def test_without_matplotlib_a_report_has_tables_and_a_warning(make, tmp_path, monkeypatch, caplog):
     def missing():
         raise ImportError("plots need matplotlib: pip install 'hf_longlora[plot]'")
 
@@ -265,9 +280,9 @@ def test_without_matplotlib_a_report_has_tables_and_one_warning(make, tmp_path, 
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     monkeypatch.setattr(report.logger, "propagate", True)
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "evaluation.json").write_text(json.dumps({"perplexity": {"dense": [{"length": 128, "perplexity": 12.5}]}}))
     make().train()
+    (out / "evaluation.json").write_text(json.dumps({"perplexity": {"dense": [{"length": 128, "perplexity": 12.5}]}}))
+    update_report(out)
     assert "No pictures: plots need matplotlib" in page(out) and "12.50" in page(out)
     assert not list(out.glob("*.png"))
-    assert sum("has no pictures" in record.getMessage() for record in caplog.records) == 1
+    assert sum("has no pictures" in record.getMessage() for record in caplog.records) == 2  # twice written
