@@ -138,10 +138,13 @@ def test_evaluate_a_model_without_the_interface(adapter, capsys):
     shutil.copy(folder / "base" / "tokenizer_config.json", folder / "falcon")
     arguments = ["evaluate", str(folder / "falcon"), "--documents", str(folder / "one.txt"), "--lengths", "64"]
     arguments += ["--device", "cpu", "--output-dir", str(folder / "out")]
-    assert main(arguments) == 1
+    assert main([*arguments, "--group-size", "32"]) == 1
     assert "With --dense-only" in capsys.readouterr().err
-    assert main([*arguments, "--dense-only"]) == 0
-    assert "dense" in capsys.readouterr().out
+    for options in ([], ["--dense-only"]):
+        assert main([*arguments, *options]) == 0
+        printed = capsys.readouterr().out
+        assert ("falcon doesn't say how it was trained: dense alone" in printed) == (not options)
+        assert list(json.loads((folder / "out" / "evaluation.json").read_text())["perplexity"]) == ["dense"]
 
 
 @pytest.mark.parametrize(("dense", "warned"), [(2.0, True), (0.5, False), (1.005, False)])

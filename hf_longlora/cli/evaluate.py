@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument(
         "--group-size",
         type=int,
-        help="of the training's pattern; default: as the adapter says, or a quarter of the longest",
+        help="of the training's pattern; default: as the adapter says; a model that says nothing is evaluated densely",
     )
     evaluate.add_argument("--dense-only", action="store_true", help="for models that can't have training's pattern")
     evaluate.add_argument(
@@ -80,6 +80,7 @@ def run(options: argparse.Namespace) -> None:
         passkey_accuracy,
         perplexity_by_length,
     )
+    from ..evaluation.compare import trained_attention
     from ..evaluation.plots import require_matplotlib
     from ..hub.card import base_name, weights_sha256
     from .data import check_writable, read_documents
@@ -104,7 +105,11 @@ def run(options: argparse.Namespace) -> None:
         if trials := getattr(options, name):
             measure(model, tokenizer, min(texts), options.depths, trials=min(trials, 1), progress=False)
     windows = {"max_windows": options.max_windows, "batch_size": options.batch_size, "tokenizer": tokenizer}
-    if options.dense_only:
+    dense_only = options.dense_only
+    if not dense_only and options.group_size is None and trained_attention(model) is None:
+        print(f"{options.model} doesn't say how it was trained: dense alone (--group-size measures groups beside it)")
+        dense_only = True
+    if dense_only:
         records = {"dense": perplexity_by_length(model, documents, options.lengths, options.stride, **windows)}
     else:
         try:
