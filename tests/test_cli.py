@@ -429,6 +429,14 @@ def test_data_from_files_and_folders(tmp_path):
     assert load_data(str(tmp_path / "books" / "a.txt"))["train"]["text"] == ["one\n\ntwo\n"]
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_missing_file_of_data_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, absolute):
+    monkeypatch.setattr("datasets.load_dataset", None)
+    name = str(tmp_path / "nothing") if absolute else "nothing.jsonl"
+    with pytest.raises(FileNotFoundError, match="nothing.* does not exist"):
+        load_data(name)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # merge, export
 

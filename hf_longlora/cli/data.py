@@ -50,6 +50,8 @@ def load_data(name: str, config: str | None = None, streaming: bool = False) -> 
             )
         of_kind = next(file for file in files if BUILDERS[_suffix(file)] in kinds)
         return _read(path, streaming=streaming, data_dir=str(path), **_builder(of_kind))
+    if _suffix(path) in BUILDERS or path.is_absolute():  # meant as a file, and the Hub would be asked for long
+        raise FileNotFoundError(f"{name} does not exist")
     try:
         return load_dataset(name, name=config, streaming=streaming)
     except Exception as error:  # of many types: offline, no such repository, no such configuration
