@@ -433,7 +433,7 @@ def test_data_from_files_and_folders(tmp_path):
 def test_a_missing_file_of_data_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, absolute):
     monkeypatch.setattr("datasets.load_dataset", None)
     name = str(tmp_path / "nothing") if absolute else "nothing.jsonl"
-    with pytest.raises(FileNotFoundError, match="nothing.* does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"nothing.* does not exist"):
         load_data(name)
 
 
