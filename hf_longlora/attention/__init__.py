@@ -5,6 +5,7 @@ from .functional import s2_attention
 from .interface import register
 from .segments import Documents, segments
 from .switch import (
+    check_skipping,
     check_supported,
     get_s2_attention,
     s2_attention_mode,
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionMode",
     "Documents",
     "S2AttentionConfig",
+    "check_skipping",
     "check_supported",
     "get_s2_attention",
     "register",

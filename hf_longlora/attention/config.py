@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-AttentionMode = Literal["auto", "s2", "dense"]
-"""`"auto"`: sparse in training, dense otherwise. `"s2"` and `"dense"`: always the one named."""
+AttentionMode = Literal["auto", "s2", "dense", "pose"]
+"""`"auto"`: sparse in training, dense otherwise. `"s2"` and `"dense"`: always the one named. `"pose"`: dense, and in
+training the documents are those of `cu_seq_lens_q`, whose positions may skip (PoSE, arXiv 2309.10400)."""
 
 Shift = Literal["heads", "layers", "none", "all"]
 """Which groups are shifted: those of half of the heads, of every second layer, none, or all (the paper's Table 6)."""

@@ -72,10 +72,17 @@ def s2_attention_forward(
     sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     alone = left_alone(module, query, key, attention_mask, causal, kwargs.get("sliding_window"))
+    skipping = module.training and state.mode == "pose"
+    if skipping:
+        refuse_untold(module, attention_mask, causal, alone is not None, kwargs)
     if alone is not None or not (module.training or state.mode == "s2"):
         if isinstance(attention_mask, S2Mask):
             attention_mask.check_keys(module, key)
-            dense = attention_mask.dense()
+            dense: torch.Tensor | None
+            if skipping:
+                dense = attention_mask.by_position(kwargs["cu_seq_lens_q"], kwargs["position_ids"])
+            else:
+                dense = attention_mask.dense()
         else:
             dense = attention_mask
         if dense is not None:  # a model spread over devices shares one S2Mask
@@ -88,7 +95,7 @@ def s2_attention_forward(
 
     refuse_sparse(module, kwargs)
     documents = _documents(module, query, attention_mask, kwargs)
-    group_size = None if state.mode == "dense" else state.config.resolve_group_size(documents.longest)
+    group_size = None if state.mode in ("dense", "pose") else state.config.resolve_group_size(documents.longest)
     kernel = select_kernel(
         state.config.kernel,
         query,
@@ -119,6 +126,25 @@ def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
                 f"{type(module).__name__} passes `{name}` to its attention, which s2attn does not know and would "
                 "drop. Use the model with the attention implementation it is made for."
             )
+
+
+def refuse_untold(
+    module: nn.Module, mask: S2Mask | torch.Tensor | None, causal: bool, window: bool, kwargs: dict[str, Any]
+) -> None:
+    """Raise a `ValueError` if a layer can't know what to see where positions skip."""
+    name = type(module).__name__
+    if not causal or not isinstance(mask, S2Mask):
+        raise ValueError(
+            f"{name} is not causal or has a mask of its own, which knows nothing of the skips inside a window of a "
+            'PoSE step. Train it with sparse="s2".'
+        )
+    needed = ("cu_seq_lens_q", "position_ids") if window else ("cu_seq_lens_q",)
+    missing = [f"`{key}`" for key in needed if kwargs.get(key) is None]
+    if missing:
+        raise ValueError(
+            f"{name} doesn't get {' and '.join(missing)}: it would take each skip inside a window of a PoSE step "
+            'for the beginning of another document. Train it with sparse="s2".'
+        )
 
 
 def refuse_sparse(module: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -32,7 +32,9 @@ class S2Mask:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
         self._documents: Documents | None = None
+        self._told = False  # by `cu_seq_lens`
         self._dense: tuple[torch.Tensor | None] | None = None
+        self._by_position: torch.Tensor | None = None
 
     @property
     def padding(self) -> torch.Tensor | None:
@@ -49,8 +51,11 @@ class S2Mask:
         """Whether nothing but causality, padding and packing shapes it."""
         if self.arguments["mask_function"] is causal_mask_function:
             return True
-        # Compiled, transformers can't look whether a row is packed, and makes the mask as if each were.
-        packed = torch.compiler.is_compiling() or (self._documents is not None and self._documents.packed)
+        # Compiled, transformers can't look whether a row is packed, and makes the mask as if each were. A row that
+        # says its documents may be taken for packed because positions skip inside of one.
+        packed = torch.compiler.is_compiling() or (
+            self._documents is not None and (self._documents.packed or self._told)
+        )
         within = self.window is not None and self.arguments["q_length"] <= self.window
         return (within or packed) and not self.arguments["use_vmap"]  # what else shapes a mask comes to be vmapped
 
@@ -75,9 +80,33 @@ class S2Mask:
             self._dense = (sdpa_mask(**self.arguments),)
         return self._dense[0]
 
+    def by_position(self, cu_seqlens: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """The mask of a layer with a sliding window where positions skip: `[1, 1, S, S]`.
+
+        What a token sees follows from positions within its document, as it does without skips: of the tokens before
+        one, those fewer than `window` positions away. (transformers would hide all that stands before a skip.)
+
+        Args:
+            cu_seqlens: `[documents + 1]`, ends of the documents packed into the one row.
+            position_ids: `[1, S]`, rising within each document.
+
+        Raises:
+            ValueError: if the layer has no window.
+        """
+        if self.window is None:
+            raise ValueError("Positions that skip need layers with as many keys as queries.")
+        if self._by_position is None:
+            position, index = position_ids[0], torch.arange(position_ids.shape[1], device=position_ids.device)
+            owner = torch.searchsorted(cu_seqlens[1:], index, right=True)
+            distance = position[:, None] - position[None, :]
+            seen = (owner[:, None] == owner[None, :]) & (distance >= 0) & (distance < self.window)
+            self._by_position = seen[None, None]
+        return self._by_position
+
     def documents(self, cu_seqlens: torch.Tensor | None, position_ids: torch.Tensor | None) -> Documents:
         """The documents of the batch."""
         if self._documents is None:
+            self._told = cu_seqlens is not None
             self._documents = Documents.find(
                 self.arguments["batch_size"],
                 self.arguments["q_length"],

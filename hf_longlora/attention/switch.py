@@ -47,6 +47,18 @@ def check_supported(model_class: type[PreTrainedModel], config: PreTrainedConfig
         )
 
 
+def check_skipping(model_class: type, config: PreTrainedConfig) -> None:
+    """Raise a `ValueError` if a model class can't be trained on positions that skip (PoSE), saying why."""
+    text = config.get_text_config()
+    kinds = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if getattr(model_class, "_is_stateful", False) or kinds:
+        what = f"layers of type {', '.join(kinds)}" if kinds else "layers that carry a state from token to token"
+        raise ValueError(
+            f"{model_class.__name__} has {what}: unlike attention they don't go by positions, and would read on "
+            'across the skips inside a window of a PoSE step. Train it with sparse="s2".'
+        )
+
+
 def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) -> None:
     """Make `model` use shifted sparse attention in training, configured by `config`.
 
@@ -118,13 +130,19 @@ def get_s2_attention(model: nn.Module) -> S2State:
 def set_attention_mode(model: nn.Module, mode: AttentionMode) -> None:
     """Set when the layers of `model` are sparse: `"auto"` (in training), `"s2"` or `"dense"` (always).
 
+    `"pose"` is dense, for training on packed rows whose positions skip inside a document: `cu_seq_lens_q` says where
+    documents end, and has to reach each attention layer.
+
     Raises:
-        ValueError: on another mode, or a model that does not use `"s2attn"`.
+        ValueError: on another mode, a model that does not use `"s2attn"`, or one with layers that can't skip.
     """
     if mode not in get_args(AttentionMode):
         raise ValueError(f"`mode` must be one of {get_args(AttentionMode)}, got {mode!r}.")
     get_s2_attention(model)
-    for _, module in attention_modules(_transformers_model(model)):
+    inner = _transformers_model(model)
+    if mode == "pose":
+        check_skipping(type(inner), inner.config)
+    for _, module in attention_modules(inner):
         getattr(module, STATE).mode = mode  # usually one object; layers may have been given others
 
 
