@@ -48,16 +48,17 @@ def compiled_layers(model: nn.Module, active: bool = True) -> Iterator[None]:
     found = [child for layer in decoder_layers(model) for child in layer.children()] if active else []
     parts = [m for m in found if _is_attention(m) or _is_mlp(m) or any(is_norm(part) for _, part in walk(m))]
     parts = [m for m in parts if not isinstance(m, _TiledMLP)]
+    before = [(part, part._compiled_call_impl) for part in parts]
     attention = ALL_ATTENTION_FUNCTIONS[NAME]
-    if active:
-        AttentionInterface.register(NAME, torch.compiler.disable(attention))
-    for part in parts:
-        part.compile()
     try:
+        if active:
+            AttentionInterface.register(NAME, torch.compiler.disable(attention))
+        for part in parts:
+            part.compile()
         yield
     finally:
-        for part in parts:
-            part._compiled_call_impl = None
+        for part, compiled in before:
+            part._compiled_call_impl = compiled
         if active:
             AttentionInterface.register(NAME, attention)
 
@@ -100,9 +101,14 @@ def tile_mlps(model: nn.Module, tile: int) -> None:
 
 
 class _TiledMLP(nn.Module):
-    """Mixed into the class of an MLP."""
+    """Mixed into the class of an MLP, which comes second in `type(self).__bases__`."""
 
     mlp_tile: int
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By the MLP's own class: pickle finds classes by name, and the mixed one goes by that of the MLP's."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _new_tiled, (type(self).__bases__[1],), *reduced[2:]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         run = super().forward
@@ -117,6 +123,11 @@ class _TiledMLP(nn.Module):
 @functools.cache
 def _tiled(cls: Any) -> type:
     return type(cls.__name__, (_TiledMLP, cls), {"__module__": cls.__module__})
+
+
+def _new_tiled(cls: Any) -> Any:
+    tiled: Any = _tiled(cls)
+    return tiled.__new__(tiled)
 
 
 def _in_tiles(run: Callable[..., torch.Tensor], x: torch.Tensor, tile: int) -> torch.Tensor:

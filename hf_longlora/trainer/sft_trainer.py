@@ -59,8 +59,8 @@ class LongLoraSFTTrainer(SFTTrainer):
 
     A [`~trl.SFTTrainer`] in everything but this: sequences, RoPE, group size and attention follow the stages of
     `args`. Each stage has its own view of the dataset, tokenised once and truncated or packed to the stage's length;
-    one dataloader serves them in order, shuffled by `args.seed`, under one learning rate schedule and one log history.
-    A run resumed from a checkpoint ends as the unbroken one would.
+    one dataloader serves them in order, shuffled by `args.data_seed` (else `args.seed`), under one learning rate
+    schedule and one log history. A run resumed from a checkpoint ends as the unbroken one would.
 
     Args:
         model: A model's name or path, a [`~transformers.PreTrainedModel`], or a [`~peft.PeftModel`] with a LONGLORA
@@ -182,6 +182,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         tokenized = prepare(dataset, processing_class, with_length(args, None), False, formatting_func, dataset_name)
         # `train_batch_size` counts GPUs that Trainer has yet to find to hold one model between them (`device_map`).
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
         longest, served = [], []
         for number, stage in enumerate(self.schedule.stages, start=1):
             own = with_length(args, stage.max_length)
@@ -190,7 +191,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             self._stage_examples.append(len(view))
             if len(view) > 0:
                 shuffle = args.train_sampling_strategy != "sequential"
-                served.append(view.select(order(len(view), stage.max_steps * batch, args.seed + number, shuffle)))
+                served.append(view.select(order(len(view), stage.max_steps * batch, seed + number, shuffle)))
         check_lengths(self.schedule, self._base_rope, self._ropes, longest)
         return concatenate_datasets(served)
 
@@ -426,6 +427,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         return {
             **self.schedule.to_dict(),
             "seed": args.seed,
+            "data_seed": args.data_seed,
             "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "packing": args.packing_strategy if args.packing else None,
             "order": args.train_sampling_strategy,

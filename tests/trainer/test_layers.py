@@ -1,6 +1,9 @@
 """MLPs by tiles, compiled layers, and what training saves for the backward."""
 
 import copy
+import io
+import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -97,6 +100,28 @@ def test_a_model_without_gradients_is_tiled_too(tiny_llama, seen):
     assert max(seen) == 10
 
 
+def _logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(TOKENS).view(1, TOKENS)).logits.float()
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_model_in_tiles_can_be_copied_pickled_and_sent(tiny_llama, adapted):
+    model = tiny_llama()
+    if adapted:
+        model = get_peft_model(model.to(torch.bfloat16), LongLoraConfig(r=2, target_length=128))
+    tile_mlps(model, 10)
+    plain, file = _logits(model), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    sent = pickle.loads(ForkingPickler.dumps(model))  # as multiprocessing does
+    for twin in (copy.copy(model), copy.deepcopy(model), torch.load(file, weights_only=False), sent):
+        tiled = [m for m in twin.modules() if isinstance(m, LlamaMLP)]
+        assert [m.mlp_tile for m in tiled] == [10, 10] and all(type(m) is not LlamaMLP for m in tiled)
+        assert torch.equal(_logits(twin), plain)
+        assert list(twin.state_dict()) == list(model.state_dict())
+
+
 def test_tiles_of_what_they_do_not_fit_are_refused(tiny_llama):
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["up_proj"], lora_dropout=0.1))
     with pytest.raises(ValueError, match="dropout"):
@@ -180,6 +205,27 @@ def test_layers_are_compiled_for_the_run_and_no_longer(make, tiny_llama, monkeyp
     assert graphs == {False: 0, True: 4}
     for name, value in runs[False].items():
         torch.testing.assert_close(runs[True][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_part_that_can_not_be_compiled_leaves_nothing_behind(tiny_llama, monkeypatch, number):
+    model, compile, calls = tiny_llama(), nn.Module.compile, []
+
+    def failing(self):
+        calls.append(self)
+        if len(calls) > number:
+            raise RuntimeError("no compiler")
+        compile(self, backend="eager")
+
+    own = model.model.layers[0].mlp  # compiled by someone else
+    compile(own, backend="eager")
+    before = own._compiled_call_impl
+    monkeypatch.setattr(nn.Module, "compile", failing)
+    with pytest.raises(RuntimeError, match="no compiler"), compiled_layers(model):
+        pytest.fail("it was entered")
+    assert ALL_ATTENTION_FUNCTIONS[interface.NAME] is interface.s2_attention_forward
+    assert own._compiled_call_impl is before
+    assert [m for m in model.modules() if m._compiled_call_impl] == [own]
 
 
 def test_what_has_no_layers_can_not_be_compiled():

@@ -137,6 +137,18 @@ def test_a_resumed_run_is_the_unbroken_run(make, stop, stages, tmp_path):
             assert log.get(key) == other.get(key), key
 
 
+def test_the_data_have_a_seed_of_their_own(make):
+    """As `Trainer` has it: `data_seed` orders the data, `seed` does where it is not given."""
+
+    def shown(**options):
+        return make(packing=False, **options).train_dataset["input_ids"]
+
+    default = shown()
+    assert shown(data_seed=42) == default  # the seed
+    other = shown(data_seed=7)
+    assert other != default and shown(data_seed=7, seed=1) == other and shown(seed=7) == other
+
+
 def test_save_steps_of_0_leave_a_checkpoint_at_each_stage_s_end(make, tmp_path):
     make(save_strategy="steps", save_steps=0).train()
     assert {folder.name for folder in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
