@@ -28,6 +28,7 @@ from ..hub.run import RUN_NAME, read_facts, run_facts, write_facts
 from ..planning import local_gpu
 from ..rope import find_rope, rope_factor
 from ..tuner.config import check_weights
+from ..tuner.stored import rope_seen_to
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
 from .checkpoints import begin_checkpoint, check_signature, last_checkpoint, optimizer_states, write_signature
 from .checks import (
@@ -405,9 +406,14 @@ class LongLoraSFTTrainer(SFTTrainer):
             if tuner is not None:
                 tuner.full_precision_state = False
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with rope_seen_to():  # the stage that is resumed sets it
+            super()._load_from_checkpoint(*args, **kwargs)
+
     def _load_best_model(self) -> None:
         """As Trainer's, with the RoPE of the best checkpoint, which may be of a stage before the last."""
-        super()._load_best_model()
+        with rope_seen_to():
+            super()._load_best_model()
         step = max((self.state.best_global_step or 0) - 1, 0)
         self._stage_callback.apply(self.model, step)
         number, stages = self.schedule.step(step).stage, self.schedule.stages

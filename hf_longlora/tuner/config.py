@@ -140,10 +140,12 @@ class LongLoraConfig(LoraConfig):
             config = super().from_pretrained(name, subfolder=subfolder, **kwargs)
         except (AttributeError, KeyError, RecursionError, TypeError) as error:
             raise ValueError(f"the adapter_config.json of {name} is not valid: {error}") from error
-        if isinstance(config, LongLoraConfig) and config.inference_mode:
-            download_kwargs, _, _ = cls._split_kwargs(kwargs)
-            # Beside the fields: compared with the model when the adapter is put on it, and never saved.
-            vars(config)["_stored_shapes"] = check_weights(name, subfolder, download_kwargs)
+        if isinstance(config, LongLoraConfig):
+            # Beside the fields, and never saved: the first weights that come are those of this config;
+            vars(config)["_weights_due"] = True
+            if config.inference_mode:  # their shapes are compared with the model when the adapter is put on it
+                download_kwargs, _, _ = cls._split_kwargs(kwargs)
+                vars(config)["_stored_shapes"] = check_weights(name, subfolder, download_kwargs)
         return config
 
     @classmethod

@@ -7,8 +7,9 @@ from typing import Any
 from peft import PeftModel
 
 from .config import LongLoraConfig
+from .merging import merged_adapters
 from .model import LongLoraModel
-from .stored import check_fit
+from .stored import check_fit, rope_seen_to
 
 # What the weights alone don't say, and a swap leaves as it is.
 _KEPT = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules")
@@ -18,7 +19,7 @@ def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "defaul
     """Put the weights and the RoPE of the adapter in `model_id` in the place of `adapter_name`'s, in place.
 
     For a server or an evaluation that follows a run's checkpoints. PEFT's `hotswap_adapter` takes peft_type LORA
-    alone, and its `load_adapter` under a name that is taken loads the weights and leaves RoPE as it was. No module and
+    alone, and its `load_adapter` under a name that is taken reads no RoPE (a frozen adapter refuses it). No module and
     no parameter is replaced; a failure leaves the model as it was.
 
     Args:
@@ -34,7 +35,7 @@ def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "defaul
     tuner = model.base_model
     if not isinstance(tuner, LongLoraModel) or adapter_name not in model.peft_config:
         raise ValueError(f"the model has no LONGLORA adapter {adapter_name!r} to be swapped.")
-    if adapter_name in {name for m in tuner.model.modules() for name in getattr(m, "merged_adapters", ())}:
+    if adapter_name in merged_adapters(tuner.model):
         raise ValueError(f"adapter {adapter_name!r} is merged into the base; call unmerge_adapter() first.")
     own: Any = model.peft_config[adapter_name]
     new: Any = LongLoraConfig.from_pretrained(model_id, **kwargs)
@@ -55,7 +56,8 @@ def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "defaul
                 f"{model_id} was trained on a base with another RoPE: {new.base_rope['rope_parameters']}."
             )
         tuner.set_rope(new.rope, adapter_name)
-    model.load_adapter(model_id, adapter_name, is_trainable=not own.inference_mode, **kwargs)
+    with rope_seen_to():
+        model.load_adapter(model_id, adapter_name, is_trainable=not own.inference_mode, **kwargs)
     own.schedule = new.schedule
 
 

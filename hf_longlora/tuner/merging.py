@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .resolve import input_embedding, output_head
@@ -27,6 +30,49 @@ def warn_of_changed_base(configs: dict[str, Any]) -> None:
                 "what is left without the adapter is not the base. Load the base again to have it.",
                 stacklevel=4,
             )
+
+
+def adapters_to_merge(tuner: BaseTuner, names: Sequence[str] | None) -> list[str]:
+    """The adapters that a merge takes: those that are named, or the active ones.
+
+    Raises:
+        TypeError: names are no list.
+        ValueError: none is named, one is not there, or several train whole modules, of which a model has one each.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"adapter_names must be a list of names, got {names!r}.")
+    found = list(tuner.active_adapters if names is None else names)
+    if not found and names is not None:
+        raise ValueError("adapter_names names no adapter to merge; unload() gives the base.")
+    if unknown := [name for name in found if name not in tuner.peft_config]:
+        raise ValueError(f"there is no adapter {unknown[0]!r} to merge; there are {', '.join(tuner.peft_config)}.")
+    whole = [name for name in found if name in _with_copies(tuner.model)]
+    if len(whole) > 1:
+        raise ValueError(
+            f"adapters {' and '.join(map(repr, whole))} each have norms or embeddings of their own, and a merged "
+            "model has one of each: merge one of them."
+        )
+    return found
+
+
+def under_others(tuner: BaseTuner, names: Sequence[str]) -> bool:
+    """Whether PEFT would merge the LoRA of the named adapters under the norms and embeddings of others."""
+    return set(names) != set(tuner.active_adapters) and bool(_with_copies(tuner.model))
+
+
+def merged_adapters(model: nn.Module) -> set[str]:
+    """The adapters that are merged into the base's weights at present."""
+    return {name for module in model.modules() for name in getattr(module, "merged_adapters", ())}
+
+
+def _with_copies(model: nn.Module) -> set[str]:
+    """The adapters that train whole modules."""
+    return {
+        name
+        for module in model.modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for name in module.modules_to_save
+    }
 
 
 def part_from_head(model: nn.Module) -> None:

@@ -25,10 +25,18 @@ from .base_rope import (
     unfollow,
 )
 from .config import LongLoraConfig, check_finite
-from .merging import changes_base, part_from_head, refuse_repacked, warn_of_changed_base
+from .merging import (
+    adapters_to_merge,
+    changes_base,
+    merged_adapters,
+    part_from_head,
+    refuse_repacked,
+    under_others,
+    warn_of_changed_base,
+)
 from .modules import walk
 from .resolve import output_head, resolve_modules, tie_by_module
-from .stored import check_fit, check_ranks
+from .stored import check_fit, check_ranks, refuse_foreign_rope
 from .undo import undone_on_failure
 
 
@@ -91,10 +99,17 @@ class LongLoraModel(LoraModel):
         if not tie_by_module(model, peft_config, self._get_module_names_tied_with_embedding):
             super()._check_tied_modules(model, peft_config)
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's, of adapters that are active where norms or embeddings are trained, too."""
+        names = adapters_to_merge(self, adapter_names)
+        if under_others(self, names):
+            raise ValueError(
+                f"merge_adapter would merge the LoRA of {', '.join(names)} under the norms and embeddings of the "
+                f"active adapter, {', '.join(self.active_adapters)}. Call set_adapter first, or merge_and_unload."
+            )
         refuse_repacked(self.model)
         part_from_head(self.model)
-        super().merge_adapter(*args, **kwargs)
+        super().merge_adapter(adapter_names, safe_merge)
 
     def _tie(self, adapter_name: str) -> None:
         tied = getattr(self.peft_config[adapter_name], "modules_to_tie", None) or ()
@@ -111,6 +126,8 @@ class LongLoraModel(LoraModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """As PEFT's; weights that can't be loaded are refused before any is (torch loads what it can)."""
+        if vars(config).pop("_weights_due", None) is None:
+            refuse_foreign_rope(model, config, adapter_name)
         state: Any = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         own = model.state_dict()
         for key, tensor in state.items():
@@ -217,7 +234,12 @@ class LongLoraModel(LoraModel):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
+            names = adapters_to_merge(self, adapter_names)
             refuse_repacked(self.model)
+            if under_others(self, names):
+                self.set_adapter(names)
+        elif merged_adapters(self.model):
+            self.unmerge_adapter()
         for name, wrapper, module in list(self._copies()):
             masters.demote(module, masters.base_dtype(wrapper.original_module))
             if isinstance(module, masters.TiedHead):

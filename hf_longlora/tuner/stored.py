@@ -2,14 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers.utils import logging
 
 from .config import LongLoraConfig, StoredShapes
+from .merging import merged_adapters
 from .resolve import input_embedding
+
+logger = logging.get_logger(__name__)
+
+_ROPE_SEEN_TO = ContextVar("whether whoever loads other weights for an adapter sees to its RoPE", default=False)
+
+
+@contextmanager
+def rope_seen_to() -> Iterator[None]:
+    """Where other weights are loaded for an adapter by someone who gives it their RoPE, too."""
+    token = _ROPE_SEEN_TO.set(True)
+    try:
+        yield
+    finally:
+        _ROPE_SEEN_TO.reset(token)
+
+
+def refuse_foreign_rope(model: nn.Module, config: LongLoraConfig, adapter_name: str) -> None:
+    """Before weights are loaded for an adapter that has some: under which RoPE were these trained?
+
+    PEFT's `load_adapter` under a name that is taken reads no config, and so does a trainer's resumption by it, whose
+    checkpoint is of the same RoPE: an adapter that is being trained is warned of, a frozen one refused.
+
+    Raises:
+        ValueError: the adapter is merged into the base, or frozen.
+    """
+    if adapter_name in merged_adapters(model):
+        raise ValueError(
+            f"adapter {adapter_name!r} is merged into the base, and other weights for it would be added to the old "
+            "ones. Call unmerge_adapter() first."
+        )
+    if _ROPE_SEEN_TO.get():
+        return
+    if config.inference_mode:
+        raise ValueError(
+            f"the name {adapter_name!r} is taken, and load_adapter would put other weights under that adapter's RoPE. "
+            "hf_longlora.tuner.hotswap_adapter takes weights and RoPE; or load them under a name of their own."
+        )
+    logger.warning(
+        f"Other weights have been loaded for adapter {adapter_name!r}, whose RoPE stays as it is: right for a "
+        "checkpoint of the same run. hf_longlora.tuner.hotswap_adapter takes weights and RoPE."
+    )
 
 
 def check_ranks(config: LongLoraConfig) -> None:

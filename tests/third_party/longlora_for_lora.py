@@ -63,6 +63,7 @@ if not LORA_ALONE:
         f"{DECODERS}test_training_decoders_gradient": "expects gradients of LoRA alone; norms have them too",
         f"{DECODERS}test_mixed_adapter_batches": "PEFT mixes no whole norms in a batch",
         f"{DECODERS}test_generate_with_mixed_adapter_batches": "PEFT mixes no whole norms in a batch",
+        f"{DECODERS}test_merge_layers_multi": "no model has the whole norms of two adapters, merged together",
         f"{DECODERS}test_weighted_combination_of_adapters": "PEFT adds up no modules that are trained whole",
     }
 if TARGET_LENGTH is not None:

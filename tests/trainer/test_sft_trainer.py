@@ -158,12 +158,14 @@ def rope_of(trainer):
     return trainer.model.config.rope_parameters["factor"], trainer.model.active_peft_config.target_length
 
 
-def test_a_finished_run_resumed_is_saved_as_it_was(make):
+def test_a_finished_run_resumed_is_saved_as_it_was(make, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     options = dict(save_strategy="steps", save_steps=3)
     make(**options).train()
     again = make(**options)
     assert again.train(resume_from_checkpoint=True).global_step == 6
     assert rope_of(again) == (4.0, 256)
+    assert "Other weights" not in caplog.text  # the checkpoint's RoPE is set
 
 
 @pytest.mark.parametrize("best", [3, 6], ids=["in stage 1", "the last"])

@@ -1,6 +1,7 @@
 """PEFT's variants of LoRA and its ways with adapters, each with norms, embeddings and RoPE beside."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -282,3 +283,118 @@ def test_pefts_own_hotswap_refuses(tmp_path):
         pefts_hotswap_adapter(model, str(tmp_path), "default")
     assert torch.equal(logits(model), before)
     assert model.config.max_position_embeddings == TARGET != LENGTH
+
+
+# -- one of several adapters is merged ----
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A model with adapters "a" (active) and "b", and what each answers by itself."""
+    expected = {}
+    for seed, name in enumerate("ab"):
+        model = perturbed(llama())
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        expected[name] = logits(model)
+        model.save_pretrained(tmp_path / name)
+    model = PeftModel.from_pretrained(llama(), tmp_path / "a", adapter_name="a").eval()
+    model.load_adapter(tmp_path / "b", "b")
+    return model, expected
+
+
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_a_named_adapter_is_merged_with_its_own_norms_and_embeddings(pair, merged_before):
+    model, expected = pair
+    if merged_before:
+        model.merge_adapter()
+    assert (logits(model.merge_and_unload(adapter_names=["b"])) - expected["b"]).abs().max() <= 5e-5
+
+
+def test_a_named_adapter_without_norms_is_merged_under_the_bases(pair, tmp_path):
+    model, _ = pair
+    alone = perturbed(llama(), LongLoraConfig(target_length=TARGET, train_norms=False, train_embeddings=False))
+    alone.save_pretrained(tmp_path / "c")
+    model.load_adapter(tmp_path / "c", "c")
+    assert (logits(model.merge_and_unload(adapter_names=["c"])) - logits(alone)).abs().max() <= 5e-5
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("names", "error", "words"),
+    [
+        (["c"], ValueError, "no adapter 'c' to merge; there are a, b"),
+        (["a", "b"], ValueError, "have norms or embeddings of their own"),
+        ([], ValueError, "names no adapter"),
+        ("b", TypeError, "list of names"),
+    ],
+)
+def test_a_merge_without_a_right_answer_is_refused(pair, names, error, words, in_place):
+    model, expected = pair
+    with pytest.raises(error, match=words):
+        (model.merge_adapter if in_place else model.merge_and_unload)(adapter_names=names)
+    assert torch.equal(logits(model), expected["a"])
+
+
+def test_a_merge_in_place_is_of_the_active_adapter(pair):
+    model, expected = pair
+    with pytest.raises(ValueError, match="norms and embeddings of the active adapter, a"):
+        model.merge_adapter(adapter_names=["b"])
+    assert torch.equal(logits(model), expected["a"])
+    model.set_adapter("b")
+    model.merge_adapter(adapter_names=["b"])
+    assert (logits(model) - expected["b"]).abs().max() <= 5e-5
+
+
+def test_adapters_of_lora_alone_are_merged_together_as_pefts():
+    config = dict(target_length=TARGET, train_norms=False, train_embeddings=False)
+    model = perturbed(llama(), LongLoraConfig(**config))
+    model.add_adapter("b", LongLoraConfig(**config))
+    one = logits(model)
+    for name, parameter in model.named_parameters():
+        if ".b." in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.base_model.set_adapter(["default", "b"])
+    both = logits(model)
+    assert (both - one).abs().max() > 0.1
+    model.base_model.set_adapter("default")
+    model.merge_adapter(adapter_names=["default", "b"])
+    assert (logits(model) - both).abs().max() <= 5e-5
+
+
+def test_unload_of_a_merged_adapter_gives_the_base(pair):
+    model, _ = pair
+    model.merge_adapter()
+    assert (logits(model.unload()) - logits(llama())).abs().max() <= 5e-5
+
+
+# -- other weights under a name that is taken ----
+
+
+def test_load_adapter_over_a_taken_name_keeps_no_wrong_rope(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    perturbed(llama()).save_pretrained(tmp_path / "old")
+    perturbed(llama(), LongLoraConfig(target_length=2 * TARGET)).save_pretrained(tmp_path / "new")
+    model = PeftModel.from_pretrained(llama(), tmp_path / "old").eval()
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"the name 'default' is taken.*hotswap_adapter"):
+        model.load_adapter(tmp_path / "new", "default")
+    assert torch.equal(logits(model), before)
+    # One that is being trained may be a trainer's, going on from a checkpoint.
+    model = PeftModel.from_pretrained(llama(), tmp_path / "old", is_trainable=True)
+    assert "RoPE stays" not in caplog.text
+    model.load_adapter(tmp_path / "new", "default", is_trainable=True)
+    assert "'default', whose RoPE stays as it is" in caplog.text
+    hotswap_adapter(model, str(tmp_path / "new"))
+    assert model.config.rope_parameters["factor"] == 8.0
+
+
+def test_other_weights_for_a_merged_adapter_are_refused(pair, tmp_path):
+    model, _ = pair
+    model.merge_adapter()
+    before = logits(model)
+    with pytest.raises(ValueError, match="is merged into the base"):
+        model.load_adapter(tmp_path / "b", "a")
+    assert torch.equal(logits(model), before)
