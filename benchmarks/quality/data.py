@@ -10,9 +10,10 @@ CORPORA = ("books", "math")
 
 
 def save_documents(path: Path, documents: list[list[int]]) -> None:
-    """Save documents of ids below 65,536."""
+    """Save documents, in 16 bits a token where the vocabulary allows."""
     ends = np.cumsum([len(ids) for ids in documents], dtype=np.int64)
-    np.savez_compressed(path, ids=np.concatenate([np.asarray(ids, dtype=np.uint16) for ids in documents]), ends=ends)
+    joined = np.concatenate([np.asarray(ids, dtype=np.uint32) for ids in documents])
+    np.savez_compressed(path, ids=joined.astype(np.uint16) if joined.max() < 2**16 else joined, ends=ends)
 
 
 def load_documents(work: Path, corpus: str, split: str) -> list[np.ndarray]:

@@ -1,0 +1,332 @@
+"""Models that others trained, extended by `LongLoraSFTTrainer` in every way that a user would weigh.
+
+    python -m benchmarks.quality.models smollm2 --corpus DIR --work DIR
+    python -m benchmarks.quality.pretrained --work DIR --lengths 32768 65536 --seeds 0 1 2 [--methods dense default]
+
+A run extends the base on one corpus by `STEPS[length]` steps of one row, and is scored with dense attention on
+windows of the validation and the test documents: over all of a window, its last 2,048 tokens, and its first 4,096 and
+8,192 (what is left of the short context). A row of `results/pretrained.csv` for each run and split; what is there is
+not done again. Seconds are those of the steps, dense and sparse ones apart, the GPU's work waited for.
+"""
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_longlora import (
+    ContextStage,
+    LongLoraConfig,
+    LongLoraSFTConfig,
+    LongLoraSFTTrainer,
+    loss_by_position,
+    s2_attention_mode,
+)
+from hf_longlora.rope import apply_rope, scaled_rope
+
+from ..provenance import RESULTS, append_row, provenance, read_rows
+from .models import SOURCES, train_rows
+
+STEPS = {16_384: 100, 32_768: 100, 65_536: 50, 131_072: 25}
+WINDOWS = {16_384: 16, 32_768: 16, 65_536: 8, 131_072: 4}
+SPLITS = ("validation", "test")
+LAST = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to extend a model: what is said to `ContextStage` and `LongLoraSFTConfig`.
+
+    Args:
+        rope_type: As the stage's.
+        exponent: For a larger theta: theta grows by this power of the factor (instead of `rope_type`).
+        trained: Whether anything is trained; else RoPE is scaled and that is all.
+        scaled: Whether RoPE is scaled.
+        cut: Share of the steps that are run, for dense training of equal time.
+        stage: Further fields of the stage.
+        args: Further fields of the configuration.
+        adapter: Fields of the adapter that differ.
+    """
+
+    rope_type: str = "yarn"
+    exponent: float | None = None
+    trained: bool = True
+    scaled: bool = True
+    cut: float = 1.0
+    stage: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
+
+
+def _s2(every: int, sinks: int = 4, **more: Any) -> dict[str, Any]:
+    return {"sparse": "s2", "dense_every": every, "sink_tokens": sinks, **more}
+
+
+def _pose(every: int) -> dict[str, Any]:
+    return {"sparse": "pose", "dense_every": every}
+
+
+DENSE: dict[str, Any] = {"attention": "dense"}
+METHODS: dict[str, Method] = {
+    "base": Method(trained=False, scaled=False),
+    "yarn alone": Method(trained=False),
+    "dense": Method(stage=DENSE),
+    "dense, a quarter of the steps": Method(stage=DENSE, cut=0.25),
+    # Groups of the native length that neither shift nor share a key are windows of their own, RoPE being relative.
+    "native windows": Method(stage=_s2(0, 0), args={"attention_shift": "none"}),
+    "pose": Method(stage=_pose(0)),
+    "pose, 4th dense": Method(stage=_pose(4)),
+    "pose, 10th dense": Method(stage=_pose(10)),
+    "s2 native + sinks, 4th dense": Method(stage=_s2(4)),
+    "s2 native + sinks, 10th dense": Method(stage=_s2(10)),
+    "s2 native + sinks": Method(stage=_s2(0)),
+    "s2 native, 4th dense": Method(stage=_s2(4, 0)),
+    "s2 1/16 + sinks, 4th dense": Method(stage=_s2(4, group_size_ratio=1 / 16)),
+    "s2 1/16, 4th dense": Method(stage=_s2(4, 0, group_size_ratio=1 / 16)),
+    "s2 1/4 linear (the paper)": Method(rope_type="linear", stage=_s2(0, 0, group_size_ratio=1 / 4)),
+    "s2 1/4": Method(stage=_s2(0, 0, group_size_ratio=1 / 4)),
+}
+for _sinks in (1, 16, 64):
+    METHODS[f"s2 native + {_sinks} sinks, 4th dense"] = Method(stage=_s2(4, _sinks))
+for _exponent in (1.0, 1.5, 2.0):
+    METHODS[f"abf {_exponent} alone"] = Method(exponent=_exponent, trained=False)
+    for _name in ("dense", "native windows", "pose", "pose, 4th dense", "s2 native + sinks, 4th dense"):
+        _like = METHODS[_name]
+        METHODS[f"{_name}, abf {_exponent}"] = Method(exponent=_exponent, stage=_like.stage, args=_like.args)
+METHODS["default"] = Method(rope_type="auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One row but for its split."""
+
+    model: str
+    corpus: str
+    length: int
+    method: str
+    seed: int
+    rank: int = 64
+    learning_rate: float = 3e-4
+
+    def key(self) -> dict[str, str]:
+        return {name: str(value) for name, value in vars(self).items()}
+
+
+class StepClock(TrainerCallback):
+    """Seconds of each optimizer step, from its begin to its end, with the GPU's work done."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _wait()
+        self._started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _wait()
+        self.seconds.append(time.perf_counter() - self._started)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def train(run: Run, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Extend the base as `run` says: the model, and what that cost."""
+    source, method = SOURCES[run.model], METHODS[run.method]
+    set_seed(run.seed)
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, attn_implementation="s2attn")
+    if torch.cuda.is_available():
+        model.cuda()
+    rope: dict[str, Any] = {"rope_type": method.rope_type}
+    if method.exponent is not None:
+        theta = model.config.rope_parameters["rope_theta"] * (run.length / source.native) ** method.exponent
+        rope = {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    if not method.trained:
+        if method.scaled:
+            apply_rope(model, scaled_rope(model.config, run.length, **rope))
+        return model, {}
+    steps = max(1, round(STEPS[run.length] * method.cut))
+    rows = train_rows(folder, run.corpus, run.length, STEPS[run.length], run.seed, source.end)[:steps]
+    with tempfile.TemporaryDirectory() as output:
+        args = LongLoraSFTConfig(
+            **{
+                "output_dir": output,
+                "stages": [ContextStage(run.length, steps, **rope, **method.stage)],
+                "per_device_train_batch_size": 1,
+                "learning_rate": run.learning_rate,
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+                "warmup_steps": min(10, max(1, steps // 5)),
+                "train_sampling_strategy": "sequential",
+                "gradient_checkpointing": False,
+                "bf16": True,
+                "use_cpu": not torch.cuda.is_available(),
+                "seed": run.seed,
+                "logging_steps": 10,
+                "disable_tqdm": True,
+                "save_strategy": "no",
+                "report": False,
+                "report_to": "none",
+                **method.args,
+            }
+        )
+        clock = StepClock()
+        trainer = LongLoraSFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_dict({"input_ids": list(rows)}),
+            processing_class=AutoTokenizer.from_pretrained(folder / "base"),
+            peft_config=LongLoraConfig(r=run.rank, lora_alpha=2 * run.rank, **method.adapter),
+            callbacks=[clock],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+    modes = ["dense" if trainer.schedule.step(i).mode == "dense" else "sparse" for i in range(steps)]
+    cost: dict[str, Any] = {"steps": steps, "train_seconds": 0.0}
+    for mode in ("dense", "sparse"):
+        # The first step of a kind compiles and tunes.
+        timed = [s for s, m in zip(clock.seconds, modes, strict=True) if m == mode]
+        warm = timed[1:] or timed
+        cost[f"{mode}_steps"] = len(timed)
+        if warm:
+            cost["train_seconds"] += statistics.median(warm) * len(timed)
+            for quantile in (20, 50, 80):
+                cost[f"{mode}_step_p{quantile}"] = float(np.percentile(warm, quantile))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    cost["train_loss"] = losses[-1]
+    cost["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    cost["theta"] = trainer.model.config.rope_parameters["rope_theta"]
+    return trainer.model, cost
+
+
+def score(model: Any, run: Run, split: str, folder: Path) -> dict[str, float]:
+    """Perplexities of windows of a split, dense."""
+    with np.load(folder / f"{run.corpus}.{split}.npz") as file:
+        documents = np.split(file["ids"].astype(np.int64), file["ends"][:-1])
+    edges = sorted({1, *(n for n in (4096, 8192) if n < run.length - LAST), run.length - LAST, run.length})
+    options: dict[str, Any] = {"max_windows": WINDOWS[run.length], "positions_per_window": run.length}
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
+        records = loss_by_position(model, documents, run.length, buckets=edges, progress=False, **options)
+    found = {"ppl": _perplexity(records), "ppl_last_2048": _perplexity(records[-1:])}
+    for length in (4096, 8192):
+        if length in edges:
+            found[f"ppl_first_{length}"] = _perplexity([r for r in records if r["end"] <= length])
+    return found
+
+
+def _perplexity(records: Sequence[dict[str, Any]]) -> float:
+    return math.exp(sum(r["nll"] * r["tokens"] for r in records) / sum(r["tokens"] for r in records))
+
+
+COLUMNS = (
+    *(f for f in Run.__dataclass_fields__),
+    "split",
+    *("steps", "dense_steps", "sparse_steps", "train_seconds", "train_loss", "peak_gib", "theta", "shared_gpu"),
+    *(f"{mode}_step_p{quantile}" for mode in ("dense", "sparse") for quantile in (20, 50, 80)),
+    *("windows", "ppl", "ppl_last_2048", "ppl_first_4096", "ppl_first_8192", "ppl_trained", "ppl_trained_last_2048"),
+)
+
+
+def do(run: Run, folder: Path, results: Path, *, shared: bool, as_trained: bool) -> None:
+    """Run it and append its rows."""
+    started = time.perf_counter()
+    model, cost = train(run, folder)
+    for split in SPLITS:
+        scores = score(model, run, split, folder)
+        if as_trained and split == SPLITS[0]:
+            with s2_attention_mode(model, "s2"):
+                trained = score(model, run, split, folder)
+            scores |= {"ppl_trained": trained["ppl"], "ppl_trained_last_2048": trained["ppl_last_2048"]}
+        known = {
+            **run.key(),
+            "split": split,
+            "windows": WINDOWS[run.length],
+            "shared_gpu": int(shared),
+            **cost,
+            **scores,
+        }
+        append_row(results, {name: known.get(name, "") for name in COLUMNS} | provenance())
+        print(
+            f"{run.corpus} {run.length} seed {run.seed} {split:10s} {run.method:34s} all {scores['ppl']:.3f} last "
+            f"{scores['ppl_last_2048']:.3f} 8k {scores.get('ppl_first_8192', 0):.3f} train "
+            f"{cost.get('train_seconds', 0):.1f} s dense {cost.get('dense_step_p50', 0):.3f} sparse "
+            f"{cost.get('sparse_step_p50', 0):.3f} peak {cost.get('peak_gib', 0):.1f} GiB "
+            f"({time.perf_counter() - started:.0f} s)",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="what benchmarks.quality.models has filled")
+    parser.add_argument("--model", default="smollm2", choices=list(SOURCES))
+    parser.add_argument("--corpora", nargs="+", default=["books", "math"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[32_768])
+    parser.add_argument("--methods", nargs="+", default=["dense", "default"], choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after so long")
+    parser.add_argument(
+        "--shared", action="store_true", help="another process works on this GPU: times are not its own"
+    )
+    parser.add_argument("--as-trained", action="store_true", help="score with the pattern of training, too")
+    parser.add_argument("--results", type=Path, default=RESULTS / "pretrained.csv")
+    args = parser.parse_args()
+    folder = args.work / args.model
+    columns = list(Run.__dataclass_fields__)
+    done = [{name: row[name] for name in columns} for row in read_rows(args.results)]
+    started = time.perf_counter()
+    runs = [
+        Run(model=args.model, corpus=corpus, length=length, method=method, seed=seed)
+        for seed in args.seeds
+        for length in args.lengths
+        for corpus in args.corpora
+        for method in args.methods
+    ]
+    for run in runs:
+        if run.key() in done:
+            continue
+        if time.perf_counter() - started > args.seconds:
+            print(f"out of time before {json.dumps(run.key())}", flush=True)
+            break
+        try:
+            do(run, folder, args.results, shared=args.shared, as_trained=args.as_trained)
+        except Exception:  # the others go on; it has no row and will be tried again
+            traceback.print_exc()
+            print(f"failed: {json.dumps(run.key())}", flush=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
