@@ -105,6 +105,28 @@ def check_texts(dataset: Dataset, name: str) -> None:
             )
 
 
+def check_trainable(model: Any, peft_config: PeftConfig | None) -> None:
+    """Refuse a run in which nothing is trained, or nothing of a part that the adapter's config names."""
+    if isinstance(model, str) or peft_config is not None:  # made trainable when it is loaded, or the adapter put on
+        return
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "Nothing would be trained: the adapter was loaded for inference. Load it by "
+            "PeftModel.from_pretrained(base, adapter, is_trainable=True), or AutoPeftModelForCausalLM's."
+            if isinstance(model, PeftModel)
+            else f"Nothing would be trained: no weight of {type(model).__name__} has requires_grad. Set it where it "
+            "is meant, or give an adapter (peft_config)."
+        )
+    tuner = longlora_tuner(model)
+    frozen = tuner.frozen_parts() if tuner is not None else []
+    if frozen:
+        raise ValueError(
+            f"The adapter asks for {', '.join(frozen)}, of which nothing is trainable. Load it by "
+            "from_pretrained(..., is_trainable=True). If norms or embeddings are to stay as they are, say so: "
+            "model.active_peft_config.train_norms = False, or train_embeddings."
+        )
+
+
 def check_adapter(model: Any, peft_config: PeftConfig | None, schedule: Schedule) -> None:
     stretches = any(stage.rope_type is not None or stage.rope_parameters for stage in schedule.stages)
     if isinstance(model, PeftModel):

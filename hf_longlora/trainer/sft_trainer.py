@@ -39,6 +39,7 @@ from .checks import (
     check_lengths,
     check_replicas,
     check_saving,
+    check_trainable,
     checked_config,
     known_length,
     stage_ropes,
@@ -118,6 +119,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         self.schedule: Schedule = args.schedule
         check_attention(args)
         check_adapter(model, peft_config, self.schedule)
+        check_trainable(model, peft_config)
         self._base_rope, self._ropes = stage_ropes(model, config, peft_config, self.schedule)
         self._stage_callback = ContextStageCallback(self.schedule, self._ropes)
         if isinstance(model, str):

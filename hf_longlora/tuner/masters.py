@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .modules import is_norm
@@ -111,6 +112,13 @@ def _state_in_base_dtype(module: nn.Module, state_dict: dict[str, Any], prefix: 
         value = state_dict.get(prefix + name)
         if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
             state_dict[prefix + name] = value.to(master.dtype)
+
+
+def adapter_parameters(layer: BaseTunerLayer, adapter_name: str) -> list[nn.Parameter]:
+    """What an adapter has put on a layer: LoRA's matrices, or the tokens that are trained."""
+    held = (getattr(layer, name, None) for name in layer.adapter_layer_names)
+    found = (items[adapter_name] for items in held if items is not None and adapter_name in items)
+    return [p for item in found for p in ([item] if isinstance(item, nn.Parameter) else item.parameters())]
 
 
 def base_dtype(module: nn.Module) -> torch.dtype | None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
@@ -34,7 +36,7 @@ from .merging import (
     under_others,
     warn_of_changed_base,
 )
-from .modules import walk
+from .modules import is_norm, walk
 from .resolve import output_head, resolve_modules, tie_by_module
 from .stored import check_fit, check_ranks, refuse_foreign_rope
 from .undo import undone_on_failure
@@ -266,6 +268,29 @@ class LongLoraModel(LoraModel):
                 for name, module in wrapper.modules_to_save.items():
                     if adapter_name in (None, name):
                         yield name, wrapper, module
+
+    def parts(self, adapter_name: str | None = None) -> dict[str, list[nn.Parameter]]:
+        """The weights of an adapter (the active one by default) as its config names them: LoRA, norms, embeddings."""
+        adapter = adapter_name or self.active_adapters[0]
+        found: dict[str, list[nn.Parameter]] = {"LoRA": [], "norms": [], "embeddings": []}
+        for layer in self.model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                embeds = isinstance(layer.get_base_layer(), nn.Embedding) or isinstance(layer, TrainableTokensLayer)
+                found["embeddings" if embeds else "LoRA"] += masters.adapter_parameters(layer, adapter)
+        for _, _, module in self._copies(adapter):
+            if is_norm(module) or isinstance(module, nn.Embedding):
+                found["norms" if is_norm(module) else "embeddings"] += module.parameters()
+        return found
+
+    def frozen_parts(self) -> list[str]:
+        """The parts that the active adapter's config names and of which no weight is trainable."""
+        config: Any = self.peft_config[self.active_adapters[0]]
+        left = {"norms": not config.train_norms, "embeddings": not config.train_embeddings}
+        return [
+            part
+            for part, parameters in self.parts().items()
+            if parameters and not left.get(part) and not any(p.requires_grad for p in parameters)
+        ]
 
     @property
     def save_state(self) -> masters.SaveState:

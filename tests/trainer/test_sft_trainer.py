@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 from datasets import Dataset, DatasetDict, IterableDataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -406,6 +406,71 @@ def test_refused_before_training(make, tiny_llama, options, message):
     with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
         make(model=model, **options)
     assert model.config.rope_parameters == rope
+
+
+def frozen(model, *parts):
+    """`model` with what any of `parts` names frozen."""
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in parts):
+            parameter.requires_grad_(False)
+    return model
+
+
+def test_a_run_that_would_train_nothing_is_refused(make, tiny_llama, tmp_path):
+    get_peft_model(tiny_llama(), LongLoraConfig(target_length=128)).save_pretrained(tmp_path / "adapter")
+    options = dict(peft_config=None, stages=[ContextStage(256, 1)])
+    adapter = str(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"Nothing would be trained.*is_trainable=True"):
+        make(model=PeftModel.from_pretrained(tiny_llama(), adapter), **options)
+    lora = get_peft_model(tiny_llama(), LoraConfig(inference_mode=True))
+    with pytest.raises(ValueError, match=r"Nothing would be trained.*is_trainable=True"):
+        make(model=lora, peft_config=None, stages=[ContextStage(64, 1, rope_type=None)])
+    with pytest.raises(ValueError, match=r"Nothing would be trained: no weight of LlamaForCausalLM.*requires_grad"):
+        make(model=tiny_llama().requires_grad_(False), **options)
+    # Something is trained, but nothing of the adapter.
+    model = PeftModel.from_pretrained(tiny_llama(), adapter)
+    model.get_base_model().lm_head.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"LoRA, norms, embeddings.*is_trainable=True"):
+        make(model=model, **options)
+    make(model=PeftModel.from_pretrained(tiny_llama(), adapter, is_trainable=True), **options)
+
+
+@pytest.mark.parametrize(
+    ("parts", "named"),
+    [
+        (["lora_"], "LoRA"),
+        (["norm"], "norms"),
+        (["embed"], "embeddings"),
+        (["norm", "embed"], "norms, embeddings"),
+        (["layers.0", "lora_A"], None),  # a choice among what is trained
+    ],
+)
+def test_a_part_of_an_adapter_that_would_not_be_trained_is_named(make, tiny_llama, parts, named):
+    """Its card would say that it was trained."""
+    model = frozen(get_peft_model(tiny_llama(), LongLoraConfig()), *parts)
+    if named is None:
+        make(model=model, peft_config=None)
+        return
+    with pytest.raises(ValueError, match=f"asks for {named}, of which nothing is trainable"):
+        make(model=model, peft_config=None)
+
+
+@pytest.mark.parametrize("options", [{"embedding_rank": 2}, {"trainable_token_indices": [5, 6]}], ids=str)
+def test_embeddings_trained_in_part_are_the_embeddings(make, tiny_llama, options):
+    model = get_peft_model(tiny_llama(), LongLoraConfig(r=2, **options))
+    make(model=model, peft_config=None)
+    with pytest.raises(ValueError, match="asks for embeddings, of which nothing is trainable"):
+        make(model=frozen(model, "embed"), peft_config=None)
+
+
+def test_parts_of_an_adapter_that_are_let_be_are_said_to_be(make, tiny_llama, tmp_path):
+    """As the message says it."""
+    model = frozen(get_peft_model(tiny_llama(), LongLoraConfig()), "norm", "embed")
+    model.active_peft_config.train_norms = model.active_peft_config.train_embeddings = False
+    trainer = make(model=model, peft_config=None)
+    trainer.train()
+    trainer.save_model()
+    assert "on the attention projections.\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_lm_head_is_refused(make):
