@@ -97,7 +97,7 @@ def published_flash(group: int) -> Call:
         edges = [0]
         for half in range(batch * 2):
             cut = segments([(0, length)], group, group // 2 if half % 2 else 0)
-            edges += [half * length + end for _, end in cut]
+            edges += [half * length + segment.end for segment in cut]
         ends = torch.tensor(edges, dtype=torch.int32, device=query.device)
         out = varlen_attn(*halves.unbind(1), ends, ends, group, group, **_causal(varlen_attn))
         out = out.reshape(batch, 2, length, heads // 2, dim).transpose(1, 2)
@@ -159,7 +159,7 @@ def pairs(method: Method, length: int) -> int:
         cuts = [segments([(0, length)], method.group)]
     else:
         cuts = [segments([(0, length)], method.group, shift) for shift in (0, method.group // 2)]
-    return sum((end - start) * (end - start + 1) // 2 for cut in cuts for start, end in cut) // len(cuts)
+    return sum(segment.pairs for cut in cuts for segment in cut) // len(cuts)
 
 
 def inputs(length: int, group: int | None) -> list[torch.Tensor]:

@@ -344,7 +344,7 @@ def _judge(found: ModelCheck, config: Any) -> None:
         able = [
             name
             for name, kernel in KERNELS.items()
-            if (kernel.softcap or "softcap" not in needs) and (kernel.sinks or "attention sinks" not in needs)
+            if (kernel.softcap or "softcap" not in needs) and (kernel.learned_sinks or "attention sinks" not in needs)
         ]
         found.notes.append(
             f"{' and '.join(sorted(needs))}: train with one of the kernels {', '.join(able)}; dense attention is the "

@@ -259,7 +259,7 @@ def test_the_kernels_are_as_their_table_says():
     for name, kernel in KERNELS.items():
         devices = "any" if kernel.devices is None else "CUDA"
         dtypes = "any" if kernel.dtypes is None else "bf16, fp16"
-        assert kernel.softcap == kernel.sinks
+        assert kernel.softcap == kernel.learned_sinks
         can = ["yes" if it else "no" for it in (kernel.dropout, kernel.softcap, kernel.compiles)]
         steps = f", in steps of {kernel.head_step}" if kernel.head_step > 1 else ""
         assert shown[name] == [devices, dtypes, f"{kernel.head_dim or 'any'}{steps}", *can]

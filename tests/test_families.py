@@ -305,10 +305,10 @@ def test_training(family, monkeypatch):
     select, calls = interface.select_kernel, []
 
     def compared(query, key, value, parts, *, kernel, **options):
-        scale, softcap, sinks = (options[name] for name in ("scale", "softcap", "sinks"))
+        own = {name: options[name] for name in ("scale", "softcap", "learned_sinks")}
         leaves = [t.detach().clone().requires_grad_() for t in (query, key, value)]
         out = kernel(*leaves, parts, **options)
-        expected = oracle(*leaves, spans, GROUP, scale, softcap=softcap, sinks=sinks).transpose(1, 2)
+        expected = oracle(*leaves, spans, GROUP, **own, sink_tokens=4).transpose(1, 2)
         assert torch.allclose(out, expected.float(), atol=1e-5)
         weights = torch.randn_like(out) * real[:, :, None, None]
         ours, theirs = (torch.autograd.grad((o * weights).sum(), leaves, retain_graph=True) for o in (out, expected))
@@ -470,7 +470,7 @@ def test_own_attention_runs_in_blocks(monkeypatch):
 def test_training_without_a_kernel_for_it_says_so(family):
     model = build(family).train()
     set_s2_attention(model, S2AttentionConfig(group_size=GROUP, kernel="sdpa"))
-    with pytest.raises(ValueError, match=r"'sdpa' lacks (softcap|attention sinks).*reference"):
+    with pytest.raises(ValueError, match=r"'sdpa' lacks (softcap|learned attention sinks).*reference"):
         logits(model, torch.randint(3, 128, (1, 40)))
 
 

@@ -36,7 +36,7 @@ from hf_longlora.rope import apply_rope, scaled_rope
 from hf_longlora.trainer.stages import Schedule
 
 from .data import CORPORA, load_documents, load_tokenizer, train_windows
-from .trial import TrialCallback, prefix_pairs, register
+from .trial import TrialCallback
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 STRIDE = 256
@@ -125,11 +125,12 @@ def attention_cost(run: Run, schedule: Schedule) -> float:
     for step in range(schedule.max_steps):
         plan = schedule.step(step)
         length = schedule.stages[plan.stage].max_length
-        size = TrialCallback(run.trial, schedule).attention(step).group_size
+        attention = TrialCallback(run.trial, schedule).attention(step)
+        size = attention.group_size
         dense = length * (length + 1) // 2
         plain, moved = (
-            sum((end - start) * (end - start + 1) // 2 for start, end in cut) + prefix_pairs(run.trial, length, cut)
-            for cut in (segments([(0, length)], size, shift) for shift in (0, size // 2))
+            sum(segment.pairs for segment in segments([(0, length)], size, shift, attention.sink_tokens))
+            for shift in (0, size // 2)
         )
         pairs = (1 - shifted) * plain + shifted * moved
         if run.rotate:
@@ -180,7 +181,7 @@ def train(run: Run, base: Path, work: Path) -> tuple[Any, dict[str, Any]]:
             dense_every=run.dense_every,
             group_size_ratio=run.group_size_ratio,
             attention_shift=run.shift,
-            attention_kernel=register(run.trial) or run.kernel,
+            attention_kernel=run.kernel,
             packing=run.through > 1,  # cuts the target's rows to a shorter stage's, and loses none of their tokens
             packing_strategy="wrapped",
             per_device_train_batch_size=run.batch,

@@ -22,6 +22,8 @@ class S2AttentionConfig:
             used where `group_size` is given.
         shift: What is shifted by half a group: `"heads"`, the last half of each layer's, is the method; `"layers"`
             (the odd ones), `"none"` and `"all"` are for comparison.
+        sink_tokens: First tokens of a document that every group sees beside its own; 0 is the paper's pattern.
+            Pretrained models park attention there (arXiv 2309.17453, 2406.05678).
         kernel: Name of a kernel of `hf_longlora.attention.kernels.KERNELS`, or `"auto"`. A named kernel that can't
             serve a call raises.
 
@@ -32,6 +34,7 @@ class S2AttentionConfig:
     group_size: int | None = field(default=None, metadata={"help": "Tokens in a group; None: group_size_ratio."})
     group_size_ratio: float = field(default=0.25, metadata={"help": "Group size as a share of the longest document."})
     shift: Shift = field(default="heads", metadata={"help": "What is shifted: heads, layers, none or all."})
+    sink_tokens: int = field(default=4, metadata={"help": "First tokens of a document that every group sees."})
     kernel: str = field(default="auto", metadata={"help": "Attention kernel: 'auto' or a kernel's name."})
 
     def __post_init__(self) -> None:
@@ -43,6 +46,7 @@ class S2AttentionConfig:
             )
         if self.shift not in get_args(Shift):
             raise ValueError(f"`shift` must be one of {get_args(Shift)}, got {self.shift!r}.")
+        check_sink_tokens(self.sink_tokens)
         from .kernels import KERNELS  # the table imports torch kernels; the config alone should stay light
 
         if self.kernel != "auto" and self.kernel not in KERNELS:
@@ -71,3 +75,11 @@ def check_group_size(group_size: int | None) -> None:
         return
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
         raise ValueError(f"`group_size` must be a whole number of at least 2 tokens, got {group_size!r}.")
+
+
+def check_sink_tokens(sink_tokens: int) -> None:
+    """Raise a `ValueError` unless `sink_tokens` is a whole number of at least 0."""
+    if isinstance(sink_tokens, bool) or not isinstance(sink_tokens, int) or sink_tokens < 0:
+        raise ValueError(
+            f"`sink_tokens` must be a whole number of tokens, 0 for the paper's pattern, got {sink_tokens!r}."
+        )

@@ -69,7 +69,7 @@ def s2_attention_forward(
             'attention to "eager" if you want them.'
         )
     state: S2State = getattr(module, STATE, _DEFAULT)
-    sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
+    learned_sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     alone = left_alone(module, query, key, attention_mask, causal, kwargs.get("sliding_window"))
     skipping = module.training and state.mode == "pose"
@@ -88,7 +88,7 @@ def s2_attention_forward(
         if dense is not None:  # a model spread over devices shares one S2Mask
             dense = dense.to(query.device)
         options = dict(kwargs, dropout=dropout, scaling=scaling)
-        if softcap is None and sinks is None:
+        if softcap is None and learned_sinks is None:
             return sdpa_attention_forward(module, query, key, value, dense, is_causal=is_causal, **options)
         # As in sdpa: a single query without a mask sees every key.
         return eager_attention(module, query, key, value, dense, causal=causal and query.shape[2] > 1, **options), None
@@ -102,9 +102,11 @@ def s2_attention_forward(
         value,
         dropout=module.training and dropout > 0,
         softcap=softcap is not None,
-        sinks=sinks is not None,
+        learned_sinks=learned_sinks is not None,
     )
-    parts = documents.parts(query.shape[1], key.shape[1], group_size, _shift(state.config.shift, module))
+    parts = documents.parts(
+        query.shape[1], key.shape[1], group_size, _shift(state.config.shift, module), state.config.sink_tokens
+    )
     out = kernel(
         query,
         key,
@@ -113,7 +115,7 @@ def s2_attention_forward(
         scale=scaling,
         dropout_p=dropout if module.training else 0.0,
         softcap=softcap,
-        sinks=sinks,
+        learned_sinks=learned_sinks,
     )
     return out.contiguous(), None
 

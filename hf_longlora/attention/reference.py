@@ -4,18 +4,18 @@ from collections.abc import Sequence
 
 import torch
 
-from .segments import Part, Span
+from .segments import Part, Segment
 
 
-def segment_mask(rows: Sequence[Sequence[Span]], length: int, device: torch.device | str = "cpu") -> torch.Tensor:
+def segment_mask(rows: Sequence[Sequence[Segment]], length: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Which query may see which key: a bool tensor `[B, S, S]`, causal and cut at the segments of each row."""
-    owner = torch.full((len(rows), length), -1)  # -1: padding
-    for row, spans in enumerate(rows):
-        for index, (start, end) in enumerate(spans):
-            owner[row, start:end] = index
-    owner = owner.to(device)
-    same = (owner[:, :, None] == owner[:, None, :]) & (owner[:, :, None] >= 0)
-    return same & torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    mask = torch.zeros(len(rows), length, length, dtype=torch.bool)
+    for row, cut in enumerate(rows):
+        for start, end, seen in cut:
+            mask[row, start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+            for first, last in seen:
+                mask[row, start:end, first:last] = True
+    return mask.to(device)
 
 
 def reference_kernel(
@@ -27,12 +27,12 @@ def reference_kernel(
     scale: float | None = None,
     dropout_p: float = 0.0,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    learned_sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention within segments; shapes as in `hf_longlora.attention.kernels`. Queries in no segment give 0.
 
-    `softcap` bounds the scores by `softcap * tanh(scores / softcap)` (Gemma 2); `sinks` `[H]` adds one score for each
-    head that takes weight and gives nothing (gpt-oss).
+    `softcap` bounds the scores by `softcap * tanh(scores / softcap)` (Gemma 2); `learned_sinks` `[H]` adds one score
+    for each head that takes weight and gives nothing (gpt-oss).
     """
     heads, length = query.shape[1], query.shape[2]
     # Each query head's own keys and values: with one key/value head the parts share it, else the heads divide evenly.
@@ -46,8 +46,8 @@ def reference_kernel(
     # A row without a visible key has no softmax; let it see itself, and drop what it gives.
     alone = ~visible.any(-1, keepdim=True)
     scores = scores.masked_fill(alone, 0.0)
-    if sinks is not None:
-        sink = sinks.float().view(1, heads, 1, 1).expand(scores.shape[0], -1, length, 1)
+    if learned_sinks is not None:
+        sink = learned_sinks.float().view(1, heads, 1, 1).expand(scores.shape[0], -1, length, 1)
         weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)

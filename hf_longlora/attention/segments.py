@@ -2,7 +2,8 @@
 
 A *document* is a run of tokens that may see each other: a row of the batch without packing, one of several in a packed
 row. Padding belongs to no document. A *segment* is a run of tokens that do see each other in one head: token `i`
-attends to token `j` iff both lie in the same segment and `j <= i`. Both are half-open spans `(start, end)` of a row.
+attends to token `j` iff both lie in the same segment and `j <= i`, or `j` is one of the earlier tokens that the whole
+segment sees, its document's first. Both are half-open spans `(start, end)` of a row.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,26 @@ import torch
 Span = tuple[int, int]
 
 
+class Segment(NamedTuple):
+    """Neighbouring tokens of one document that see each other, causally.
+
+    Args:
+        start: The first of them.
+        end: After the last.
+        seen: Spans of tokens before `start` that each of them sees, disjoint.
+    """
+
+    start: int
+    end: int
+    seen: tuple[Span, ...] = ()
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key that it sees."""
+        length = self.end - self.start
+        return length * (length + 1) // 2 + length * sum(last - first for first, last in self.seen)
+
+
 class Part(NamedTuple):
     """Heads that are cut alike.
 
@@ -27,10 +48,12 @@ class Part(NamedTuple):
 
     heads: Span
     kv_heads: Span
-    rows: tuple[tuple[Span, ...], ...]
+    rows: tuple[tuple[Segment, ...], ...]
 
 
-def segments(documents: Sequence[Span], group_size: int | None, shift: int = 0) -> tuple[Span, ...]:
+def segments(
+    documents: Sequence[Span], group_size: int | None, shift: int = 0, sink_tokens: int = 0
+) -> tuple[Segment, ...]:
     """Cut the documents of one row into segments (LongLoRA section 3.2, without its wrap-around).
 
     Inside a document, counted from its start, tokens `i` and `j` share a segment iff
@@ -38,18 +61,25 @@ def segments(documents: Sequence[Span], group_size: int | None, shift: int = 0) 
     shifted or not. The first and the last segment of a shifted document are shorter: the published code instead rolls
     the sequence, which shows its end to its beginning.
 
+    Pretrained models park attention on the first tokens of their context (arXiv 2309.17453). So that a group in
+    mid-document has where to, each segment also sees its document's first `sink_tokens` (as SinkLoRA, arXiv
+    2406.05678), those that come before it.
+
     Args:
         documents: Spans of a row, ascending and disjoint.
         group_size: Tokens in a group; `None` means dense, a segment for each document.
         shift: 0, or `group_size // 2` for shifted heads.
+        sink_tokens: How many of a document's first tokens every later segment sees; 0 is the paper's pattern.
     """
-    cut: list[Span] = []
-    for start, end in documents:
-        if group_size is None or end - start <= group_size:
-            cut.append((start, end))
+    cut: list[Segment] = []
+    for first, last in documents:
+        if group_size is None or last - first <= group_size:
+            cut.append(Segment(first, last))
             continue
-        edges = [start, *range(start + group_size - shift, end, group_size), end]
-        cut.extend(pairwise(edges))
+        edges = [first, *range(first + group_size - shift, last, group_size), last]
+        for start, end in pairwise(edges):
+            sinks = (first, min(first + sink_tokens, start))
+            cut.append(Segment(start, end, (sinks,) if sinks[1] > first else ()))
     return tuple(cut)
 
 
@@ -64,7 +94,7 @@ class Documents:
 
     rows: tuple[tuple[Span, ...], ...]
     length: int
-    _cuts: dict[tuple[int | None, int], tuple[tuple[Span, ...], ...]] = field(
+    _cuts: dict[tuple[int | None, int, int], tuple[tuple[Segment, ...], ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -78,15 +108,22 @@ class Documents:
         """Whether a row holds more than one document."""
         return any(len(row) > 1 for row in self.rows)
 
-    def segments(self, group_size: int | None, shift: int = 0) -> tuple[tuple[Span, ...], ...]:
+    def segments(
+        self, group_size: int | None, shift: int = 0, sink_tokens: int = 0
+    ) -> tuple[tuple[Segment, ...], ...]:
         """`segments` of each row. Computed once for each forward."""
-        key = (group_size, shift)
+        key = (group_size, shift, sink_tokens)
         if key not in self._cuts:
-            self._cuts[key] = tuple(segments(row, group_size, shift) for row in self.rows)
+            self._cuts[key] = tuple(segments(row, *key) for row in self.rows)
         return self._cuts[key]
 
     def parts(
-        self, heads: int, kv_heads: int, group_size: int | None, shift: Literal["half", "none", "all"] = "half"
+        self,
+        heads: int,
+        kv_heads: int,
+        group_size: int | None,
+        shift: Literal["half", "none", "all"] = "half",
+        sink_tokens: int = 0,
     ) -> tuple[Part, ...]:
         """Which heads are cut where; the whole pattern of a call, as kernels read it.
 
@@ -98,11 +135,12 @@ class Documents:
             kv_heads: Key/value heads.
             group_size: Tokens in a group; `None` for dense.
             shift: `"half"` of the heads is the method, `"none"` and `"all"` are for comparison.
+            sink_tokens: First tokens of a document that all of its segments see.
         """
         whole = (0, heads), (0, kv_heads)
         if group_size is None or self.longest <= group_size:
             return (Part(*whole, self.segments(group_size)),)
-        plain, shifted = self.segments(group_size), self.segments(group_size, group_size // 2)
+        plain, shifted = (self.segments(group_size, by, sink_tokens) for by in (0, group_size // 2))
         if shift != "half" or heads == 1:  # one head has no half to shift
             return (Part(*whole, shifted if shift == "all" else plain),)
         if kv_heads == 1:

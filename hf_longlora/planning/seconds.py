@@ -34,7 +34,7 @@ def _attention_seconds(shape: Shape, settings: RunSettings, gpu: Gpu, length: in
         for part in Documents((document,), length).parts(shape.heads, shape.kv_heads, group):
             work = sum(
                 size * (size + 1) / 2 * (1 + SHORT_SEGMENT / size)
-                for size in (end - start for start, end in part.rows[0])
+                for size in (segment.end - segment.start for segment in part.rows[0])
             )
             seconds += passes * 2 * widths * len(range(*part.heads)) * work / rate
     return seconds

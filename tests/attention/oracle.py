@@ -3,19 +3,23 @@
 import torch
 
 
-def visible(length: int, documents: list[tuple[int, int]], group_size: int | None, shift: int) -> torch.Tensor:
+def visible(
+    length: int, documents: list[tuple[int, int]], group_size: int | None, shift: int, sink_tokens: int = 0
+) -> torch.Tensor:
     """Which token sees which, by the formula: `[S, S]` bool."""
     seen = torch.zeros(length, length, dtype=torch.bool)
     for start, end in documents:
         dense = group_size is None or end - start <= group_size
         for i in range(end - start):
             for j in range(i + 1):
-                if dense or (i + shift) // group_size == (j + shift) // group_size:
+                if dense or (i + shift) // group_size == (j + shift) // group_size or j < sink_tokens:
                     seen[start + i, start + j] = True
     return seen
 
 
-def oracle(query, key, value, rows, group_size, scale=None, shift="half", softcap=None, sinks=None):
+def oracle(
+    query, key, value, rows, group_size, scale=None, shift="half", softcap=None, learned_sinks=None, sink_tokens=0
+):
     """Shifted sparse attention in fp64 by brute force. `[B, H, S, D]` -> `[B, H, S, D_v]`, 0 in padding."""
     batch, heads, length, dim = query.shape
     kv_heads = key.shape[1]
@@ -30,15 +34,15 @@ def oracle(query, key, value, rows, group_size, scale=None, shift="half", softca
     out = torch.zeros(batch, heads, length, value.shape[-1], dtype=torch.float64)
     out = out.to(query.device)
     for b in range(batch):
-        masks = [visible(length, rows[b], group_size, shift) for shift in (0, group_size // 2 if group_size else 0)]
+        masks = [visible(length, rows[b], group_size, by, sink_tokens) for by in (0, (group_size or 0) // 2)]
         for h in range(heads):
             mask = masks[shifted[h]].to(query.device)
             scores = query[b, h].double() @ key[b, h // group].double().T * scale
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             scores = scores.masked_fill(~mask, float("-inf"))
-            if sinks is not None:
-                scores = torch.cat([scores, sinks[h].double().expand(length, 1)], dim=-1)
+            if learned_sinks is not None:
+                scores = torch.cat([scores, learned_sinks[h].double().expand(length, 1)], dim=-1)
             weights = scores.softmax(-1).nan_to_num(0.0)[:, :length]
             out[b, h] = weights @ value[b, h // group].double()
     return out

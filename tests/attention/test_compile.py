@@ -53,7 +53,7 @@ def test_a_kernel_is_one_graph(name, device, dtype, fresh_dynamo):
 def one_graph(name, device, dtype):
     """Where the documents are known, nothing of a kernel breaks a graph, its choice included."""
     tensors = [torch.randn(1, heads, 40, 16, requires_grad=True, device=device, dtype=dtype) for heads in (4, 2, 2)]
-    parts = Documents.find(1, 40).parts(4, 2, 16)
+    parts = Documents.find(1, 40).parts(4, 2, 16, sink_tokens=4)
 
     def attend(query, key, value):
         return select_kernel(name, query, value)(query, key, value, parts)

@@ -22,15 +22,27 @@ from .test_compile import fresh_dynamo, one_graph  # noqa: F401
 from .test_kernels import HEADS, check, draw
 
 
-def attend(q, k, v, edges, scale):
-    """`[T, H, D]`, causal within the edges."""
+def attend(q, k, v, edges, scale, key_edges=None):
+    """`[T, H, D]`, causal within the edges, keys and queries ending together."""
     outs = []
-    for a, b in itertools.pairwise(edges.tolist()):
-        part = (x[a:b].transpose(0, 1) for x in (q, k, v))
+    both = (itertools.pairwise((edges if ends is None else ends).tolist()) for ends in (edges, key_edges))
+    for (a, b), (c, d) in zip(*both, strict=True):
+        part = (x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
+        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - b + a)
         outs.append(
-            F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=True).transpose(0, 1)
+            F.scaled_dot_product_attention(*part, attn_mask=mask, scale=scale, enable_gqa=True).transpose(0, 1)
         )
     return torch.cat(outs)
+
+
+def lse_of(q, k, edges, scale):
+    """Logarithms of what the softmax within the edges divides by: `[H, T]`."""
+    outs = []
+    for a, b in itertools.pairwise(edges.tolist()):
+        query, keys = q[a:b].transpose(0, 1), k[a:b].transpose(0, 1).repeat_interleave(q.shape[1] // k.shape[1], 0)
+        hidden = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
+        outs.append((query @ keys.mT * scale).masked_fill(hidden, float("-inf")).logsumexp(-1))
+    return torch.cat(outs, dim=1)
 
 
 def flash_attn_fwd(
@@ -38,9 +50,9 @@ def flash_attn_fwd(
 ):
     assert causal and return_lse and cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q[-1] == len(q) == len(k)
     assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
-    assert out.shape == (*q.shape[:2], v.shape[-1]) and lse.shape == (q.shape[1], q.shape[0])
+    assert out.shape == (*q.shape[:2], v.shape[-1]) and lse.shape == (q.shape[1], q.shape[0]) and lse.is_contiguous()
     out.copy_(attend(q, k, v, cu_seqlens_q, softmax_scale))
-    lse.fill_(1.0)
+    lse.copy_(lse_of(q, k, cu_seqlens_q, softmax_scale))
 
 
 def flash_attn_bwd(
@@ -61,29 +73,30 @@ def flash_attn_bwd(
     dk,
     dv,
 ):
-    assert causal and (lse == 1).all()
+    assert causal and lse.shape == (q.shape[1], q.shape[0]) and lse.is_contiguous() and dout.stride() == out.stride()
     group = q.shape[1] // k.shape[1]
     for a, b in itertools.pairwise(cu_seqlens_q.tolist()):
-        query, grad, *shared = (x[a:b].transpose(0, 1) for x in (q, dout, k, v))
+        query, grad, done, *shared = (x[a:b].transpose(0, 1) for x in (q, dout, out, k, v))
         keys, values = (x.repeat_interleave(group, dim=0) for x in shared)
         hidden = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
-        weights = (query @ keys.mT * softmax_scale).masked_fill(hidden, float("-inf")).softmax(-1)
-        inner = grad @ values.mT
-        scores = weights * (inner - (weights * inner).sum(-1, keepdim=True)) * softmax_scale
+        # as the packages do: by the output and what the softmax divided by, and not by another softmax
+        weights = ((query @ keys.mT * softmax_scale).masked_fill(hidden, float("-inf")) - lse[:, a:b, None]).exp()
+        scores = weights * (grad @ values.mT - (grad * done).sum(-1, keepdim=True)) * softmax_scale
         dq[a:b] = (scores @ keys).transpose(0, 1)
         for into, each in ((dk, scores.mT @ query), (dv, weights.mT @ grad)):
             into[a:b] = each.unflatten(0, (-1, group)).sum(1).transpose(0, 1)
 
 
 def flash_attn_varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
-    assert causal and max_seqlen_q == cu_seqlens_q.diff().max()
-    return attend(q, k, v, cu_seqlens_q, softmax_scale)
+    assert causal and max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
+    assert cu_seqlens_q[-1] == len(q) and cu_seqlens_k[-1] == len(k)
+    return attend(q, k, v, cu_seqlens_q, softmax_scale, cu_seqlens_k)
 
 
 def torchs_forward(q, k, v, edges, k_edges, longest, k_longest, dropout, causal, debug, *, scale=None, **none):
     assert (edges == k_edges).all() and longest == k_longest == edges.diff().max() and causal and not dropout
     assert all(value is None for value in none.values())
-    lse = torch.ones(q.shape[1], q.shape[0])
+    lse = lse_of(q, k, edges, scale)
     empty = torch.empty(0)
     return attend(q, k, v, edges, scale), lse, empty, empty, empty
 
@@ -141,6 +154,18 @@ def test_packing(stand_in):
     check(draw(6, 3, 56), 8, "flash", cu_seqlens=torch.tensor([0, 3, 3, 11, 12, 40, 56]))
 
 
+@pytest.mark.parametrize("heads", [(4, 2), (5, 1)], ids=str)
+@pytest.mark.parametrize("sink_tokens", [0, 1, 9, 70])
+def test_sink_tokens(stand_in, heads, sink_tokens):
+    for group_size in (2, 8):
+        check(draw(*heads, 23, 2), group_size, "flash", sink_tokens=sink_tokens)
+        edges = torch.tensor([0, 3, 12, 21, 61])
+        check(draw(*heads, 61), group_size, "flash", cu_seqlens=edges, sink_tokens=sink_tokens)
+    mask = torch.ones(2, 27)
+    mask[0, :9], mask[1, -5:] = 0, 0
+    check(draw(*heads, 27, 2), 6, "flash", mask=mask, sink_tokens=sink_tokens)
+
+
 def test_launches_are_cut_between_segments(stand_in, monkeypatch):
     monkeypatch.setattr(ragged, "LAUNCH_TOKENS", 20)
     check(draw(4, 2, 61, 3), 8, "flash")
@@ -186,7 +211,7 @@ def test_widths_that_the_packages_lack():
         kernel = dataclasses.replace(KERNELS[name], devices=None, dtypes=None, missing=lambda: None)
         for width, lack in ({256: None, 20: "heads of 20", 288: "heads of 288"} | others).items():
             query, _, value = draw(4, 2, 8, dim=width)
-            assert kernel.lacks(query, value, dropout=False, softcap=False, sinks=False) == lack
+            assert kernel.lacks(query, value, dropout=False, softcap=False, learned_sinks=False) == lack
 
 
 @pytest.mark.parametrize(("capability", "version"), [((8, 0), 2), ((9, 0), 4)])
@@ -205,22 +230,23 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from hf_longlora.attention.kernels import flash, ragged
 from hf_longlora.attention.kernels.in_place import ENGINES
+from hf_longlora.attention.segments import Segment
 
 assert flash.version() == 4
 engine, heads, kv_heads, length, width = ENGINES["flash4"], 8, 4, 96, 64
 edges = (0, 16, 48, 80, 96)
 parts = (
-    ((0, 4), (0, 2), (tuple((at, at + 32) for at in (0, 32, 64)),)),
-    ((4, 8), (2, 4), (tuple(itertools.pairwise(edges)),)),
+    ((0, 4), (0, 2), (tuple(Segment(at, at + 32) for at in (0, 32, 64)),)),
+    ((4, 8), (2, 4), (tuple(Segment(*span) for span in itertools.pairwise(edges)),)),
 )
 with FakeTensorMode():
     def rows(n):
         return torch.empty(1, length, n, width, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
 
     q, k, v, dq, dk, dv = map(rows, (heads, kv_heads, kv_heads) * 2)
-    out, grad = rows(heads).transpose(1, 2), rows(heads)
-    lse = torch.empty(length * heads, device="cuda")
-    for launch, call in engine.calls(ragged.plan(parts, length, 64), q, k, v, out, lse):
+    out, grad = rows(heads), rows(heads)
+    lse = torch.empty(heads, 1, length, device="cuda").transpose(0, 1)
+    for launch, call in engine.calls(ragged.plan(parts, length, True, 64), q, k, v, out, lse):
         engine.forward(launch, call, 0.125)
         own = [(dq, launch.heads), (dk, launch.kv_heads), (dv, launch.kv_heads)]
         gradients = [engine.view(launch, x, h) for x, h in own]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hf_longlora import s2_attention
 from hf_longlora.attention import Documents
-from hf_longlora.attention.kernels import KERNELS, ragged, sdpa, select_kernel
+from hf_longlora.attention.kernels import KERNELS, ragged, sdpa, seen, select_kernel
 
 from .oracle import oracle
 
@@ -53,22 +53,28 @@ def rows_of(batch, length, mask=None, cu_seqlens=None):
     return rows
 
 
-def check(tensors, group_size, kernel, mask=None, cu_seqlens=None, scale=None):
+def check(tensors, group_size, kernel, mask=None, cu_seqlens=None, scale=None, sink_tokens=4):
     query = tensors[0]
     batch, _, length, _ = query.shape
     out = s2_attention(
-        *tensors, group_size=group_size, kernel=kernel, attention_mask=mask, cu_seqlens=cu_seqlens, scale=scale
+        *tensors,
+        group_size=group_size,
+        sink_tokens=sink_tokens,
+        kernel=kernel,
+        attention_mask=mask,
+        cu_seqlens=cu_seqlens,
+        scale=scale,
     )
-    compare(out, tensors, rows_of(batch, length, mask, cu_seqlens), group_size, scale)
+    compare(out, tensors, rows_of(batch, length, mask, cu_seqlens), group_size, scale, sink_tokens)
     return out
 
 
-def compare(out, tensors, rows, group_size, scale=None):
+def compare(out, tensors, rows, group_size, scale=None, sink_tokens=0):
     """Output `[B, H, S, D_v]` and gradients with the oracle's."""
     weight = torch.randn_like(out)
     gradients = torch.autograd.grad((out * weight).sum(), tensors)
     doubles = [x.detach().double().requires_grad_() for x in tensors]
-    expected = oracle(*doubles, rows, group_size, scale)
+    expected = oracle(*doubles, rows, group_size, scale, sink_tokens=sink_tokens)
     expected_gradients = torch.autograd.grad((expected * weight.double()).sum(), doubles)
     tolerance = TOLERANCE[out.dtype]
     for name, got, want in zip(
@@ -109,7 +115,7 @@ def test_half_precision_and_group_sizes(kernel, dtype, half, group_size, device)
 @pytest.mark.parametrize("dim", [8, 16, 24, 40, 64, 72, 80, 96, 112, 128, 192, 256])
 def test_each_width_is_right_or_refused(kernel, dim, dtype, device):
     tensors = draw(4, 2, 70, 2, dim=dim, dtype=dtype, device=device)
-    if KERNELS[kernel].lacks(tensors[0], tensors[2], dropout=False, softcap=False, sinks=False):
+    if KERNELS[kernel].lacks(tensors[0], tensors[2], dropout=False, softcap=False, learned_sinks=False):
         assert dim % 32
         with pytest.raises(ValueError, match=f"heads of {dim}"):
             check(tensors, 32, kernel)
@@ -149,6 +155,35 @@ def test_packed_documents(kernel, device, dtype):
 
 
 @every_kernel
+@pytest.mark.parametrize("heads", [(4, 2), (6, 3), (5, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("sink_tokens", [0, 1, 4, 70])
+def test_sink_tokens(kernel, heads, sink_tokens, device, dtype):
+    """Fewer than, more than and across groups, more than there are, in documents just over a group and below."""
+    lengths = torch.tensor([0, 3, 12, 21, 61, 63, 66])
+    for group_size in (2, 3, 8):
+        for batch, layout in ((1, "bhsd"), (2, "bshd")):
+            tensors = draw(*heads, 23, batch, dim=32, dtype=dtype, device=device, layout=layout)
+            check(tensors, group_size, kernel, sink_tokens=sink_tokens)
+        tensors = draw(*heads, 66, dim=32, dtype=dtype, device=device)
+        check(tensors, group_size, kernel, cu_seqlens=lengths.to(device), sink_tokens=sink_tokens)
+    mask = torch.ones(3, 27, device=device)
+    mask[1, :9], mask[2, -5:] = 0, 0
+    check(draw(*heads, 27, 3, dim=32, dtype=dtype, device=device), 6, kernel, mask=mask, sink_tokens=sink_tokens)
+
+
+@every_kernel
+def test_sink_tokens_are_seen_from_afar(kernel, device, dtype):
+    query, key, value = (x.detach() for x in draw(4, 2, 33, dim=32, dtype=dtype, device=device))
+    outputs = [s2_attention(query, key, value, group_size=8, kernel=kernel, sink_tokens=n) for n in (2, 0)]
+    value = value.clone()
+    value[:, :, :3] += 1.0
+    for sink_tokens, before in zip((2, 0), outputs, strict=True):
+        after = s2_attention(query, key, value, group_size=8, kernel=kernel, sink_tokens=sink_tokens)
+        moved = (after - before).abs().amax((0, 1, 3)) > 0
+        assert moved.all() if sink_tokens else not moved[8:].any()
+
+
+@every_kernel
 def test_many_tokens_take_several_launches(kernel, device, dtype, monkeypatch):
     for module in (sdpa, ragged):
         monkeypatch.setattr(module, "LAUNCH_TOKENS", 20)
@@ -174,8 +209,9 @@ def test_value_dim_and_scale(kernel):
     layout=st.sampled_from(["bshd", "bhsd"]),
     limit=st.integers(1, 80),
     by_autograd=st.booleans(),
+    sink_tokens=st.integers(0, 12),
 )
-def test_random_documents(heads, batch, length, group_size, packed, alike, layout, limit, by_autograd):
+def test_random_documents(heads, batch, length, group_size, packed, alike, layout, limit, by_autograd, sink_tokens):
     """Documents packed into rows with padding between them, told by mask and positions, in launches of any size."""
     mask, positions = torch.zeros(batch, length, dtype=torch.long), torch.zeros(batch, length, dtype=torch.long)
     rows = []
@@ -195,8 +231,10 @@ def test_random_documents(heads, batch, length, group_size, packed, alike, layou
         patch.setattr(sdpa, "LAUNCH_TOKENS", limit)
         if by_autograd:
             patch.setattr(sdpa, "_has_operators", lambda *_: False)
-        out = sdpa.sdpa_kernel(*tensors, documents.parts(*heads, group_size)).transpose(1, 2)
-        compare(out, tensors, rows, group_size)
+        patch.setattr(seen, "CHUNK", 4 * limit)
+        parts = documents.parts(*heads, group_size, sink_tokens=sink_tokens)
+        out = sdpa.sdpa_kernel(*tensors, parts).transpose(1, 2)
+        compare(out, tensors, rows, group_size, sink_tokens=sink_tokens)
 
 
 @every_kernel
@@ -243,8 +281,8 @@ def test_a_named_kernel_that_cannot_serve_raises():
     query, _, value = draw(4, 2, 8)
     with pytest.raises(ValueError, match=r"'sdpa' lacks softcap.*reference"):
         select_kernel("sdpa", query, value, softcap=True)
-    with pytest.raises(ValueError, match="lacks attention sinks"):
-        select_kernel("auto", query, value, sinks=True)
+    with pytest.raises(ValueError, match="lacks learned attention sinks"):
+        select_kernel("auto", query, value, learned_sinks=True)
     with pytest.raises(ValueError, match=r"'varlen' lacks device 'cpu'"):
         select_kernel("varlen", query, value)
-    assert select_kernel("reference", query, value, sinks=True) is KERNELS["reference"].function
+    assert select_kernel("reference", query, value, learned_sinks=True) is KERNELS["reference"].function

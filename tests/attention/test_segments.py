@@ -13,8 +13,9 @@ from .oracle import visible
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
     group_size=st.integers(2, 20),
     shifted=st.booleans(),
+    sink_tokens=st.integers(0, 50),
 )
-def test_segments_are_the_formula(lengths, group_size, shifted):
+def test_segments_are_the_formula(lengths, group_size, shifted, sink_tokens):
     shift = group_size // 2 if shifted else 0
     documents, at = [], 0
     for length in lengths:
@@ -22,19 +23,36 @@ def test_segments_are_the_formula(lengths, group_size, shifted):
             documents.append((at, at + length))
         at += length
     seen = torch.zeros(at, at, dtype=torch.bool)
-    for start, end in segments(documents, group_size, shift):
+    cut = segments(documents, group_size, shift, sink_tokens)
+    for start, end, others in cut:
         assert end > start
         seen[start:end, start:end] = True
-    assert torch.equal(seen.tril(), visible(at, documents, group_size, shift))
+        for first, last in others:
+            assert first < last <= start
+            seen[start:end, first:last] = True
+    assert torch.equal(seen.tril(), visible(at, documents, group_size, shift, sink_tokens))
+    assert sum(segment.pairs for segment in cut) == seen.tril().sum()
 
 
 def test_dense_segments_are_the_documents():
-    assert segments([(0, 7), (9, 12)], None) == ((0, 7), (9, 12))
+    assert segments([(0, 7), (9, 12)], None, sink_tokens=4) == ((0, 7, ()), (9, 12, ()))
 
 
 def test_short_documents_are_dense_even_in_shifted_heads():
-    assert segments([(3, 11)], 8, 4) == ((3, 11),)
-    assert segments([(3, 12)], 8, 4) == ((3, 7), (7, 12))
+    assert segments([(3, 11)], 8, 4, 4) == ((3, 11, ()),)
+    assert segments([(3, 12)], 8, 4) == ((3, 7, ()), (7, 12, ()))
+
+
+def test_sink_tokens_are_a_documents_first():
+    """Counted from where the document begins; the segment that holds them counts them once."""
+    documents = [(3, 13), (13, 16), (16, 27)]
+    assert segments(documents, 4, 0, 2) == (
+        *((3, 7, ()), (7, 11, ((3, 5),)), (11, 13, ((3, 5),))),
+        (13, 16, ()),
+        *((16, 20, ()), (20, 24, ((16, 18),)), (24, 27, ((16, 18),))),
+    )
+    # More of them than the first segment has: the second sees those before it, and its own anyway.
+    assert segments([(3, 10)], 4, 2, 4) == ((3, 5, ()), (5, 9, ((3, 5),)), (9, 10, ((3, 7),)))
 
 
 def test_find_without_hints_is_one_document_a_row():
@@ -102,11 +120,15 @@ def test_cu_seqlens_are_for_one_row():
         {"group_size_ratio": 1.01},
         {"group_size_ratio": -0.25},
         {"shift": "tokens"},
+        {"sink_tokens": -1},
+        {"sink_tokens": 4.0},
+        {"sink_tokens": True},
+        {"sink_tokens": None},
         {"kernel": "no-such-kernel"},
     ],
 )
 def test_config_refuses(kwargs):
-    with pytest.raises(ValueError, match=r"group_size|shift|Unknown attention kernel"):
+    with pytest.raises(ValueError, match=r"group_size|shift|sink_tokens|Unknown attention kernel"):
         S2AttentionConfig(**kwargs)
 
 

@@ -304,8 +304,8 @@ def test_what_no_kernel_honours_is_refused(models):
         interface.s2_attention_forward(module, q, kv, kv, None, position_ids=torch.zeros(3, 1, 16))
     set_s2_attention(model, S2AttentionConfig(group_size=4, kernel="reference"))
     out, _ = interface.s2_attention_forward(module, q, kv, kv, None, softcap=30.0, s_aux=torch.zeros(4))
-    plain = Documents.find(1, 16).parts(2, 1, 4, "none")
-    half = reference_kernel(q[:, :2], kv[:, :1], kv[:, :1], plain, softcap=30.0, sinks=torch.zeros(2))
+    plain = Documents.find(1, 16).parts(2, 1, 4, "none", sink_tokens=4)
+    half = reference_kernel(q[:, :2], kv[:, :1], kv[:, :1], plain, softcap=30.0, learned_sinks=torch.zeros(2))
     assert torch.equal(out[:, :, :2], half)
 
 
@@ -328,9 +328,9 @@ def test_what_is_shifted(models, monkeypatch, shift, layers):
     model, calls = models[0].train(), []
     parts, select = Documents.parts, interface.select_kernel
 
-    def record(documents, heads, kv_heads, group_size, how):
+    def record(documents, heads, kv_heads, group_size, how, sink_tokens):
         calls.append(how)
-        return parts(documents, heads, kv_heads, group_size, how)
+        return parts(documents, heads, kv_heads, group_size, how, sink_tokens)
 
     def checked(*args, **kwargs):
         kernel = select(*args, **kwargs)
@@ -338,7 +338,7 @@ def test_what_is_shifted(models, monkeypatch, shift, layers):
         def run(query, key, value, found, *, scale, **options):
             out = kernel(query, key, value, found, scale=scale, **options)
             rows = [[(0, query.shape[2])]] * query.shape[0]
-            expected = oracle(query, key, value, rows, GROUP, scale, calls[-1])
+            expected = oracle(query, key, value, rows, GROUP, scale, calls[-1], sink_tokens=4)
             assert torch.allclose(out.transpose(1, 2).double(), expected, atol=1e-5)
             return out
 

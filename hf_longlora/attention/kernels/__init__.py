@@ -1,9 +1,9 @@
 """The kernels, one a file, all of one signature, and the table of what each supports.
 
 A kernel takes `query` `[B, H, S, D]`, `key` and `value` `[B, H_kv, S, D]` (`H` a multiple of `H_kv`; value's `D` may
-differ), the `parts` of `Documents.parts` (which heads are cut where) and `scale`, `dropout_p`, `softcap`, `sinks`; it
-returns `[B, S, H, D_v]`, 0 where a query lies in no segment. To add one: write its file, add its row to `KERNELS`, and
-the tests run over it.
+differ), the `parts` of `Documents.parts` (which heads are cut where) and `scale`, `dropout_p`, `softcap`,
+`learned_sinks`; it returns `[B, S, H, D_v]`, 0 where a query lies in no segment. To add one: write its file, add its
+row to `KERNELS`, and the tests run over it.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class Kernel:
         value_dim: Whether values may have another width than keys.
         dropout: Whether it drops attention weights.
         softcap: Whether it bounds scores.
-        sinks: Whether it has attention sinks.
+        learned_sinks: Whether it has sinks that a model has learned (gpt-oss's `s_aux`). Sink tokens all have.
         linear_memory: Whether its memory grows with the length and not with its square.
         compiles: Whether `torch.compile` takes it as one graph, where the documents are known. False: not tried.
     """
@@ -48,7 +48,7 @@ class Kernel:
     value_dim: bool = True
     dropout: bool = True
     softcap: bool = False
-    sinks: bool = False
+    learned_sinks: bool = False
     linear_memory: bool = True
     compiles: bool = True
 
@@ -59,7 +59,7 @@ class Kernel:
         return self.missing()
 
     def lacks(
-        self, query: torch.Tensor, value: torch.Tensor, *, dropout: bool, softcap: bool, sinks: bool
+        self, query: torch.Tensor, value: torch.Tensor, *, dropout: bool, softcap: bool, learned_sinks: bool
     ) -> str | None:
         """What a call needs and this kernel has not, in words; `None` if it can serve."""
         device, dtype, width = query.device.type, query.dtype, query.shape[-1]
@@ -71,7 +71,7 @@ class Kernel:
             "values of another width than keys": not self.value_dim and width != value.shape[-1],
             "attention dropout": dropout and not self.dropout,
             "softcap": softcap and not self.softcap,
-            "attention sinks": sinks and not self.sinks,
+            "learned attention sinks": learned_sinks and not self.learned_sinks,
         }
         return self.lacks_here(device) or next((name for name, lacking in wanted.items() if lacking), None)
 
@@ -100,9 +100,9 @@ KERNELS: dict[str, Kernel] = {
         dropout=False,
     ),
     "flex": Kernel(
-        function=flex.flex_kernel, devices=("cuda",), dropout=False, softcap=True, sinks=True, compiles=False
+        function=flex.flex_kernel, devices=("cuda",), dropout=False, softcap=True, learned_sinks=True, compiles=False
     ),
-    "reference": Kernel(function=reference_kernel, softcap=True, sinks=True, linear_memory=False),
+    "reference": Kernel(function=reference_kernel, softcap=True, learned_sinks=True, linear_memory=False),
 }
 
 
@@ -127,14 +127,14 @@ def select_kernel(
     *,
     dropout: bool = False,
     softcap: bool = False,
-    sinks: bool = False,
+    learned_sinks: bool = False,
 ) -> Callable[..., torch.Tensor]:
     """The kernel called `name`, or for `"auto"` the first of `preference()` that can serve.
 
     Raises:
         ValueError: if the named kernel, or for `"auto"` every kernel, lacks what the call needs.
     """
-    needs = {"dropout": dropout, "softcap": softcap, "sinks": sinks}
+    needs = {"dropout": dropout, "softcap": softcap, "learned_sinks": learned_sinks}
     candidates = preference() if name == "auto" else (name,)
     reasons = {}
     for candidate in candidates:

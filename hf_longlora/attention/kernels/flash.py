@@ -3,7 +3,6 @@
 Any segments in one launch for each part, as `varlen` does with what torch has built in.
 """
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -13,9 +12,9 @@ from transformers import modeling_flash_attention_utils
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from ..segments import Part
-from . import ragged
-from .in_place import ENGINES, Call, Tensors
-from .ragged import Launch, attend_ragged, engine, tokens_of
+from .in_place import ENGINES, Call, Tensors, heads_of
+from .ragged import Launch, attend_ragged, edges, engine
+from .runs import Run, keys_of, runs
 
 
 @torch.compiler.assume_constant_result
@@ -58,11 +57,11 @@ def flash_kernel(
     scale: float | None = None,
     dropout_p: float = 0.0,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    learned_sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention within segments: `[B, H, S, D]`, `[B, H_kv, S, D]` -> `[B, S, H, D]`, 0 in padding."""
-    if dropout_p or softcap is not None or sinks is not None:
-        raise ValueError("The flash kernel has neither dropout nor softcap nor sinks.")
+    if dropout_p or softcap is not None or learned_sinks is not None:
+        raise ValueError("The flash kernel has neither dropout nor softcap nor learned sinks.")
     if version() == 4:
         return attend_ragged("flash4", query, key, value, parts, scale)
     return _by_autograd(query, key, value, parts, scale)
@@ -80,6 +79,7 @@ def _interface() -> Any:
 
 def _forward(launch: Launch, call: Call, scale: float) -> None:
     query, key, value, out, lse = call
+    found = torch.empty_like(lse.T, memory_format=torch.contiguous_format)
     _interface()._flash_attn_fwd(
         query,
         key,
@@ -89,8 +89,9 @@ def _forward(launch: Launch, call: Call, scale: float) -> None:
         causal=True,
         return_lse=True,
         out=out,
-        lse=lse.view(query.shape[1], query.shape[0]),
+        lse=found,
     )
+    lse.T.copy_(found)
     launch.clear(out)
 
 
@@ -103,7 +104,7 @@ def _backward(launch: Launch, grad: torch.Tensor, call: Call, gradients: Tensors
         value,
         out,
         grad,
-        lse.view(query.shape[1], query.shape[0]),
+        lse.T.contiguous(),
         softmax_scale=scale,
         causal=True,
         **_bounds(launch, query.device),
@@ -115,8 +116,8 @@ def _backward(launch: Launch, grad: torch.Tensor, call: Call, gradients: Tensors
 
 
 def _bounds(launch: Launch, device: torch.device) -> dict[str, Any]:
-    edges, longest = launch.edges(device), max(launch.lengths)
-    return {"cu_seqlens_q": edges, "cu_seqlens_k": edges, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    ends, longest = launch.edges(device), max(launch.lengths)
+    return {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
 
 ENGINES["flash4"] = engine(_forward, _backward)
@@ -132,18 +133,37 @@ def _by_autograd(
     batch, _, length, _ = query.shape
     (_, attend, *_), _ = modeling_flash_attention_utils.lazy_import_flash_attention(f"flash_attention_{version()}")
     outs = []
-    for launch in ragged.launches(ragged.plan(tuple(parts), length, math.inf)):
-        shared = (tokens_of(launch, x, launch.kv_heads) for x in (key, value))
+    for heads, kv_heads, rows in parts:
+        plans = [list(runs(cut, length)) for cut in rows]
+        every = [run for plan in plans for run in plan]
+        # With more keys than queries the causal mask ends with both: keys before a segment's own are seen by all.
+        queries = tuple(run.length for run in every for _ in range(max(run.segments, 1)))
+        keys = tuple(run.length + run.others for run in every for _ in range(max(run.segments, 1)))
         out = attend(
-            tokens_of(launch, query, launch.heads),
-            *shared,
-            **_bounds(launch, query.device),
+            heads_of(query, heads).transpose(1, 2).flatten(0, 1),
+            *(_gathered(plans, heads_of(x, kv_heads)) for x in (key, value)),
+            cu_seqlens_q=edges(queries, query.device),
+            cu_seqlens_k=edges(keys, query.device),
+            max_seqlen_q=max(queries),
+            max_seqlen_k=max(keys),
             softmax_scale=scale,
             causal=True,
         )
         out = out[0] if isinstance(out, tuple) else out  # version 3 gives the normaliser, too
-        if launch.padding:
+        out = out.unflatten(0, (batch, length))
+        if any(run.segments == 0 for run in every):
             out = out.clone()
-            launch.clear(out)
-        outs.append(out.unflatten(0, (batch, length)))
+            for row, plan in enumerate(plans):
+                for run in plan:
+                    if run.segments == 0:
+                        out[row, run.start : run.start + run.length] = 0
+        outs.append(out)
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+
+def _gathered(plans: Sequence[Sequence[Run]], x: torch.Tensor) -> torch.Tensor:
+    """Keys or values segment by segment: `[B, h, S, D]` -> `[keys, h, D]`, a view where none is seen twice."""
+    if not any(run.seen for plan in plans for run in plan):
+        return x.transpose(1, 2).flatten(0, 1)
+    rows = zip(plans, x.split(1), strict=True)
+    return torch.cat([keys[0].flatten(1, 2).transpose(0, 1) for plan, row in rows for keys in keys_of(plan, row)])

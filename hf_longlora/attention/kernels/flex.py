@@ -1,4 +1,4 @@
-"""FlexAttention: for scores that something is done to, softcap (Gemma 2) and sinks (gpt-oss).
+"""FlexAttention: for scores that something is done to, softcap (Gemma 2) and learned sinks (gpt-oss).
 
 Its blocks follow from the segments; nothing of the size of a mask is computed. What it needs for each block of queries
 is a list of blocks of keys, `(S / 128)^2` numbers for each part: 8 MiB at 131,072 tokens.
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from ..segments import Part, Span
+from ..segments import Part, Segment
 from .in_place import heads_of
 
 BLOCK = 128
@@ -26,11 +26,11 @@ def flex_kernel(
     scale: float | None = None,
     dropout_p: float = 0.0,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    learned_sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention within segments: `[B, H, S, D]`, `[B, H_kv, S, D]` -> `[B, S, H, D_v]`, 0 in padding.
 
-    `softcap` and `sinks` as in `hf_longlora.attention.reference`.
+    `softcap` and `learned_sinks` as in `hf_longlora.attention.reference`.
     """
     if dropout_p:
         raise ValueError("The flex kernel has no attention dropout.")
@@ -45,11 +45,11 @@ def flex_kernel(
             block_mask=block_mask(rows, query.shape[2], query.device),
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
-            return_aux=AuxRequest(lse=sinks is not None),
+            return_aux=AuxRequest(lse=learned_sinks is not None),
         )
-        if sinks is not None:
+        if learned_sinks is not None:
             # A sink adds exp(sink) to what the softmax divides by.
-            share = torch.sigmoid(aux.lse - sinks[heads[0] : heads[1], None].float())
+            share = torch.sigmoid(aux.lse - learned_sinks[heads[0] : heads[1], None].float())
             out = out * share[..., None].to(out.dtype)
         outs.append(out.transpose(1, 2))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
@@ -71,26 +71,35 @@ def _capped(softcap: float) -> Callable[..., torch.Tensor]:
 
 
 @lru_cache(maxsize=16)
-def block_mask(rows: tuple[tuple[Span, ...], ...], length: int, device: torch.device) -> BlockMask:
+def block_mask(rows: tuple[tuple[Segment, ...], ...], length: int, device: torch.device) -> BlockMask:
     """The mask of one part: which block of queries meets which blocks of keys, and which of these in full."""
+    blocks = -(-length // BLOCK)
     first = torch.arange(length).repeat(len(rows), 1)  # where a token's segment begins; padding sees itself ...
     real = torch.zeros(len(rows), length, dtype=torch.bool)  # ... and not even that
-    for row, spans in enumerate(rows):
-        for start, end in spans:
+    spans = max((len(segment.seen) for row in rows for segment in row), default=0)
+    seen = torch.zeros(spans, 2, len(rows), length, dtype=torch.long)  # what else it sees, from where to where
+    met = torch.zeros(len(rows), blocks, blocks, dtype=torch.bool)
+    for row, cut in enumerate(rows):
+        for start, end, others in cut:
             first[row, start:end], real[row, start:end] = start, True
-    blocks = -(-length // BLOCK)
+            for span, (begin, stop) in enumerate(others):
+                seen[span, 0, row, start:end], seen[span, 1, row, start:end] = begin, stop
+                met[row, start // BLOCK : (end - 1) // BLOCK + 1, begin // BLOCK : (stop - 1) // BLOCK + 1] = True
     rest = blocks * BLOCK - length
     lowest = torch.nn.functional.pad(first, (0, rest), value=length).unflatten(1, (blocks, BLOCK)).amin(-1)
     highest = torch.nn.functional.pad(first, (0, rest), value=-1).unflatten(1, (blocks, BLOCK)).amax(-1)
     alone = torch.nn.functional.pad(real, (0, rest), value=False).unflatten(1, (blocks, BLOCK)).all(-1)
     queries, keys = torch.arange(blocks)[:, None], torch.arange(blocks)
-    met = (keys >= lowest[..., None] // BLOCK) & (keys <= queries)
+    met |= (keys >= lowest[..., None] // BLOCK) & (keys <= queries)
     # In full: blocks before that of the queries, all of one segment that begins no later than the block of keys.
-    full = met & (keys < queries) & ((lowest == highest) & alone)[..., None] & (keys * BLOCK >= lowest[..., None])
-    first, real = first.to(device), real.to(device)
+    full = (keys < queries) & ((lowest == highest) & alone)[..., None] & (keys * BLOCK >= lowest[..., None])
+    first, real, seen = first.to(device), real.to(device), seen.to(device)
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return (k <= q) & (k >= first[b, q]) & real[b, q]
+        visible = (k <= q) & (k >= first[b, q])
+        for span in range(spans):
+            visible = visible | ((k >= seen[span, 0, b, q]) & (k < seen[span, 1, b, q]))
+        return visible & real[b, q]
 
     return BlockMask.from_kv_blocks(
         *_listed(met & ~full, device), *_listed(full, device), BLOCK, mask_mod, (length, length)

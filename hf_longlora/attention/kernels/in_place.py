@@ -3,7 +3,8 @@
 Under plain autograd each slice of q, k and v gets a gradient of its own, which is put together with the others by a
 copy, and so are the outputs: at groups of 2,048 that was a fifth of the call (24.6 ms against 19.0 ms of the launches
 alone, one H100, `benchmarks/LOG.md`). Here the output and the gradients are allocated once, and an engine, a pair of
-functions that serve one launch each way, fills its share of them. The node is a pair of custom operators, opaque to
+functions that serve one launch each way, fills its share of them. What segments see beside their own keys is merged
+into that afterwards, for all engines alike (`seen`). The node is a pair of custom operators, opaque to
 `torch.compile`. Their names have "flash_attn" in them: by that TRL's selective checkpointing knows what to keep.
 """
 
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..segments import Span
+from ..segments import Part, Span
+from . import seen
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -25,7 +27,8 @@ class Call(NamedTuple):
         key: Keys.
         value: Values.
         out: The output, filled by the forward.
-        lse: Logarithms of what the softmax divided by, filled by the forward; flat.
+        lse: Logarithms of what the softmax divided by, filled by the forward; as `out` without its last dimension, and
+            not contiguous.
     """
 
     query: torch.Tensor
@@ -39,8 +42,8 @@ class Engine(NamedTuple):
     """How one kind of launch is served.
 
     Args:
-        launches: Reads a plan, a flat list of numbers: `heads`, `kv_heads` and `tokens` of each launch, and what else
-            the engine wants to know.
+        launches: Reads a plan, a flat list of numbers: `heads`, `kv_heads` and `tokens` of each launch, whether it
+            `joins_rows`, several as one run of tokens, and what else the engine wants to know.
         view: `(launch, x, heads)`: the launch's tokens of some heads of `[B, H, S, D]`, as a view.
         forward: `(launch, call, scale)`; fills `call.out` and `call.lse`.
         backward: `(launch, grad, call, gradients, scale)`; fills the gradients of queries, keys and values.
@@ -60,64 +63,117 @@ class Engine(NamedTuple):
         out: torch.Tensor,
         lse: torch.Tensor,
     ) -> Iterator[tuple[Any, Call]]:
-        """The launches of a plan and what each works on; `out` is `[B, S, H, D]`."""
-        at = 0
+        """The launches of a plan and what each works on; `out` is `[B, H, S, D]`, `lse` `[B, H, S]`."""
         for launch in self.launches(plan):
-            size = scores(launch)
             yield (
                 launch,
                 Call(
                     self.view(launch, query, launch.heads),
                     self.view(launch, key, launch.kv_heads),
                     self.view(launch, value, launch.kv_heads),
-                    self.view(launch, out.transpose(1, 2), launch.heads),
-                    lse[at : at + size],
+                    self.view(launch, out, launch.heads),
+                    self.view(launch, lse[..., None], launch.heads).squeeze(-1),
                 ),
             )
-            at += size
 
-
-def scores(launch: Any) -> int:
-    """Rows of the softmax in a launch."""
-    return launch.tokens * (launch.heads[1] - launch.heads[0])
+    def cover(self, plan: Sequence[int], query: torch.Tensor) -> bool:
+        """Whether the launches of a plan reach every query of `[B, H, S, D]`."""
+        rows = sum(launch.tokens * (launch.heads[1] - launch.heads[0]) for launch in self.launches(plan))
+        return rows == query.shape[:3].numel()
 
 
 ENGINES: dict[str, Engine] = {}
 
 
 def attend_in_place(
-    engine: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Sequence[int], scale: float | None
+    engine: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: Sequence[int],
+    parts: Sequence[Part],
+    scale: float | None,
 ) -> torch.Tensor:
-    """Attention by the launches of a plan: `[B, H, S, D]`, `[B, H_kv, S, D]` -> `[B, S, H, D]`, else 0."""
+    """Attention by the launches of a plan: `[B, H, S, D]`, `[B, H_kv, S, D]` -> `[B, S, H, D]`, else 0.
+
+    The plan covers the segments of `parts`; what these see beside that is read off `parts`.
+    """
     device = query.device.type
     if torch.is_autocast_enabled(device):  # as autocast does for scaled_dot_product_attention
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    return _forward(query, key, value, plan, factor, engine)[0]
+    return _forward(query, key, value, plan, seen.plan(tuple(parts)), factor, engine)[0]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.promote_types(dtype, torch.float32)
 
 
 def heads_of(x: torch.Tensor, heads: Span) -> torch.Tensor:
     return x[:, heads[0] : heads[1]]
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def rows_follow(*tensors: torch.Tensor) -> bool:
+    """Whether each row of `[B, H, S, D]` begins where the one before it ends in memory, as in `[B, S, H, D]`."""
+    return all(x.shape[0] == 1 or x.stride(0) == x.shape[2] * x.stride(2) for x in tensors)
+
+
+def _allocate(like: torch.Tensor, *, zeros: bool) -> torch.Tensor:
+    """Something to fill of the shape `[B, H, S, D]`, in memory `[B, S, H, D]`: what every launch has a view of.
+
+    Never `empty_like`, which keeps strides that launches can't write through (those of a tensor that is expanded).
+    """
+    batch, heads, length, width = like.shape
+    make = like.new_zeros if zeros else like.new_empty
+    return make(batch, length, heads, width).transpose(1, 2)
+
+
+def _readable(x: torch.Tensor, joined: bool) -> torch.Tensor:
+    """`x` if engines can read it where it lies, else a copy, made anew by the backward so that none is kept.
+
+    They want widths without gaps, on a GPU in pieces of 16 bytes, nothing expanded, and rows that follow one another
+    where launches join them.
+    """
+    unit = 1 if x.device.type == "cpu" else 16 // x.element_size()
+    lies = (
+        x.stride(-1) == 1
+        and all(n == 1 or (step > 0 and step % unit == 0) for n, step in zip(x.shape[:-1], x.stride(), strict=False))
+        and x.data_ptr() % (unit * x.element_size()) == 0
+        and (rows_follow(x) or not joined)
+    )
+    return x if lies else _allocate(x, zeros=False).copy_(x)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The operators
+
+
 @torch.library.custom_op("hf_longlora::flash_attn_in_place", mutates_args=())
 def _forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Sequence[int], scale: float, engine: str
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: Sequence[int],
+    others: Sequence[int],
+    scale: float,
+    engine: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, length, _ = query.shape
     found = ENGINES[engine]
-    rows = sum(map(scores, found.launches(plan)))
-    allocate = query.new_empty if rows == batch * heads * length else query.new_zeros
-    out = allocate(batch, length, heads, value.shape[-1])
-    lse = query.new_empty(rows, dtype=_wide(query.dtype))  # in the order of the launches
-    for launch, call in found.calls(plan, query, key, value, out, lse):
-        found.forward(launch, call, scale)
-    return out, lse
+    joined = any(launch.joins_rows for launch in found.launches(plan))
+    query, key, value = (_readable(x, joined) for x in (query, key, value))
+    out = _allocate(query, zeros=not found.cover(plan, query))
+    lse = query.new_empty(heads, batch, length, dtype=_wide(query.dtype)).transpose(0, 1)
+    with torch.autocast(query.device.type, enabled=False):
+        for launch, call in found.calls(plan, query, key, value, out, lse):
+            found.forward(launch, call, scale)
+        seen.merge(others, query, key, value, out, lse, scale)
+    return out.transpose(1, 2), lse
 
 
 @torch.library.custom_op("hf_longlora::flash_attn_in_place_backward", mutates_args=())
@@ -129,56 +185,60 @@ def _backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     plan: Sequence[int],
+    others: Sequence[int],
     scale: float,
     engine: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if grad.stride(-1) != 1 or grad.stride() != out.stride():
-        grad = torch.empty_like(out).copy_(grad)
     found = ENGINES[engine]
-    whole = lse.numel() == query.shape[0] * query.shape[1] * query.shape[2]
+    joined = any(launch.joins_rows for launch in found.launches(plan))
+    query, key, value = (_readable(x, joined) for x in (query, key, value))
+    out, grad = _readable(out.transpose(1, 2), joined), grad.transpose(1, 2)
+    # Some engines want the output's gradient to lie as the output does.
+    grad = _readable(grad, joined) if grad.stride() == out.stride() else _allocate(grad, zeros=False).copy_(grad)
     # Two parts of the query heads may share one key/value head; then the second adds to the first's gradients.
     parts = {(launch.heads, launch.kv_heads) for launch in found.launches(plan)}
     add = len(parts) > len({kv_heads for _, kv_heads in parts})
-    dq = torch.empty_like(query) if whole else torch.zeros_like(query)
-    dk, dv = (torch.empty_like(x) if whole and not add else torch.zeros_like(x) for x in (key, value))
-    for launch, call in found.calls(plan, query, key, value, out, lse):
-        shared = [found.view(launch, x, launch.kv_heads) for x in (dk, dv)]
-        own = [torch.empty_like(x) for x in shared] if add else shared
-        gradients = found.view(launch, dq, launch.heads), *own
-        found.backward(launch, found.view(launch, grad.transpose(1, 2), launch.heads), call, gradients, scale)
-        if add:
-            for total, part in zip(shared, own, strict=True):
-                total.add_(part)
+    gaps = not found.cover(plan, query)
+    dq, dk, dv = (_allocate(x, zeros=gaps or adds) for x, adds in ((query, False), (key, add), (value, add)))
+    with torch.autocast(query.device.type, enabled=False):
+        for launch, call in found.calls(plan, query, key, value, out, lse):
+            shared = [found.view(launch, x, launch.kv_heads) for x in (dk, dv)]
+            own = [torch.empty_like(x) for x in shared] if add else shared
+            gradients = found.view(launch, dq, launch.heads), *own
+            found.backward(launch, found.view(launch, grad, launch.heads), call, gradients, scale)
+            if add:
+                for total, part in zip(shared, own, strict=True):
+                    total.add_(part)
+        seen.add_gradients(others, grad, query, key, value, out, lse, (dq, dk, dv), scale)
     return dq, dk, dv
 
 
 @_forward.register_fake
-def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Sequence[int], scale: float, engine: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, length, _ = query.shape
-    rows = sum(map(scores, ENGINES[engine].launches(plan)))
-    out = query.new_empty(batch, length, heads, value.shape[-1])
-    return out, query.new_empty(rows, dtype=_wide(query.dtype))
+    lse = query.new_empty(heads, batch, length, dtype=_wide(query.dtype)).transpose(0, 1)
+    return _allocate(query, zeros=False).transpose(1, 2), lse
 
 
 @_backward.register_fake
 def _(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    dq, dk, dv = (_allocate(x, zeros=False) for x in (query, key, value))
+    return dq, dk, dv
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    query, key, value, ctx.plan, ctx.scale, ctx.engine = inputs
+    query, key, value, *ctx.rest = inputs
     ctx.save_for_backward(query, key, value, *output)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    nothing = (None,) * len(ctx.rest)
     if grad is None:
-        return None, None, None, None, None, None
-    return (*_backward(grad, *ctx.saved_tensors, ctx.plan, ctx.scale, ctx.engine), None, None, None)
+        return None, None, None, *nothing
+    return *_backward(grad, *ctx.saved_tensors, *ctx.rest), *nothing
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

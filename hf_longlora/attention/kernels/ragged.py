@@ -1,18 +1,19 @@
 """Launches of kernels that take segments of any length, one after the other, with a list of where each begins.
 
-Rows of a batch follow one another, and padding is cut into segments of its own, whose results are then set to 0: so a
-batch is one launch for each part, whatever is packed into it and however it is padded.
+Padding is cut into segments of its own, whose results are then set to 0, and where rows follow one another in memory
+a launch goes through several: a batch is one launch for each part, whatever is packed into it and however it is
+padded.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
 
-from ..segments import Part, Span
-from .in_place import Call, Engine, Tensors, attend_in_place, heads_of
+from ..segments import Part, Segment, Span
+from .in_place import Call, Engine, Tensors, attend_in_place, heads_of, rows_follow
 
 LAUNCH_TOKENS = 32_768
 """Tokens in a launch, or one segment if that is longer: kernels add up the gradients of queries in fp32, which for
@@ -26,13 +27,15 @@ class Launch(NamedTuple):
     Args:
         heads: Query heads.
         kv_heads: Their key/value heads.
-        start: The first token.
+        joins_rows: Whether it goes through more than one row.
+        start: The first token, counted through the rows.
         lengths: Tokens in each segment.
         padding: Which of them are padding.
     """
 
     heads: Span
     kv_heads: Span
+    joins_rows: bool
     start: int
     lengths: tuple[int, ...]
     padding: tuple[int, ...]
@@ -43,7 +46,7 @@ class Launch(NamedTuple):
 
     def edges(self, device: torch.device) -> torch.Tensor:
         """Where segments begin and end, counted from `start`: `[segments + 1]`, int32."""
-        return _edges(self.lengths, device)
+        return edges(self.lengths, device)
 
     def clear(self, *tensors: torch.Tensor) -> None:
         """Set what padding got to 0: tensors `[tokens, h, D]`."""
@@ -54,32 +57,52 @@ class Launch(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _edges(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def edges(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Where pieces of these lengths begin and end, one after the other: `[pieces + 1]`, int32."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=64)
-def plan(parts: tuple[Part, ...], length: int, limit: float) -> list[int]:
-    """The launches of a call, of `limit` tokens at most, as a flat list, for the operator takes numbers only."""
+def plan(parts: tuple[Part, ...], length: int, follow: bool, limit: float) -> list[int]:
+    """The launches of a call as a flat list, for the operator takes numbers only.
+
+    Args:
+        parts: What is cut where.
+        length: Tokens in a row.
+        follow: Whether rows follow one another in memory, so that a launch can go through several.
+        limit: Tokens in a launch.
+    """
     found: list[int] = []
     for heads, kv_heads, rows in parts:
-        pieces = [piece for row in rows for piece in _cover(row, length)]
+        covers = [list(_cover(row, length)) for row in rows]
         start = 0
-        held: list[tuple[int, bool]] = []
-        for size, real in [*pieces, (0, True)]:
-            tokens = sum(n for n, _ in held)
-            if held and (size == 0 or tokens + size > limit):
-                padding = [i for i, (_, kept) in enumerate(held) if not kept]
-                found += [*heads, *kv_heads, start, len(held), len(padding), *(n for n, _ in held), *padding]
-                start, held = start + tokens, []
-            held.append((size, real))
+        for stretch in [list(chain(*covers))] if follow else covers:
+            for held in _within(stretch, limit):
+                sizes = [size for size, _ in held]
+                padding = [index for index, (_, real) in enumerate(held) if not real]
+                end = start + sum(sizes)
+                joins = start // length != (end - 1) // length
+                found += [*heads, *kv_heads, joins, start, len(held), len(padding), *sizes, *padding]
+                start = end
     return found
 
 
-def _cover(spans: Sequence[Span], length: int) -> Iterator[tuple[int, bool]]:
+def _within(pieces: Sequence[tuple[int, bool]], limit: float) -> Iterator[list[tuple[int, bool]]]:
+    """Neighbours of `limit` tokens at most, or a longer one alone."""
+    held: list[tuple[int, bool]] = []
+    for piece in pieces:
+        if held and sum(size for size, _ in held) + piece[0] > limit:
+            yield held
+            held = []
+        held.append(piece)
+    if held:
+        yield held
+
+
+def _cover(cut: Sequence[Segment], length: int) -> Iterator[tuple[int, bool]]:
     """Lengths that cover a row, and which of them are segments: the others are padding."""
     at = 0
-    for start, end in spans:
+    for start, end, _ in cut:
         if start > at:
             yield start - at, False
         yield end - start, True
@@ -91,11 +114,12 @@ def _cover(spans: Sequence[Span], length: int) -> Iterator[tuple[int, bool]]:
 def launches(numbers: Sequence[int]) -> Iterator[Launch]:
     at = 0
     while at < len(numbers):
-        a, b, c, d, start, segments, pads = numbers[at : at + 7]
-        at += 7
+        a, b, c, d, joins, start, segments, pads = numbers[at : at + 8]
+        at += 8
         yield Launch(
             (a, b),
             (c, d),
+            bool(joins),
             start,
             tuple(numbers[at : at + segments]),
             tuple(numbers[at + segments : at + segments + pads]),
@@ -105,7 +129,13 @@ def launches(numbers: Sequence[int]) -> Iterator[Launch]:
 
 def tokens_of(launch: Launch, x: torch.Tensor, heads: Span) -> torch.Tensor:
     """The launch's tokens, a view: `[B, H, S, D]` -> `[tokens, h, D]`."""
-    return heads_of(x, heads).transpose(1, 2).flatten(0, 1)[launch.start : launch.start + launch.tokens]
+    own = heads_of(x, heads).transpose(1, 2)
+    if launch.joins_rows:
+        if not rows_follow(x):
+            raise RuntimeError("A launch joins rows that don't follow one another in memory.")
+        return own.flatten(0, 1)[launch.start : launch.start + launch.tokens]
+    row, start = divmod(launch.start, x.shape[2])
+    return own[row, start : start + launch.tokens]
 
 
 def engine(
@@ -124,10 +154,6 @@ def attend_ragged(
     parts: Sequence[Part],
     scale: float | None,
 ) -> torch.Tensor:
-    """`attend_in_place` over the launches of `parts`. Rows that don't follow one another in memory are copied."""
-    length = query.shape[2]
-    query, key, value = (
-        x if x.stride(0) == length * x.stride(2) or x.shape[0] == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
-        for x in (query, key, value)
-    )
-    return attend_in_place(name, query, key, value, plan(tuple(parts), length, LAUNCH_TOKENS), scale)
+    """`attend_in_place` over the launches of `parts`."""
+    launches = plan(tuple(parts), query.shape[2], rows_follow(query, key, value), LAUNCH_TOKENS)
+    return attend_in_place(name, query, key, value, launches, parts, scale)

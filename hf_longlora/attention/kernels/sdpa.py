@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
-from ..segments import Part, Span
-from .in_place import ENGINES, Call, Engine, Tensors, attend_in_place, heads_of
+from ..segments import Part, Segment, Span
+from .in_place import ENGINES, Call, Engine, Tensors, attend_in_place, heads_of, rows_follow
+from .runs import Run, keys_of, runs
 
 LAUNCH_TOKENS = 32_768
 """Tokens in a launch, or one segment if that is longer. A launch's pieces, and the fp32 gradients of queries that
@@ -43,6 +44,10 @@ class Launch(NamedTuple):
     def tokens(self) -> int:
         return self.rows * self.times * self.length
 
+    @property
+    def joins_rows(self) -> bool:
+        return self.rows > 1 and self.times > 1
+
 
 def sdpa_kernel(
     query: torch.Tensor,
@@ -53,17 +58,14 @@ def sdpa_kernel(
     scale: float | None = None,
     dropout_p: float = 0.0,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    learned_sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention within segments: `[B, H, S, D]`, `[B, H_kv, S, D]` -> `[B, S, H, D_v]`, 0 in padding."""
-    if softcap is not None or sinks is not None:
-        raise ValueError("The sdpa kernel has neither softcap nor sinks.")
-    if dropout_p == 0.0 and _has_operators(query, value) and all(x.stride(-1) == 1 for x in (query, key, value)):
-        # Rows fold into one batch by views where they follow one another in memory, as in [B, S, H, D].
-        follow = all(x.stride(0) == x.shape[2] * x.stride(2) for x in (query, key, value))
-        return attend_in_place(
-            "sdpa", query, key, value, plan(tuple(parts), query.shape[2], follow, LAUNCH_TOKENS), scale
-        )
+    if softcap is not None or learned_sinks is not None:
+        raise ValueError("The sdpa kernel has neither softcap nor learned sinks.")
+    if dropout_p == 0.0 and _has_operators(query, value):
+        launches = plan(tuple(parts), query.shape[2], rows_follow(query, key, value), LAUNCH_TOKENS)
+        return attend_in_place("sdpa", query, key, value, launches, parts, scale)
     outs = []
     for heads, kv_heads, rows in parts:
         q, k, v = heads_of(query, heads), heads_of(key, kv_heads), heads_of(value, kv_heads)
@@ -94,13 +96,13 @@ def _has_operators(query: torch.Tensor, value: torch.Tensor) -> bool:
 
 
 @lru_cache(maxsize=64)
-def plan(parts: tuple[Part, ...], length: int, rows_follow: bool, limit: int) -> list[int]:
+def plan(parts: tuple[Part, ...], length: int, follow: bool, limit: int) -> list[int]:
     """The launches of a call as a flat list, for the operator takes numbers only.
 
     Args:
         parts: What is cut where.
         length: Tokens in a row.
-        rows_follow: Whether each row begins where the one before it ends, in memory.
+        follow: Whether rows follow one another in memory, so that several fold into one batch by views.
         limit: Tokens in a launch.
     """
     found = []
@@ -110,7 +112,7 @@ def plan(parts: tuple[Part, ...], length: int, rows_follow: bool, limit: int) ->
             alike = next((n for n in range(row, len(rows)) if rows[n] != rows[row]), len(rows)) - row
             for start, gap, count, size in progressions(rows[row]):
                 # Whole rows fold into one batch, and so does one segment of each row; else each row by itself.
-                whole = rows_follow and gap == size and count * size == length
+                whole = follow and gap == size and count * size == length
                 together = alike if count == 1 or whole else 1
                 for first in range(row, row + alike, together):
                     found += list(_cut(Launch(heads, kv_heads, first, together, start, gap, count, size), limit))
@@ -131,22 +133,22 @@ def _cut(launch: Launch, limit: int) -> Iterator[Launch]:
         yield launch._replace(start=launch.start + first * launch.gap, times=times)
 
 
-def progressions(spans: Sequence[Span]) -> list[tuple[int, int, int, int]]:
-    """Spans of equal length at equal distances: `(start, gap, count, length)` for each such run.
+def progressions(cut: Sequence[Segment]) -> list[tuple[int, int, int, int]]:
+    """Segments of equal length at equal distances: `(start, gap, count, length)` for each such run.
 
-    Neighbours first; then the leftover spans of equal length two by two, such as the ends of a shifted document.
+    Neighbours first; then the leftover segments of equal length two by two, such as the ends of a shifted document.
     """
-    runs: list[tuple[int, int, int, int]] = []
-    for start, end in spans:
-        if runs:
-            first, _, count, length = runs[-1]
+    found: list[tuple[int, int, int, int]] = []
+    for start, end, _ in cut:
+        if found:
+            first, _, count, length = found[-1]
             if end - start == length and start == first + count * length:
-                runs[-1] = (first, length, count + 1, length)
+                found[-1] = (first, length, count + 1, length)
                 continue
-        runs.append((start, end - start, 1, end - start))
+        found.append((start, end - start, 1, end - start))
     single: dict[int, int] = {}  # length -> index of a run of one
     merged: list[tuple[int, int, int, int]] = []
-    for run in runs:
+    for run in found:
         start, _, count, length = run
         if count == 1 and length in single:
             at = single.pop(length)
@@ -167,7 +169,8 @@ def _launches(numbers: Sequence[int]) -> Iterator[Launch]:
 def _fold(launch: Launch, x: torch.Tensor, heads: Span) -> torch.Tensor:
     """The segments of a launch as a batch, a view: `[B, H, S, D]` -> `[rows * times, h, length, D]`."""
     at_row, at_head, at_token, at_width = x.stride()
-    assert launch.rows == 1 or launch.times == 1 or at_row == x.shape[2] * at_token, "rows don't follow one another"
+    if launch.joins_rows and not rows_follow(x):
+        raise RuntimeError("A launch joins rows that don't follow one another in memory.")
     first = x[launch.row :, heads[0] : heads[1], launch.start :]
     step = launch.gap * at_token if launch.times > 1 else at_row
     size = (launch.rows * launch.times, heads[1] - heads[0], launch.length, x.shape[-1])
@@ -191,12 +194,12 @@ def _forward(launch: Launch, call: Call, scale: float) -> None:
     else:
         found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)
     out.copy_(found[0])
-    lse.view(query.shape[:3]).copy_(found[1].view(query.shape[:3]))
+    lse.copy_(found[1].view(lse.shape))
 
 
 def _backward(launch: Launch, grad: torch.Tensor, call: Call, gradients: Tensors, scale: float) -> None:
     query, key, value, out, lse = call
-    lse, length = lse.view(query.shape[:3]), launch.length
+    lse, length = lse.contiguous(), launch.length
     if query.device.type == "cpu":
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, query, key, value, out, lse, 0.0, True, scale=scale
@@ -224,38 +227,11 @@ ENGINES["sdpa"] = Engine(_launches, _fold, _forward, _backward)
 # By autograd
 
 
-class Run(NamedTuple):
-    """`segments` neighbours of `length` tokens each; 0 of them: `length` tokens of padding."""
-
-    segments: int
-    length: int
-
-    @property
-    def tokens(self) -> int:
-        return max(self.segments, 1) * self.length
-
-
-def runs(spans: Sequence[Span], length: int) -> Iterator[Run]:
-    """Cover a row of `length` tokens: equal neighbours as one run, padding as runs of no segment."""
-    at, count, size = 0, 0, 0
-    for start, end in spans:
-        if count and (start > at or end - start != size):
-            yield Run(count, size)
-            count = 0
-        if start > at:
-            yield Run(0, start - at)
-        count, size, at = count + 1, end - start, end
-    if count:
-        yield Run(count, size)
-    if at < length:
-        yield Run(0, length - at)
-
-
 def _by_autograd(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    rows: Sequence[Sequence[Span]],
+    rows: Sequence[Sequence[Segment]],
     scale: float | None,
     dropout_p: float,
 ) -> torch.Tensor:
@@ -269,30 +245,33 @@ def _by_autograd(
         return torch.cat([_by_autograd(q, k, v, [row], scale, dropout_p) for q, k, v, row in by_row])
 
     # `split` and not slices: its backward is one concatenation, that of a slice a zero-filled tensor of full size.
-    sizes = [run.tokens for run in plan]
-    pieces = zip(plan, *(x.split(sizes, 2) for x in (query, key, value)), strict=True)
-    parts = [_attend(q, k, v, run, scale, dropout_p) for run, q, k, v in pieces]
+    queries = query.split([run.tokens for run in plan], 2)
+    parts = [
+        _attend(q, k, v, run, scale, dropout_p)
+        for run, q, k, v in zip(plan, queries, keys_of(plan, key), keys_of(plan, value), strict=True)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, run: Run, scale: float | None, dropout_p: float
 ) -> torch.Tensor:
-    """One run: `[B, H, run.tokens, D]` -> `[B, run.tokens, H, D_v]`."""
+    """One run: `[B, H, run.tokens, D]`, `[B, H_kv, segments, keys, D]` -> `[B, run.tokens, H, D_v]`."""
     batch, heads, tokens = query.shape[:3]
     if run.segments == 0:
         return value.new_zeros(batch, tokens, heads, value.shape[-1])
-
-    def fold(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(2, (run.segments, run.length)).transpose(1, 2).flatten(0, 1)
-
+    # Keys that all of a segment sees come before its own, and as many queries of 0, whose output is dropped, before
+    # its queries: a plain causal mask then shows each query what it should see, whatever answers below.
+    query = query.unflatten(2, (run.segments, run.length))
+    query = F.pad(query, (0, 0, run.others, 0)) if run.others else query
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     out = F.scaled_dot_product_attention(
-        fold(query),
-        fold(key),
-        fold(value),
+        query,
+        key,
+        value,
         is_causal=True,
         scale=scale,
         dropout_p=dropout_p,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=heads != key.shape[1],
     )
-    return out.transpose(1, 2).reshape(batch, tokens, heads, value.shape[-1])
+    return out[:, :, run.others :].transpose(1, 2).reshape(batch, tokens, heads, value.shape[-1])

@@ -22,11 +22,11 @@ def varlen_kernel(
     scale: float | None = None,
     dropout_p: float = 0.0,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    learned_sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention within segments: `[B, H, S, D]`, `[B, H_kv, S, D]` -> `[B, S, H, D]`, 0 in padding."""
-    if dropout_p or softcap is not None or sinks is not None:
-        raise ValueError("The varlen kernel has neither dropout nor softcap nor sinks.")
+    if dropout_p or softcap is not None or learned_sinks is not None:
+        raise ValueError("The varlen kernel has neither dropout nor softcap nor learned sinks.")
     return attend_ragged("varlen", query, key, value, parts, scale)
 
 
@@ -38,12 +38,12 @@ def _forward(launch: Launch, call: Call, scale: float) -> None:
     )
     out.copy_(found[0])
     launch.clear(out)
-    lse.view(query.shape[1], query.shape[0]).copy_(found[1])
+    lse.T.copy_(found[1])
 
 
 def _backward(launch: Launch, grad: torch.Tensor, call: Call, gradients: Tensors, scale: float) -> None:
     query, key, value, out, lse = call
-    lse = lse.view(query.shape[1], query.shape[0])
+    lse = lse.T.contiguous()
     edges, longest = launch.edges(query.device), max(launch.lengths)
     seed = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of dropout, which there is none of
     rest = (edges, edges, longest, longest, 0.0, True, seed, seed[:0])

@@ -1,0 +1,157 @@
+"""Keys that segments see beside their own: their document's first tokens.
+
+The launches of an in-place call attend to each segment's own keys. What the few others add is merged into their output
+by the logarithms of what the softmax divided by (log-sum-exp): with `own` that of a query's own keys and `s_j` the
+scores of the others, `total = log(exp(own) + sum_j exp(s_j))` and
+
+    out = exp(own - total) * out + sum_j exp(s_j - total) * value_j
+
+The launches' backward, run on the merged output and `total`, gives what the own keys give and get; the others' share
+is added to it. Nothing is copied. Neighbouring segments that see the same are one piece of work.
+
+These keys are tokens of the text. Sinks that a model has learned (gpt-oss's `s_aux`) are another thing, called
+`learned_sinks` everywhere here.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+
+from ..segments import Part, Span
+
+CHUNK = 2**22
+"""Elements of the queries that the implementation in plain torch takes at a time: 16 MiB in fp32."""
+
+
+class Piece(NamedTuple):
+    """Queries of a row, `start` to `end`, that all see the keys `first` to `last` before them.
+
+    Args:
+        heads: Query heads.
+        kv_heads: Their key/value heads.
+        row: Of the batch.
+        start: The first query.
+        end: After the last.
+        first: The first key.
+        last: After the last.
+    """
+
+    heads: Span
+    kv_heads: Span
+    row: int
+    start: int
+    end: int
+    first: int
+    last: int
+
+
+@lru_cache(maxsize=64)
+def plan(parts: tuple[Part, ...]) -> list[int]:
+    """The pieces of a call as a flat list, for an operator takes numbers only."""
+    found: list[int] = []
+    for heads, kv_heads, rows in parts:
+        for row, segments in enumerate(rows):
+            # What is seen begins where the document does, so that equal neighbours are of one document.
+            for seen, alike in groupby(segments, key=lambda segment: segment.seen):
+                same = list(alike)
+                for span in seen:
+                    found += [*heads, *kv_heads, row, same[0].start, same[-1].end, *span]
+    return found
+
+
+def pieces(numbers: Sequence[int]) -> Iterator[Piece]:
+    """Reads a plan."""
+    for at in range(0, len(numbers), 9):
+        a, b, c, d, *rest = numbers[at : at + 9]
+        yield Piece((a, b), (c, d), *rest)
+
+
+def merge(
+    numbers: Sequence[int],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> None:
+    """Merge what the pieces' keys give into `out` and `lse`, in place.
+
+    Args:
+        numbers: A plan.
+        query: `[B, H, S, D]`.
+        key: `[B, H_kv, S, D]`.
+        value: `[B, H_kv, S, D_v]`.
+        out: `[B, H, S, D_v]`.
+        lse: `[B, H, S]`.
+        scale: Factor of the scores.
+    """
+    for piece in pieces(numbers):
+        keys, values = (_keys(piece, x) for x in (key, value))
+        for tokens in _chunks(piece, query):
+            own, attended = _queries(piece, tokens, lse[..., None]), _queries(piece, tokens, out)
+            scores = _queries(piece, tokens, query).to(keys.dtype) @ keys.mT * scale
+            total = torch.logaddexp(own, scores.logsumexp(-1, keepdim=True))
+            given = (scores - total).exp() @ values
+            attended.copy_(attended * (own - total).exp() + given)
+            own.copy_(total)
+
+
+def add_gradients(
+    numbers: Sequence[int],
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float,
+) -> None:
+    """Add what the pieces' keys give and get to the gradients of queries, keys and values, in place.
+
+    Args:
+        numbers: A plan.
+        grad: The output's gradient, `[B, H, S, D_v]`.
+        query: `[B, H, S, D]`.
+        key: `[B, H_kv, S, D]`.
+        value: `[B, H_kv, S, D_v]`.
+        out: The merged output, `[B, H, S, D_v]`.
+        lse: The merged `lse`, `[B, H, S]`.
+        gradients: Of `query`, `key` and `value`, of their shapes.
+        scale: Factor of the scores.
+    """
+    dq, dk, dv = gradients
+    for piece in pieces(numbers):
+        keys, values = (_keys(piece, x) for x in (key, value))
+        for_keys, for_values = torch.zeros_like(keys), torch.zeros_like(values)
+        for tokens in _chunks(piece, query):
+            queries, given = (_queries(piece, tokens, x).to(keys.dtype) for x in (query, grad))
+            weights = (queries @ keys.mT * scale - _queries(piece, tokens, lse[..., None])).exp()
+            mean = (given * _queries(piece, tokens, out)).sum(-1, keepdim=True)
+            scores = weights * (given @ values.mT - mean) * scale
+            _queries(piece, tokens, dq).add_(scores @ keys)
+            for_keys += (scores.mT @ queries).sum(1, keepdim=True)
+            for_values += (weights.mT @ given).sum(1, keepdim=True)
+        for gradient, sums in ((dk, for_keys), (dv, for_values)):
+            gradient[piece.row, slice(*piece.kv_heads), piece.first : piece.last].add_(sums[:, 0])
+
+
+def _keys(piece: Piece, x: torch.Tensor) -> torch.Tensor:
+    """A piece's keys or values: `[B, H_kv, S, D]` -> `[h_kv, 1, keys, D]`, in fp32 at least."""
+    found = x[piece.row, slice(*piece.kv_heads), piece.first : piece.last, :][:, None]
+    return found.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _queries(piece: Piece, tokens: slice, x: torch.Tensor) -> torch.Tensor:
+    """What lies at some queries of a piece, a view: `[B, H, S, D]` -> `[h_kv, h / h_kv, tokens, D]`."""
+    return x[piece.row, slice(*piece.heads), tokens].unflatten(0, (len(range(*piece.kv_heads)), -1))
+
+
+def _chunks(piece: Piece, query: torch.Tensor) -> Iterator[slice]:
+    tokens = max(1, CHUNK // (len(range(*piece.heads)) * query.shape[-1]))
+    for start in range(piece.start, piece.end, tokens):
+        yield slice(start, min(start + tokens, piece.end))
