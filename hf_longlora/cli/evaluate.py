@@ -201,6 +201,9 @@ def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     from transformers.utils import cached_file
 
     from ..from_hub import adapter_values, reason
+    from ..tuner import LongLoraConfig
+    from ..tuner.config import check_weights
+    from ..tuner.stored import fit_vocabulary
 
     # No adapter: a model, or a name that loading will refuse.
     adapter = None if adapter_values(name) is None else PeftConfig.from_pretrained(name)
@@ -213,10 +216,12 @@ def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     except OSError as error:
         what = name if adapter is None else f"the base of {name}, {base},"
         raise OSError(f"{what} can't be had: {reason(error)}") from error
+    file = "tokenizer_config.json"
+    own = adapter is not None and cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None
+    tokenizer = AutoTokenizer.from_pretrained(name) if own else AutoTokenizer.from_pretrained(base, revision=revision)
     if adapter is not None:
+        stored = check_weights(name) if isinstance(adapter, LongLoraConfig) else {}
+        fit_vocabulary(model, adapter, stored, len(tokenizer) if own else 0)
         model = PeftModel.from_pretrained(model, name)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    file = "tokenizer_config.json"
-    if adapter is not None and cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None:
-        return model, AutoTokenizer.from_pretrained(name)
-    return model, AutoTokenizer.from_pretrained(base, revision=revision)
+    return model, tokenizer

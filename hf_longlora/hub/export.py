@@ -32,6 +32,7 @@ from ..from_hub import reason
 from ..rope import RopeScaling, current_rope, reach, vllm_overrides, write_rope
 from ..tuner import LongLoraConfig
 from ..tuner.config import check_weights
+from ..tuner.stored import fit_vocabulary, trained_vocabulary
 from .card import on_hub
 
 logger = logging.get_logger(__name__)
@@ -96,7 +97,7 @@ def export_adapter(
         )
     with _new_folder(Path(output_dir)) as out:
         if form == "merged":
-            _merge(source, base_name, out, dtype, device, revision)
+            _merge(source, config, base_name, out, dtype, device, revision)
         else:
             _plain_lora(source, config, base_config, rope, base_name, out, Path(output_dir), revision)
         _tokenizer(source, base_name, out if form == "merged" else out / BASE_FOLDER, rope, revision)
@@ -163,8 +164,11 @@ def _new_folder(output_dir: Path) -> Iterator[Path]:
         raise
 
 
-def _merge(source: Path, base_name: str, out: Path, dtype: Any, device: Any, revision: str | None) -> None:
+def _merge(
+    source: Path, config: LongLoraConfig, base_name: str, out: Path, dtype: Any, device: Any, revision: str | None
+) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(base_name, dtype=dtype, revision=revision)
+    fit_vocabulary(model, config, check_weights(str(source)), _tokens(source))
     model = PeftModel.from_pretrained(model.to(device), str(source))
     model = model.merge_and_unload(safe_merge=True)
     model.save_pretrained(out)
@@ -198,7 +202,9 @@ def _plain_lora(
     (out / CONFIG_NAME).write_text(json.dumps(plain, indent=2))
     save_file(weights, out / WEIGHTS_NAME, metadata={"format": "pt"})
     data = ModelCardData(library_name="peft", base_model=base_name if on_hub(base_name) else None)
-    text = _how_to_load(plain, config, weights, base_name, output_dir.name, overrides, revision)
+    trained = trained_vocabulary(_empty(base_config), config, check_weights(str(source)), _tokens(source))
+    tokens = None if trained is None else trained[0]
+    text = _how_to_load(plain, config, weights, base_name, output_dir.name, overrides, revision, tokens)
     (out / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
@@ -208,10 +214,21 @@ def _overrides(base_config: Any, rope: RopeScaling | None) -> str:
     return f" --hf-overrides '{json.dumps(overrides)}'" if overrides else ""
 
 
+def _empty(base_config: Any) -> Any:
+    """A base without its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(base_config)
+
+
+def _tokens(source: Path) -> int:
+    """Those of the adapter's own tokenizer; 0 without one."""
+    own = (source / "tokenizer_config.json").is_file()
+    return len(AutoTokenizer.from_pretrained(str(source))) if own else 0
+
+
 def _tied_head(weights: dict[str, torch.Tensor], base_config: Any) -> tuple[str, torch.Tensor] | None:
     """Name and weight of a head that is tied to embeddings trained whole, of which our adapter holds one copy."""
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(base_config)
+    model = _empty(base_config)
     names = {module: name for name, module in model.named_modules()}
     embedding = weights.get(f"{PREFIX}{names[model.get_input_embeddings()]}.weight")
     head = model.get_output_embeddings()
@@ -241,11 +258,15 @@ def _how_to_load(
     name: str,
     overrides: str,
     revision: str | None,
+    tokens: int | None,
 ) -> str:
     """How to load a plain LoRA, with and without what vLLM refuses, or takes in some cases only."""
     pinned = f', revision="{revision}"' if revision else ""
+    resized = "" if tokens is None else f"\nbase.resize_token_embeddings({tokens})  # as in training"
     served = f"{base_name} --revision {revision}" if revision else base_name
     refused = [key for key in NOT_SERVED if plain.get(key)]
+    if tokens is not None:
+        refused.append("tokens that its base has not")
     rank = max(config.r, *(plain.get("rank_pattern") or {"": 0}).values())
     if rank > SERVED_RANKS[-1]:
         refused.append(f"a rank above {SERVED_RANKS[-1]}")
@@ -276,7 +297,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 config = AutoConfig.from_pretrained("{name}/{BASE_FOLDER}")
-base = AutoModelForCausalLM.from_pretrained("{base_name}", config=config{pinned})
+base = AutoModelForCausalLM.from_pretrained("{base_name}", config=config{pinned}){resized}
 model = PeftModel.from_pretrained(base, "{name}")
 ```
 

@@ -38,7 +38,7 @@ from .merging import (
 )
 from .modules import is_norm, walk
 from .resolve import output_head, resolve_modules, tie_by_module
-from .stored import check_fit, check_ranks, refuse_foreign_rope
+from .stored import check_fit, check_ranks, check_tokens, refuse_foreign_rope
 from .undo import undone_on_failure
 
 
@@ -77,6 +77,7 @@ class LongLoraModel(LoraModel):
             resolve_rope(model, config)
             refuse_other_rope(self.peft_config, config.rope, adapter_name)
             check_ranks(config)
+            check_tokens(model, config)
             if changes_base(config):
                 targeted = [m for n, m in walk(model) if self._check_target_module_exists(config, n)]
                 weights += [(p, p.detach().clone()) for m in targeted for p in m.parameters()]

@@ -12,15 +12,19 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
+def unwrapped(module: Any) -> Any:
+    """A module as the base has it, without an adapter's layer or wrapper around it."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return module.original_module
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Named modules as the base model has them: adapters' layers and wrappers stand for what they wrap."""
-    if isinstance(module, BaseTunerLayer):
-        yield prefix, module.get_base_layer()
+    own = unwrapped(module)
+    yield prefix, own
+    if own is not module:
         return
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        yield prefix, module.original_module
-        return
-    yield prefix, module
     for name, child in module.named_children():
         yield from walk(child, f"{prefix}.{name}" if prefix else name)
 

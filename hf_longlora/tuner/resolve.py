@@ -8,15 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import LongLoraConfig, refuse_head
-from .modules import attention_projections, is_norm, language_modules, walk
+from .modules import attention_projections, is_norm, language_modules, unwrapped, walk
 
 
 def input_embedding(model: nn.Module) -> Any:
@@ -131,11 +129,7 @@ def tie_by_module(model: nn.Module, config: LongLoraConfig, tied_by_name: Callab
         ValueError: the head would have to follow LoRA on the embedding.
     """
     saved = tuple(config.modules_to_save or ())
-    embedding = input_embedding(model)
-    if isinstance(embedding, AuxiliaryTrainingWrapper):
-        embedding = embedding.original_module
-    elif isinstance(embedding, BaseTunerLayer):
-        embedding = embedding.get_base_layer()
+    embedding = unwrapped(input_embedding(model))
     name = next((n for n, m in walk(model) if embedding is not None and m is embedding), None)
     targeted = name is not None and check_target_module_exists(config, name)
     if name is None or not (targeted or name.endswith(saved)):

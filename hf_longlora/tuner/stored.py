@@ -1,4 +1,4 @@
-"""Whether an adapter's stored weights fit the model they are put on, told before any of them is loaded."""
+"""Whether an adapter's stored weights fit the model they are put on, told before any is loaded, and making it fit."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from peft import get_peft_model_state_dict
+from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.utils import logging
 
 from .config import LongLoraConfig, StoredShapes
 from .merging import merged_adapters
-from .resolve import input_embedding
+from .modules import unwrapped, walk
+from .resolve import input_embedding, output_head
 
 logger = logging.get_logger(__name__)
 
@@ -101,22 +102,17 @@ def check_fit(tuner: BaseTuner, adapter_name: str, stored: StoredShapes) -> None
     if unequal:
         key = unequal[0]
         here, there = known[key], stored[key]
-        vocabulary = ""
-        if (
-            len(here) == len(there) == 2
-            and here[1] == there[1]
-            and here[0] != there[0]
-            and _is_vocabulary(tuner.model, here)
-        ):
-            vocabulary = f" It was trained with {there[0]:,} tokens, and this model has {here[0]:,}: " + (
-                f"call model.resize_token_embeddings({there[0]}) on the base first."
-                if there[0] > here[0]
-                else "load it on a base whose embeddings were not resized."
+        wanted, rows = stored_vocabulary(tuner.model, stored), _rows(tuner.model)
+        cure = "Load it on the model it was trained on."
+        if wanted is not None and rows is not None and wanted != rows:
+            cure = (
+                f"It was trained with {wanted:,} tokens, and this model has {rows:,}: call "
+                f"model.resize_token_embeddings({wanted}) on the base first."
             )
         raise ValueError(
             f"the adapter does not fit this model: {key} has shape {there} in its file and {here} here"
             + (f", and {len(unequal) - 1} more differ." if len(unequal) > 1 else ".")
-            + (vocabulary or " Load it on the model it was trained on.")
+            + f" {cure}"
         )
     if missing or foreign:
         raise ValueError(
@@ -130,6 +126,101 @@ def check_fit(tuner: BaseTuner, adapter_name: str, stored: StoredShapes) -> None
         )
 
 
-def _is_vocabulary(model: nn.Module, shape: tuple[int, ...]) -> bool:
-    weight = getattr(input_embedding(model), "weight", None)
-    return weight is not None and tuple(weight.shape) == shape
+def stored_vocabulary(model: nn.Module, stored: StoredShapes) -> int | None:
+    """The tokens of the base that an adapter was trained on; `None` where its file doesn't tell.
+
+    Args:
+        model: The base that it is to be put on, or is on.
+        stored: The shapes in its file.
+    """
+    for name in _vocabularies(model):
+        for part, shape in _parts(stored, name):
+            if part == "lora_embedding_A":
+                return shape[1]
+            if _is_whole(part):
+                return shape[0]
+    return None
+
+
+def check_tokens(model: nn.Module, config: LongLoraConfig) -> None:
+    """Raise a `ValueError` on tokens to be trained that the model's embeddings don't have."""
+    rows, trained = _rows(model), _trained_tokens(config)
+    if rows is not None and trained and max(trained) >= rows:
+        wanted = stored_vocabulary(model, vars(config).get("_stored_shapes") or {}) or max(trained) + 1
+        raise ValueError(
+            f"trainable_token_indices has token {max(trained):,}, and this model has {rows:,} tokens: call "
+            f"model.resize_token_embeddings({wanted}) on the base first."
+        )
+
+
+def trained_vocabulary(
+    model: nn.Module, config: PeftConfig, stored: StoredShapes, tokens: int = 0
+) -> tuple[int, bool] | None:
+    """The vocabulary that an adapter was trained with, where its base as it is has another.
+
+    Args:
+        model: The base, as it was loaded, or without weights.
+        config: The adapter's.
+        stored: The shapes in its file. Where they don't tell the vocabulary, it is large enough for
+            `trainable_token_indices` and for `tokens`, as `AutoPeftModel` has it.
+        tokens: Those of the adapter's tokenizer.
+
+    Returns:
+        The tokens, and whether the adapter has all rows of those that were added; `None` if the base has as many.
+    """
+    rows = _rows(model)
+    if rows is None:
+        return None
+    trained = _trained_tokens(config)
+    wanted = stored_vocabulary(model, stored) or max(rows, tokens, *(token + 1 for token in trained))
+    if wanted == rows:
+        return None
+    embedding, head = input_embedding(model), output_head(model)
+    names = _vocabularies(model)[: 1 if head is None or head.weight is embedding.weight else 2]
+    missing = [name for name in names if not any(_is_whole(part) for part, _ in _parts(stored, name))]
+    if wanted < rows or (missing == names[:1] and trained.issuperset(range(rows, wanted))):
+        missing = []
+    if missing:
+        logger.warning(
+            f"The adapter was trained with {wanted:,} tokens, its base has {rows:,}, and the adapter holds no rows of "
+            f"{' and '.join(missing)} for those that were added: they are drawn anew, around the mean of the others. "
+            "An adapter has them if it is saved by save_pretrained(folder, save_embedding_layers=True)."
+        )
+    return wanted, not missing
+
+
+def fit_vocabulary(model: Any, config: PeftConfig, stored: StoredShapes, tokens: int = 0) -> None:
+    """Give a base the vocabulary that an adapter was trained with; the arguments are `trained_vocabulary`'s."""
+    found = trained_vocabulary(model, config, stored, tokens)
+    if found is not None:
+        wanted, complete = found
+        model.resize_token_embeddings(wanted, mean_resizing=not complete)
+
+
+def _parts(stored: StoredShapes, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What an adapter's file has of a module: names within it, and shapes."""
+    prefix = f"base_model.model.{name}."
+    yield from ((key.removeprefix(prefix), shape) for key, shape in stored.items() if key.startswith(prefix))
+
+
+def _is_whole(part: str) -> bool:
+    """Whether it is a weight of an embedding or a head as such, with a row for each token."""
+    return part.endswith("weight") and "lora_" not in part
+
+
+def _vocabularies(model: nn.Module) -> list[str]:
+    """Names of the input embedding and the output head, as the base has them."""
+    found = [unwrapped(module) for module in (input_embedding(model), output_head(model))]
+    names = {id(module): name for name, module in walk(model)}
+    return [names[id(module)] for module in found if id(module) in names]
+
+
+def _rows(model: nn.Module) -> int | None:
+    weight = getattr(unwrapped(input_embedding(model)), "weight", None)
+    return None if weight is None else weight.shape[0]
+
+
+def _trained_tokens(config: PeftConfig) -> set[int]:
+    """The tokens of `trainable_token_indices`, which is a list, or a list for each of some modules."""
+    given: Any = getattr(config, "trainable_token_indices", None) or []
+    return {token for tokens in (given.values() if isinstance(given, dict) else [given]) for token in tokens}

@@ -1,6 +1,7 @@
 """Exported forms: each reloads without this package, in another process, to the same logits."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -9,9 +10,10 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_longlora import LongLoraConfig, export_adapter
+from hf_longlora.cli.evaluate import load
 from hf_longlora.rope import current_rope, reach
 from tests.tuner.helpers import ids, llama, logits, perturbed
 from tests.vllm_rules import served
@@ -192,3 +194,80 @@ def test_names_that_are_nowhere_and_unknown_forms(adapter):
         export_adapter("nobody/nothing", adapter / "out")
     with pytest.raises(ValueError, match="form must be"):
         export_adapter(adapter / "adapter", adapter / "out", form="gguf")
+
+
+# -- added tokens ----
+
+ADDED = {
+    "whole": ({}, {}),
+    "whole, tied": ({"tied": True}, {}),
+    "the new tokens alone": ({}, {"trainable_token_indices": [128, 130]}),
+    "the new tokens alone, tied": ({"tied": True}, {"trainable_token_indices": [128, 130]}),
+    "by a rank": ({}, {"embedding_rank": 4}),
+    "no embeddings": ({"tied": True}, {"train_embeddings": False}),
+}
+
+
+@pytest.fixture(params=ADDED)
+def with_added_tokens(request, tmp_path, tiny_tokenizer):
+    """A folder with an adapter whose base was resized from 128 to 131 tokens, and what the adapted model answers."""
+    model, adapter = ADDED[request.param]
+    llama(**model).save_pretrained(tmp_path / "source")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    base.resize_token_embeddings(131)
+    peft_model = perturbed(base, LongLoraConfig(target_length=256, **adapter))
+    peft_model.save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer.save_pretrained(tmp_path / "source")
+    tiny_tokenizer.add_special_tokens({"pad_token": "[PAD]", "extra_special_tokens": ["<a>", "<b>"]})
+    assert len(tiny_tokenizer) == 131
+    tiny_tokenizer.save_pretrained(tmp_path / "adapter")
+    return tmp_path, logits(peft_model, NEW)
+
+
+NEW = torch.cat([ids(40), torch.tensor([[128, 129, 130]])], 1)
+
+
+def test_an_adapter_with_added_tokens_is_merged(with_added_tokens):
+    folder, expected = with_added_tokens
+    export_adapter(folder / "adapter", folder / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
+    assert merged.config.vocab_size == len(AutoTokenizer.from_pretrained(folder / "merged")) == 131
+    assert (logits(merged, NEW) - expected).abs().max() <= 5e-5
+
+
+def test_a_plain_lora_with_added_tokens_loads_by_its_own_readme(with_added_tokens, monkeypatch):
+    folder, expected = with_added_tokens
+    export_adapter(folder / "adapter", folder / "plain", form="lora")
+    said = (folder / "plain" / "README.md").read_text()
+    assert "vLLM does not take it" in said and "tokens that its base has not" in said
+    found = {}
+    monkeypatch.chdir(folder)
+    exec(said.split("```python\n")[1].split("```")[0], found)
+    assert (logits(found["model"].eval(), NEW) - expected).abs().max() <= 1e-5
+
+
+def test_an_adapter_with_added_tokens_is_evaluated(with_added_tokens):
+    folder, expected = with_added_tokens
+    model, tokenizer = load(str(folder / "adapter"), "float32", "cpu")
+    assert len(tokenizer) == 131
+    assert (logits(model.eval(), NEW) - expected).abs().max() <= 1e-5
+
+
+def test_added_tokens_without_rows_are_as_many_as_the_tokenizers(tmp_path, tiny_tokenizer, caplog, monkeypatch):
+    """As PEFT saves them where it can't read the base's config: the rows of the head are gone, and that is said."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    llama().save_pretrained(tmp_path / "source")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    base.resize_token_embeddings(131)
+    model = perturbed(base, LongLoraConfig(target_length=256, **LORA_ONLY))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    expected = logits(model)
+    tiny_tokenizer.add_special_tokens({"pad_token": "[PAD]", "extra_special_tokens": ["<a>", "<b>"]})
+    tiny_tokenizer.save_pretrained(tmp_path / "adapter")
+    export_adapter(tmp_path / "adapter", tmp_path / "merged")
+    assert "holds no rows of model.embed_tokens and lm_head for those that were added" in caplog.text
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert logits(merged).shape == expected.shape
+    assert (logits(merged) - expected)[..., :128].abs().max() <= 5e-5
+    export_adapter(tmp_path / "adapter", tmp_path / "plain", form="lora")
+    assert "base.resize_token_embeddings(131)" in (tmp_path / "plain" / "README.md").read_text()

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from hf_longlora.rope import current_rope
 from hf_longlora.tuner import LongLoraConfig, hotswap_adapter
+from hf_longlora.tuner.config import check_weights
+from hf_longlora.tuner.stored import fit_vocabulary, trained_vocabulary
 
 from .helpers import LENGTH, TARGET, ids, llama, logits, perturbed
 
@@ -208,7 +210,7 @@ def test_a_padded_vocabulary_is_never_shrunk(tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(padded, tmp_path).eval()), logits(model))
     padded = llama()
     padded.resize_token_embeddings(130, pad_to_multiple_of=64)
-    with pytest.raises(ValueError, match="whose embeddings were not resized"):
+    with pytest.raises(ValueError, match=r"and this model has 192: call model.resize_token_embeddings\(128\)"):
         PeftModel.from_pretrained(padded, tmp_path)
     assert padded.get_input_embeddings().weight.shape[0] == 192
 
@@ -398,3 +400,58 @@ def test_other_weights_for_a_merged_adapter_are_refused(pair, tmp_path):
     with pytest.raises(ValueError, match="is merged into the base"):
         model.load_adapter(tmp_path / "b", "a")
     assert torch.equal(logits(model), before)
+
+
+# -- a base is given the vocabulary that an adapter was trained with ----
+
+
+@pytest.mark.parametrize("options", [{}, {"trainable_token_indices": [5]}, {"train_embeddings": False}])
+def test_the_vocabulary_of_training_is_read_off_an_adapters_file(options, tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    base = type(llama()).from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(131)
+    perturbed(base, LongLoraConfig(**options)).save_pretrained(tmp_path / "adapter")
+    config, shapes = LongLoraConfig.from_pretrained(tmp_path / "adapter"), check_weights(str(tmp_path / "adapter"))
+    assert trained_vocabulary(llama(), config, shapes) == (131, True)
+    assert trained_vocabulary(base, config, shapes, tokens=140) is None
+    smaller = llama()
+    smaller.resize_token_embeddings(140)
+    fit_vocabulary(smaller, config, shapes)
+    assert smaller.get_input_embeddings().weight.shape[0] == smaller.get_output_embeddings().weight.shape[0] == 131
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_rows_that_an_adapter_does_not_hold_are_told(tied, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    prefix, head = "base_model.model.model.embed_tokens", "base_model.model.lm_head.weight"
+    # As PEFT saves them where it can't read the base's config, and so doesn't see that it was resized.
+    for config, shapes, tokens, expected in (
+        (LongLoraConfig(), {f"{prefix}.weight": (130, 32)}, 0, (130, tied)),
+        (LongLoraConfig(), {f"{prefix}.weight": (130, 32), head: (130, 32)}, 0, (130, True)),
+        (LongLoraConfig(embedding_rank=4), {f"{prefix}.lora_embedding_A": (4, 130)}, 0, (130, False)),
+        (LongLoraConfig(trainable_token_indices=[128, 129]), {}, 129, (130, tied)),
+        (LongLoraConfig(trainable_token_indices={"embed_tokens": [129]}), {}, 0, (130, False)),
+        (LongLoraConfig(train_embeddings=False), {}, 131, (131, False)),
+        (LongLoraConfig(), {f"{prefix}.weight": (100, 32)}, 0, (100, True)),
+    ):
+        caplog.clear()
+        assert trained_vocabulary(llama(tied), config, shapes, tokens) == expected
+        assert ("holds no rows of" in caplog.text) == (not expected[1])
+        assert ("and lm_head" in caplog.text) == (not tied and "embed_tokens and" in caplog.text)
+
+
+@pytest.mark.parametrize("indices", [[5, 130], {"embed_tokens": [130]}])
+def test_tokens_beyond_the_base_are_no_damage(indices, tmp_path):
+    config = LongLoraConfig(target_length=TARGET, trainable_token_indices=indices)
+    base = llama()
+    with pytest.raises(ValueError, match=r"has token 130, .* 128 tokens: call model.resize_token_embeddings\(131\)"):
+        get_peft_model(base, config)
+    base.resize_token_embeddings(140)
+    base.save_pretrained(tmp_path / "base")
+    perturbed(base, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    plain = llama()
+    before, modules = logits(plain), [n for n, _ in plain.named_modules()]
+    with pytest.raises(ValueError, match=r"has token 130, .* 128 tokens: call model.resize_token_embeddings\(140\)"):
+        PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    assert [n for n, _ in plain.named_modules()] == modules
+    assert torch.equal(logits(plain), before)
