@@ -34,7 +34,7 @@ from .attention.kernels import KERNELS
 from .attention.mask import READS_MASK, S2Mask, s2_mask
 from .families import Family, find_family
 from .from_hub import adapter_values, read_config
-from .rope import AUTO, RopeScaling, current_rope, reach, rotary_modules
+from .rope import AUTO, RopeScaling, current_rope, native_window, reach, rotary_modules
 from .tuner import LongLoraConfig
 from .tuner.modules import is_norm, language_modules, walk
 
@@ -109,8 +109,7 @@ def check_model(
         model: A name on the Hub, a folder, or a config. A LONGLORA adapter's: its base is checked, with that adapter.
         target_length: Tokens to extend RoPE to; `None` leaves RoPE as it is.
         rope_type: As in `LongLoraConfig`.
-        attention: Group size and kernel; if not given, those the adapter was trained with, or the trainer's
-            default, groups of 1/16.
+        attention: Group size and kernel; if not given, those the adapter was trained with, or the default.
         trust_remote_code: Run the code that comes with a model whose class transformers has not.
 
     Returns:
@@ -146,7 +145,7 @@ def check_model(
         found.refused.append(str(error))
         return found
     _put_adapter(built, found, adapter or LongLoraConfig(target_length=target_length, rope_type=rope_type))
-    _group_size(found, built.config, target_length, attention)
+    _group_size(found, built, target_length, attention or S2AttentionConfig())
     _run(built, found)
     _judge(found, built.config)
     return found
@@ -241,16 +240,13 @@ def _put_adapter(model: PreTrainedModel, found: ModelCheck, wanted: LongLoraConf
 
 
 def _group_size(
-    found: ModelCheck, config: Any, target_length: int | None, attention: S2AttentionConfig | None
+    found: ModelCheck, model: PreTrainedModel, target_length: int | None, attention: S2AttentionConfig
 ) -> None:
-    from .trainer import LongLoraSFTConfig  # its default; importing TRL takes seconds
-
-    attention = attention or S2AttentionConfig(group_size_ratio=LongLoraSFTConfig.group_size_ratio)
-    text_config = config.get_text_config()
+    text_config = model.config.get_text_config()
     reached = reach(found.rope[1])[1] if found.rope else getattr(text_config, "max_position_embeddings", None)
     found.length = target_length or reached
     if found.length is not None:
-        found.group_size = attention.resolve_group_size(found.length)
+        found.group_size = attention.resolve_group_size(found.length, native_window(model))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def test_a_comparison_leaves_attention_as_it_was(tiny_llama, tmp_path, monkeypat
     monkeypatch.setattr(compare, "perplexity_by_length", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compare_attention(model, [], [64], attention=S2AttentionConfig(group_size=8))
-    assert get_s2_attention(model) == S2State(S2AttentionConfig(group_size=24, kernel="reference"), "auto")
+    assert get_s2_attention(model) == S2State(S2AttentionConfig(group_size=24, kernel="reference"), "auto", 64)
     assert seen == [(size, mode) for size in (16, 24, 8) for mode in ("auto", "s2")]
 
 

@@ -233,6 +233,7 @@ def test_the_longest_is_the_last_that_fits(gpu):
         ({"batch_size": 0}, "batch_size"),
         ({"mlp_tile": 0}, "mlp_tile"),
         ({"group_size": 1}, "group_size"),
+        ({"group_size_ratio": 2}, "group_size_ratio"),
         ({"gpu": "A100-80GB", "backend": "cudnn"}, "no cudnn attention"),
         ({"dtype": "int8"}, "dtype"),
     ],
@@ -314,3 +315,16 @@ def test_plan_reads_nothing_but_the_config(tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert main(["plan", str(tmp_path / "nowhere")]) == 1
     assert "can't be had" in capsys.readouterr().err
+
+
+def test_groups_are_the_trainer_s():
+    """By default of the base's native window, at most a quarter of the length."""
+    length = 16 * LLAMA.max_position_embeddings
+    by_default = plan_run(LLAMA, [length], gpu="H200").lengths
+    assert by_default == plan_run(LLAMA, [length], gpu="H200", group_size=length // 16).lengths
+    assert by_default != plan_run(LLAMA, [length], gpu="H200", group_size=length // 4).lengths
+    known = LongLoraConfig(base_length=length // 32)
+    assert (
+        plan_run(LLAMA, [length], gpu="H200", adapter=known).lengths
+        == plan_run(LLAMA, [length], gpu="H200", group_size=length // 32).lengths
+    )

@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from ..rope import native_window
 from .config import AttentionMode, S2AttentionConfig, Shift
 from .dense import eager_attention
 from .kernels import select_kernel
@@ -31,9 +32,10 @@ class S2State:
 
     config: S2AttentionConfig = field(default_factory=S2AttentionConfig)
     mode: AttentionMode = "auto"
+    native_window: int | None = None
+    """Tokens that the model was trained at before any scaling: what groups are of where `config` doesn't say."""
 
 
-_DEFAULT = S2State()
 # What changes the attention of some families (sparse indices, sinks that depend on the query) and sdpa ignores.
 _UNKNOWN = ("indices", "block_indices", "sinks")
 
@@ -68,7 +70,9 @@ def s2_attention_forward(
             "`s2attn` attention does not support `output_attentions=True`: no weights are returned. Please set your "
             'attention to "eager" if you want them.'
         )
-    state: S2State = getattr(module, STATE, _DEFAULT)
+    state: S2State | None = getattr(module, STATE, None)
+    if state is None:  # a model that was loaded with "s2attn" and has not been through `set_s2_attention`
+        state = S2State(native_window=native_window(module.config))
     learned_sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     alone = left_alone(module, query, key, attention_mask, causal, kwargs.get("sliding_window"))
@@ -95,7 +99,9 @@ def s2_attention_forward(
 
     refuse_sparse(module, kwargs)
     documents = _documents(module, query, attention_mask, kwargs)
-    group_size = None if state.mode in ("dense", "pose") else state.config.resolve_group_size(documents.longest)
+    group_size = None
+    if state.mode not in ("dense", "pose"):
+        group_size = state.config.resolve_group_size(documents.longest, state.native_window)
     kernel = select_kernel(
         state.config.kernel,
         query,

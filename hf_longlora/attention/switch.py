@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..rope import native_window
 from .config import AttentionMode, S2AttentionConfig
 from .interface import NAME, STATE, S2State
 
@@ -63,6 +64,8 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) 
     """Make `model` use shifted sparse attention in training, configured by `config`.
 
     Switches a model of another attention implementation to `"s2attn"`. Call it again to change the configuration.
+    Where that gives neither size nor share of a group, groups are of the length that the model was trained at before
+    any scaling, as its config or a LONGLORA adapter on it says, and of a quarter of the longest document at most.
 
     Raises:
         ValueError: if the model is not from transformers, its attention does not go through `AttentionInterface`, or
@@ -89,7 +92,8 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) 
         )
     if inner.config._attn_implementation != NAME:
         inner.set_attn_implementation(NAME)
-    state = S2State(config or S2AttentionConfig(), state.mode if state is not None else "auto")
+    mode: AttentionMode = state.mode if state is not None else "auto"
+    state = S2State(config or S2AttentionConfig(), mode, native_window(inner))
     for module in modules:
         setattr(module, STATE, state)
 

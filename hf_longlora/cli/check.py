@@ -20,7 +20,10 @@ def add(commands: Any) -> None:
     check.add_argument("--target-length", type=int, metavar="N", help="tokens to extend the context to")
     check.add_argument("--rope-type", default=AUTO, choices=(AUTO, *ROPE_TYPES), help="default: %(default)s")
     check.add_argument(
-        "--group-size", type=int, metavar="N", help="default: 1/16 of the length, as in the trainer, or the adapter's"
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="default: the adapter's, or as in the trainer: the base's native window, at most a quarter of the length",
     )
     check.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
     check.set_defaults(run=run, after_interruption="Nothing has been written.")

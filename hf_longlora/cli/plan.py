@@ -53,8 +53,12 @@ def add(commands: Any) -> None:
     plan.add_argument("--fused", action="store_true", help="with use_liger_kernel or compile_layers")
     plan.add_argument("--mlp-tile", type=int, metavar="N", help="tokens that an MLP takes at a time; default: all")
     plan.add_argument("--no-chunked-loss", action="store_true", help="all logits at once, as TRL before 1.16")
-    plan.add_argument("--group-size", type=int, help="tokens in a group; default: by --group-size-ratio")
-    plan.add_argument("--group-size-ratio", type=float, default=1 / 16, help="a group's share of the length")
+    plan.add_argument("--group-size", type=int, help="tokens in a group; default: by the ratio")
+    plan.add_argument(
+        "--group-size-ratio",
+        type=float,
+        help="a group's share of the length; default: the base's native window, at most a quarter of the length",
+    )
     plan.add_argument("--dense-every", type=int, default=4, metavar="K", help="each K-th step is dense; 0: none")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.set_defaults(run=run, after_interruption="Nothing has been changed.")

@@ -38,8 +38,8 @@ def compare_attention(
         model: a causal language model of transformers, wrapped by PEFT or not.
         documents, lengths, options: as for `perplexity_by_length`.
         attention: the pattern of training. Default: what the model's LONGLORA adapter was trained with, else what is
-            set on the model, else groups of a quarter of the longest length. Its group size holds at every length, as
-            it does for the trained model.
+            set on the model. Its group size, of the longest length where it gives none, holds at every length, as it
+            does for the trained model.
 
     Returns:
         `perplexity_by_length`'s records as `"dense"` and `"as trained"`.
@@ -51,7 +51,9 @@ def compare_attention(
     with _attention_kept(model) as own:
         if attention is None:
             attention = trained_attention(model) or own or S2AttentionConfig()
-        attention = replace(attention, group_size=attention.resolve_group_size(longest))
+        set_s2_attention(model, attention)
+        group_size = attention.resolve_group_size(longest, get_s2_attention(model).native_window)
+        attention = replace(attention, group_size=group_size)
         set_s2_attention(model, attention)
         records = {"dense": perplexity_by_length(model, documents, lengths, **options)}
         with s2_attention_mode(model, "s2"):

@@ -99,7 +99,7 @@ def plan_run(
         trainable=shape.trainable,
         lengths=rows,
         longest=longest(shape, settings, card),
-        notes=(*_notes(config.get_text_config(), shape, card), *_dense_lengths(settings, lengths)),
+        notes=(*_notes(config.get_text_config(), shape, card), *_dense_lengths(shape, settings, lengths)),
     )
 
 
@@ -117,16 +117,20 @@ def _notes(config: Any, shape: Shape, gpu: Gpu) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _dense_lengths(settings: RunSettings, lengths: Sequence[int]) -> list[str]:
+def _group(shape: Shape, settings: RunSettings, length: int) -> int:
+    return settings.attention.resolve_group_size(length, shape.native_window)
+
+
+def _dense_lengths(shape: Shape, settings: RunSettings, lengths: Sequence[int]) -> list[str]:
     """Of the lengths that groups hold whole, what to say of the longest."""
-    said = (dense_by_size(settings.group(length), length) for length in sorted(lengths, reverse=True))
+    said = (dense_by_size(_group(shape, settings, length), length) for length in sorted(lengths, reverse=True))
     return [words for words in said if words is not None][:1]
 
 
 def _plan_length(shape: Shape, settings: RunSettings, gpu: Gpu, length: int) -> LengthPlan:
     parts, host = bytes_at_peak(shape, settings, length)
     total = sum(parts.values())
-    sparse = step_seconds(shape, settings, gpu, length, settings.group(length), host)
+    sparse = step_seconds(shape, settings, gpu, length, _group(shape, settings, length), host)
     dense = step_seconds(shape, settings, gpu, length, None, host)
     every = settings.dense_every
     seconds = sparse if every == 0 else (sparse * (every - 1) + dense) / every

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from peft import PeftConfig
 
+from ..attention.config import S2AttentionConfig, check_group_size, check_group_size_ratio
 from .gpus import Backend
 
 
@@ -28,7 +28,7 @@ class RunSettings:
             `gradient_checkpointing_kwargs={"selective": True}`.
         activation_offloading: Whether checkpoints wait in the host's memory.
         chunked_loss: Whether the loss is computed by tiles (TRL >= 1.16 does) and never has all logits.
-        group_size, group_size_ratio, dense_every: As the trainer's.
+        group_size, group_size_ratio, dense_every: As the trainer's; by default groups are of the base's native window.
         backend: Of attention; default the card's fastest.
     """
 
@@ -44,7 +44,7 @@ class RunSettings:
     activation_offloading: bool = False
     chunked_loss: bool = True
     group_size: int | None = None
-    group_size_ratio: float = 1 / 16
+    group_size_ratio: float | None = None
     dense_every: int = 4
     backend: Backend | None = None
 
@@ -62,8 +62,11 @@ class RunSettings:
         for name in ("batch_size", "gradient_accumulation_steps", "mlp_tile"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.dense_every < 0 or (self.group_size or 2) < 2 or not 0 < self.group_size_ratio <= 1:
-            raise ValueError("dense_every must be at least 0, group_size at least 2, group_size_ratio in (0, 1]")
+        if self.dense_every < 0:
+            raise ValueError(f"dense_every must be at least 0, got {self.dense_every}")
+        check_group_size(self.group_size)
+        check_group_size_ratio(self.group_size_ratio)
 
-    def group(self, length: int) -> int:
-        return self.group_size or max(math.ceil(self.group_size_ratio * length), 2)
+    @property
+    def attention(self) -> S2AttentionConfig:
+        return S2AttentionConfig(group_size=self.group_size, group_size_ratio=self.group_size_ratio)

@@ -11,6 +11,7 @@ from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..attention import set_s2_attention
+from ..rope import native_window
 from ..tuner.modules import is_norm, is_projection, language_modules
 from .settings import RunSettings
 
@@ -49,6 +50,8 @@ class Shape:
     head_matrix: int
     trained_matrices: float
     """Entries of matrices that get gradients themselves; 0 with an adapter."""
+    native_window: int | None
+    """Tokens that the base was trained at before any scaling."""
     windows: tuple[int | None, ...]
     """Of each layer with softmax attention: its window; `None` for all tokens."""
 
@@ -125,6 +128,7 @@ class Shape:
             layer_matrices=matrices,
             head_matrix=head_matrix,
             trained_matrices=0.0 if settings.adapter is not None else matrices + head_matrix,
+            native_window=native_window(config, getattr(settings.adapter, "base_length", None)),
             windows=_windows(text),
         )
 

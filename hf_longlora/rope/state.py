@@ -145,6 +145,25 @@ def reach(config_or_scaling: Any, base_length: int | None = None) -> tuple[int, 
     return original, longest if scaling.counts_factor else round(original * factor)
 
 
+NATIVE_WINDOW = "_longlora_native_window"
+"""On a model whose RoPE an adapter has changed: the `native_window` that it had before."""
+
+
+def native_window(model_or_config: Any, base_length: int | None = None) -> int | None:
+    """The length that a model was trained at before any scaling, in tokens; `None` where nothing says it.
+
+    Args:
+        model_or_config: A model, with a LONGLORA adapter or without, or a config.
+        base_length: What is known better than by the config.
+    """
+    base_length = base_length or getattr(model_or_config, NATIVE_WINDOW, None)
+    if base_length is not None:
+        return base_length
+    config = text_config(getattr(model_or_config, "config", model_or_config))
+    rope = find_rope(config)
+    return getattr(config, "max_position_embeddings", None) if rope is None else reach(rope)[0]
+
+
 def rope_factor(scaling: RopeScaling) -> float:
     """The total factor by which the original length is stretched, for logs; 1.0 for an unscaled RoPE."""
     if scaling.rope_type == "default":

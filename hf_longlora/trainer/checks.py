@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..attention import check_supported
 from ..attention.config import dense_by_size
 from ..attention.kernels import check_kernel
-from ..rope import AUTO, RopeScaling, current_rope, find_rope, reach, scaled_rope
+from ..rope import AUTO, RopeScaling, current_rope, find_rope, native_window, reach, scaled_rope
 from ..tuner import LongLoraConfig, LongLoraModel
 from .callbacks import longlora_tuner
 from .config import LongLoraSFTConfig
@@ -55,9 +55,8 @@ def check_arguments(args: LongLoraSFTConfig) -> None:
         raise ValueError("`activation_offloading` moves activations off an accelerator, and there is none here.")
 
 
-def check_attention(args: LongLoraSFTConfig) -> None:
+def check_attention(args: LongLoraSFTConfig, schedule: Schedule) -> None:
     """Refuse a kernel that can't run here, and warn of stages that would be dense unasked."""
-    schedule = args.schedule
     check_kernel(schedule.attention.kernel, args.device.type)
     for number, stage in enumerate(schedule.stages, start=1):
         group_size = schedule.attention_config(number - 1).group_size
@@ -204,6 +203,13 @@ def known_length(config: PreTrainedConfig) -> int:
     """Tokens that a model reaches as it is; 0 if it has no RoPE to scale."""
     rope = find_rope(config)
     return reach(rope)[1] if rope is not None else 0
+
+
+def base_window(model: Any, config: PreTrainedConfig, peft_config: PeftConfig | None) -> int | None:
+    """The native window of a model or of the base of one, as far as it is known (`hf_longlora.rope.native_window`)."""
+    if isinstance(model, PeftModel):
+        peft_config, model = model.active_peft_config, model.get_base_model()
+    return native_window(config if isinstance(model, str) else model, getattr(peft_config, "base_length", None))
 
 
 def stage_ropes(

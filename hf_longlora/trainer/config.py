@@ -24,7 +24,9 @@ class LongLoraSFTConfig(SFTConfig):
             length to `max_length`, of `max_steps` in all.
         dense_every: Each how many optimizer steps one runs with dense attention; 0: none.
         group_size: Tokens in a group of shifted sparse attention.
-        group_size_ratio: Group size as a share of the stage's `max_length`, where `group_size` is not given.
+        group_size_ratio: Group size as a share of the stage's `max_length`, where `group_size` is not given. With
+            neither, a group is the length that the base was trained at before any scaling, and a quarter of
+            `max_length` at most.
         attention_shift: "heads"; "layers", "none" and "all" are for comparison.
         attention_kernel: "auto", or the name of a kernel.
         compile_layers: Whether to compile each decoder layer (torch.compile) for training.
@@ -42,18 +44,22 @@ class LongLoraSFTConfig(SFTConfig):
             "or 'doubling', with max_length and max_steps."
         },
     )
-    # Small groups with more dense steps beat the paper's groups of 1/4 at equal cost. 512 -> 4,096 tokens, YaRN,
-    # perplexity against dense training: 1/16 with each 4th step dense, at 0.30 of its attention cost, -0.7% (books)
-    # and +0.4% (math); 1/4 with each 8th, at 0.33, -0.4% and +0.5%; 1/4 with none, at 0.23, +0.0% and +1.2%; with
-    # linear RoPE +0.9% and +1.4%, +1.6% and +1.7%, +50% and +43% (benchmarks/results/quality.csv, seed 0).
+    # Dense steps spread over the run make sparse training carry over to dense inference. 44 M parameters, 512 -> 4,096
+    # tokens, YaRN, perplexity against dense training: groups of 1/4 with each 8th step dense -0.4% (books) and +0.5%
+    # (math), with none +0.0% and +1.2%; with linear RoPE +1.6% and +1.7%, +50% and +43% (benchmarks/results/
+    # quality.csv, seed 0).
     dense_every: int = field(
         default=4, metadata={"help": "Each how many optimizer steps one runs with dense attention; 0: none."}
     )
     group_size: int | None = field(
-        default=None, metadata={"help": "Tokens in a group of shifted sparse attention. Default: group_size_ratio."}
+        default=None,
+        metadata={
+            "help": "Tokens in a group of shifted sparse attention. Default: by group_size_ratio, or the length that "
+            "the base was trained at, at most a quarter of the stage's max_length."
+        },
     )
-    group_size_ratio: float = field(
-        default=1 / 16, metadata={"help": "Group size as a share of the stage's max_length, in (0, 1]."}
+    group_size_ratio: float | None = field(
+        default=None, metadata={"help": "Group size as a share of the stage's max_length, in (0, 1]."}
     )
     attention_shift: str = field(
         default="heads", metadata={"help": "What is shifted: heads (the method), layers, none or all."}

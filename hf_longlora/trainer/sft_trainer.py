@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +33,7 @@ from ..tuner.stored import rope_seen_to
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
 from .checkpoints import begin_checkpoint, check_signature, last_checkpoint, optimizer_states, write_signature
 from .checks import (
+    base_window,
     check_adapter,
     check_arguments,
     check_attention,
@@ -116,8 +118,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         check_dataset(train_dataset, args, kwargs.get("formatting_func"))
         config = checked_config(model, args)
         args.resolve_stages(known_length(config))
-        self.schedule: Schedule = args.schedule
-        check_attention(args)
+        self.schedule: Schedule = replace(args.schedule, native_window=base_window(model, config, peft_config))
+        check_attention(args, self.schedule)
         check_adapter(model, peft_config, self.schedule)
         check_trainable(model, peft_config)
         self._base_rope, self._ropes = stage_ropes(model, config, peft_config, self.schedule)

@@ -6,7 +6,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any, Literal, get_args
 
-from ..attention.config import AttentionMode, S2AttentionConfig, check_group_size, dense_by_size
+from ..attention.config import (
+    AttentionMode,
+    S2AttentionConfig,
+    check_group_size,
+    check_group_size_ratio,
+    dense_by_size,
+)
 from ..rope import AUTO
 
 StageAttention = Literal["s2attn", "dense"]
@@ -26,7 +32,8 @@ class ContextStage:
             the model's (for training at a length that it reaches already).
         group_size: Tokens in a group of shifted sparse attention.
         group_size_ratio: Group size as a share of `max_length`, where `group_size` is not given. With neither, those
-            of the trainer's configuration hold.
+            of the trainer's configuration hold; without those, a group is the length that the base was trained at
+            before any scaling, and a quarter of `max_length` at most.
         dense_every: Each how many optimizer steps one runs with dense attention; 0: none. `None`: as the trainer's
             configuration says.
         attention: "s2attn" or "dense" for the whole stage.
@@ -50,8 +57,7 @@ class ContextStage:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` of a stage must be a whole number of at least 1, got {value!r}.")
         check_group_size(self.group_size)
-        if self.group_size_ratio is not None:
-            S2AttentionConfig(group_size_ratio=self.group_size_ratio)  # raises
+        check_group_size_ratio(self.group_size_ratio)
         check_dense_every(self.dense_every)
         if self.attention not in get_args(StageAttention):
             raise ValueError(
@@ -113,6 +119,7 @@ class Schedule:
         stages: In order.
         attention: Group size and ratio where a stage names none; shift and kernel of all.
         dense_every: Where a stage names none; 0 for never.
+        native_window: Tokens that the base was trained at before any scaling; `None` while the model is not known.
 
     Raises:
         ValueError: if there is no stage, or a stage is shorter than the one before it.
@@ -121,6 +128,7 @@ class Schedule:
     stages: tuple[ContextStage, ...]
     attention: S2AttentionConfig
     dense_every: int
+    native_window: int | None = None
 
     def __post_init__(self) -> None:
         check_stages(self.stages)
@@ -147,13 +155,13 @@ class Schedule:
         return own.attention == "dense" or dense_by_size(group_size, own.max_length) is not None
 
     def attention_config(self, stage: int) -> S2AttentionConfig:
-        """Attention of a stage, its group size resolved: a ratio is one of the stage's `max_length`."""
+        """Attention of a stage, its group size resolved for the stage's `max_length`."""
         own, config = self.stages[stage], self.attention
         if own.group_size is not None:
             config = replace(config, group_size=own.group_size)
         elif own.group_size_ratio is not None:
             config = replace(config, group_size=None, group_size_ratio=own.group_size_ratio)
-        return replace(config, group_size=config.resolve_group_size(own.max_length))
+        return replace(config, group_size=config.resolve_group_size(own.max_length, self.native_window))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, for checkpoints and cards."""
@@ -166,8 +174,12 @@ class Schedule:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Schedule":
-        """The schedule that `to_dict` gave; other keys are let be."""
-        stages = tuple(ContextStage.of(stage) for stage in values["stages"])
+        """The schedule that `to_dict` gave; other keys are let be.
+
+        Groups are as they were, by whatever rule they were resolved.
+        """
+        resolved = zip(values["stages"], values["group_sizes"], strict=True)
+        stages = tuple(replace(ContextStage.of(stage), group_size=size) for stage, size in resolved)
         return cls(stages, S2AttentionConfig(**values["attention"]), values["dense_every"])
 
 

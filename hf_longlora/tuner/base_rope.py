@@ -36,14 +36,16 @@ def find_rope_of_base(model: nn.Module) -> RopeScaling | None:
     return snapshot if snapshot is not None else rope.find_rope(getattr(model, "config", None))
 
 
-def remember(model: nn.Module) -> None:
-    """Keep the base's RoPE on the model, before an adapter changes it."""
+def remember(model: nn.Module, base_length: int | None = None) -> None:
+    """Keep the base's RoPE and native window on the model, before an adapter changes them."""
     setattr(model, _BASE_ROPE, rope_of_base(model))
+    setattr(model, rope.NATIVE_WINDOW, rope.native_window(model, base_length))
 
 
 def forget(model: nn.Module) -> None:
     """Leave nothing of it on a model without adapters."""
-    vars(model).pop(_BASE_ROPE, None)
+    for name in (_BASE_ROPE, rope.NATIVE_WINDOW):
+        vars(model).pop(name, None)
     unfollow(model)
 
 

@@ -93,7 +93,7 @@ class LongLoraModel(LoraModel):
             if stored is not None:
                 check_fit(self, adapter_name, stored)
             if config.rope is not None:
-                remember(model)
+                remember(model, config.base_length)
             config.resolved = True
             self._sync_rope()
             follow(model, scaled=config.rope is not None)
@@ -193,13 +193,14 @@ class LongLoraModel(LoraModel):
         stored = None if scaling == base else scaling.to_dict()
         refuse_other_rope(self.peft_config, stored, name)
         before = rope.current_rope(self.model.config)
-        remember(self.model)
-        previous = config.rope, config.base_rope
+        previous = config.rope, config.base_rope, config.base_length
         config.rope, config.base_rope = stored, base.to_dict()
+        config.base_length = base_length or config.base_length
+        remember(self.model, config.base_length)
         try:
             self._sync_rope()
         except Exception:
-            config.rope, config.base_rope = previous
+            config.rope, config.base_rope, config.base_length = previous
             raise
         # What a person reads in adapter_config.json says the same.
         config.target_length = None if stored is None else rope.reach(scaling)[1]

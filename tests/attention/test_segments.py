@@ -133,14 +133,24 @@ def test_config_refuses(kwargs):
 
 
 @pytest.mark.parametrize(
-    ("config", "longest", "expected"),
+    ("options", "longest", "native_window", "expected"),
     [
-        (S2AttentionConfig(), 4096, 1024),
-        (S2AttentionConfig(), 4097, 1025),
-        (S2AttentionConfig(), 3, 2),
-        (S2AttentionConfig(group_size_ratio=1.0), 10, 10),
-        (S2AttentionConfig(group_size=512), 4096, 512),
+        ({}, 4096, None, 1024),
+        ({}, 4097, None, 1025),
+        ({}, 3, None, 2),
+        ({}, 32768, 8192, 8192),
+        ({}, 32767, 8192, 8192),  # a quarter, rounded up
+        ({}, 32764, 8192, 8191),
+        ({}, 131072, 8192, 8192),
+        ({}, 16384, 8192, 4096),
+        ({}, 4096, 8192, 1024),
+        ({}, 4096, 1, 1024),
+        ({"group_size_ratio": 1 / 16}, 131072, 8192, 8192),
+        ({"group_size_ratio": 1 / 16}, 65536, 8192, 4096),
+        ({"group_size_ratio": 1.0}, 10, 2, 10),
+        ({"group_size": 512}, 4096, 64, 512),
+        ({"group_size": 512, "group_size_ratio": 0.5}, 4096, 64, 512),
     ],
 )
-def test_group_size(config, longest, expected):
-    assert config.resolve_group_size(longest) == expected
+def test_group_size(options, longest, native_window, expected):
+    assert S2AttentionConfig(**options).resolve_group_size(longest, native_window) == expected

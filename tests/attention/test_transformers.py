@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
     FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     MistralConfig,
     MistralForCausalLM,
     T5Config,
@@ -375,3 +377,37 @@ def test_bf16_training_step(tiny_llama):
     loss = model(input_ids=ids(), labels=ids()).loss
     loss.backward()
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_groups_are_of_the_length_that_the_model_was_trained_at(tiny_llama, monkeypatch):
+    """Read off the model where it is not told, whether it has been through `set_s2_attention` or not."""
+    calls = spy(monkeypatch)
+
+    def size(model, length):
+        calls.clear()
+        model.train()(input_ids=ids(1, length), use_cache=False)
+        (found,) = {group_size for _, group_size in calls}
+        return found
+
+    def loaded(**options):
+        return AutoModelForCausalLM.from_config(tiny_llama(**options).config, attn_implementation="s2attn")
+
+    plain = loaded(max_position_embeddings=16)
+    assert [size(plain, length) for length in (40, 64, 80)] == [10, 16, 16]
+    told = tiny_llama(max_position_embeddings=16)
+    set_s2_attention(told)
+    assert [size(told, length) for length in (40, 64, 80)] == [10, 16, 16]
+    scaled = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    assert size(loaded(rope_parameters=scaled), 80) == 16
+    set_s2_attention(told, S2AttentionConfig(group_size_ratio=1 / 8))
+    assert size(told, 80) == 10
+
+
+def test_groups_of_a_model_without_rope_are_of_its_positions(monkeypatch):
+    calls = spy(monkeypatch)
+    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+    model = GPT2LMHeadModel(GPT2Config(**shape, n_positions=64)).train()
+    set_s2_attention(model)
+    model(input_ids=ids(1, 64, 64), use_cache=False)
+    assert get_s2_attention(model).native_window == 64
+    assert [group_size for _, group_size in calls] == [16]  # a quarter: its positions end there

@@ -52,7 +52,7 @@ def test_the_card_says_what_happened(config, tmp_path):
     )
     text = str(card)
     assert "from 64 to 256 tokens: RoPE type `yarn`, factor 4 over" in text
-    assert "| 1 | 128 | 2 | shifted sparse | 8 | 4 |" in text
+    assert "| 1 | 128 | 2 | shifted sparse | 32 | 4 |" in text
     assert "| 2 | 256 | 3 | dense | - | - |" in text
     assert "| dense | 12.50 | 11.25 |" in text
     assert "| as trained |  | 11.75 |" in text
@@ -166,7 +166,7 @@ def test_a_run_leaves_the_card_of_what_happened(make, tmp_path):
     text = (out / "README.md").read_text()
     tokens = int(trainer.state.log_history[-2]["num_tokens"])
     for line in (
-        "| 2 | 256 | 3 | shifted sparse | 16 | 2 |",
+        "| 2 | 256 | 3 | shifted sparse | 64 | 2 |",
         "- data: 12 examples, packed (wrapped)",
         f"- tokens: {tokens:,}",
         "- learning rate: 0.0003, constant_with_warmup",

@@ -32,12 +32,12 @@ def test_stages_in_one_run(make, tmp_path):
     before = weights(trainer)
     trainer.train()
     assert spy.steps == [
-        (2.0, 8, "auto"),
-        (2.0, 8, "dense"),
-        (2.0, 8, "auto"),
-        (4.0, 16, "dense"),
-        (4.0, 16, "auto"),
-        (4.0, 16, "dense"),
+        (2.0, 32, "auto"),
+        (2.0, 32, "dense"),
+        (2.0, 32, "auto"),
+        (4.0, 64, "dense"),
+        (4.0, 64, "auto"),
+        (4.0, 64, "dense"),
     ]
     moved = [name for name, p in weights(trainer).items() if not torch.equal(p, before[name])]
     assert {kind for kind in ("lora_B", "norm", "embed_tokens") if any(kind in name for name in moved)} == {
@@ -93,7 +93,7 @@ def test_the_saved_adapter_carries_the_last_rope(make, tiny_llama, tmp_path):
     assert (stored["target_length"], stored["rope_type"], stored["schedule"]["group_sizes"]) == (
         256,
         "yarn",
-        [8, 16],
+        [32, 64],  # of the base's 64 tokens, where that is a quarter at most
     )
     torch.manual_seed(0)
     loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "out"))

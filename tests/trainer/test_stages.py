@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,3 +275,42 @@ def test_a_stage_gives_back_what_the_allocators_keep(monkeypatch, tmp_path):
     for step in (1, 2, 3):
         callback.on_step_end(args, TrainerState(global_step=step), TrainerControl())
         assert given == ["empty_cache", "empty_host_cache"] * (step - 1)
+
+
+def test_groups_of_stages_by_default_are_the_base_s_native_window():
+    stages = ContextStage(128, 1), ContextStage(256, 1), ContextStage(1024, 1), ContextStage(1024, 1, group_size=32)
+    plan = dataclasses.replace(schedule(*stages), native_window=64)
+    assert [plan.attention_config(i).group_size for i in range(4)] == [32, 64, 64, 32]
+    unknown = schedule(*stages)
+    assert [unknown.attention_config(i).group_size for i in range(4)] == [32, 64, 256, 32]
+
+
+def test_a_stored_schedule_means_what_it_meant():
+    """Also one of the time when groups were 1/16 by default, and whatever the rule becomes."""
+    plan = dataclasses.replace(schedule(ContextStage(128, 1), ContextStage(1024, 1)), native_window=64)
+    stored = json.loads(json.dumps(plan.to_dict()))
+    again = Schedule.from_dict(stored)
+    assert [again.attention_config(i) for i in range(2)] == [plan.attention_config(i) for i in range(2)]
+    assert again.to_dict()["group_sizes"] == stored["group_sizes"] == [32, 64]
+    card = Path(__file__).parents[2] / "model_cards" / "llama-44m-books-math-8192" / "adapter_config.json"
+    old = json.loads(card.read_text())["schedule"]
+    assert old["attention"]["group_size_ratio"] == 1 / 16
+    assert Schedule.from_dict(old).attention_config(0).group_size == 8192 // 16
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_the_trainer_goes_by_the_base_s_native_window(make, tiny_llama, adapter):
+    """Whatever the base has been stretched to, as its config, or the adapter's base_length, says."""
+    scaled = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    stages = [ContextStage(256, 1), ContextStage(512, 1)]
+    options = {"model": tiny_llama(rope_parameters=scaled), "stages": stages}
+    trainer = make(**options, peft_config=LongLoraConfig(r=2) if adapter else None)
+    assert trainer.schedule.native_window == 64
+    assert [trainer.schedule.attention_config(i).group_size for i in range(2)] == [64, 64]
+    if adapter:
+        options["model"] = tiny_llama(rope_parameters=scaled)
+        trainer = make(**options, peft_config=LongLoraConfig(r=2, base_length=32))
+        assert [trainer.schedule.attention_config(i).group_size for i in range(2)] == [32, 32]
+        assert trainer.model.get_base_model().config.rope_parameters["factor"] == 8.0  # 256 over 32
+        again = make(model=trainer.model, stages=stages, peft_config=None)  # a loaded adapter
+        assert again.schedule.native_window == 32
