@@ -129,6 +129,7 @@ class Run:
     seed: int
     rank: int = 64
     learning_rate: float = 3e-4
+    liger: int = 0
 
     def key(self) -> dict[str, str]:
         return {name: str(value) for name, value in vars(self).items()}
@@ -195,6 +196,7 @@ def train(run: Run, folder: Path) -> tuple[Any, dict[str, Any]]:
                 "save_strategy": "no",
                 "report": False,
                 "report_to": "none",
+                "use_liger_kernel": bool(run.liger),
                 **method.args,
             }
         )
@@ -298,6 +300,7 @@ def main() -> None:
     parser.add_argument(
         "--shared", action="store_true", help="another process works on this GPU: times are not its own"
     )
+    parser.add_argument("--liger", action="store_true", help="train with Liger's kernels (pip install liger-kernel)")
     parser.add_argument("--as-trained", action="store_true", help="score with the pattern of training, too")
     parser.add_argument("--results", type=Path, default=RESULTS / "pretrained.csv")
     args = parser.parse_args()
@@ -306,7 +309,7 @@ def main() -> None:
     done = [{name: row[name] for name in columns} for row in read_rows(args.results)]
     started = time.perf_counter()
     runs = [
-        Run(model=args.model, corpus=corpus, length=length, method=method, seed=seed)
+        Run(model=args.model, corpus=corpus, length=length, method=method, seed=seed, liger=int(args.liger))
         for seed in args.seeds
         for length in args.lengths
         for corpus in args.corpora
