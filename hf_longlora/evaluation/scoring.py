@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..rope import forget_lengths
+
 # Rows of logits turned to fp32 at a time: 512 rows of a 128k vocabulary are 256 MiB.
 LOSS_CHUNK = 512
 
@@ -45,7 +47,7 @@ def suffix_logits(model: nn.Module, input_ids_BS: torch.Tensor, keep: int) -> to
     """The logits that predict the last `keep` tokens of each row: `[B, keep, V]`."""
     # The token before the first target predicts it; the last token's own logits predict nothing here.
     extra = {"logits_to_keep": keep + 1} if _takes_logits_to_keep(model) else {}
-    return model(input_ids=input_ids_BS, use_cache=False, **extra).logits[:, -keep - 1 : -1]
+    return _logits(model, input_ids_BS, **extra)[:, -keep - 1 : -1]
 
 
 def suffix_nll(model: nn.Module, input_ids_BS: torch.Tensor, keep: int) -> torch.Tensor:
@@ -57,11 +59,17 @@ def position_nll(model: nn.Module, input_ids_BS: torch.Tensor, targets_K: torch.
     """Negative log likelihood in nats of the tokens at positions `targets_K` (all >= 1): `[B, K]`, fp32."""
     targets_K = targets_K.to(input_ids_BS.device)
     if _takes_logits_to_keep(model):
-        logits_BKV = model(input_ids=input_ids_BS, use_cache=False, logits_to_keep=targets_K - 1).logits
+        logits_BKV = _logits(model, input_ids_BS, logits_to_keep=targets_K - 1)
     else:
-        logits_BKV = model(input_ids=input_ids_BS, use_cache=False).logits[:, -input_ids_BS.shape[1] :]
+        logits_BKV = _logits(model, input_ids_BS)[:, -input_ids_BS.shape[1] :]
         logits_BKV = logits_BKV[:, (targets_K - 1).to(logits_BKV.device)]
     return _cross_entropy(logits_BKV, input_ids_BS[:, targets_K])
+
+
+def _logits(model: nn.Module, input_ids_BS: torch.Tensor, **extra: Any) -> torch.Tensor:
+    """One forward, whose numbers follow from its tokens alone: no RoPE remembers the lengths of those before."""
+    forget_lengths(_innermost(model))
+    return model(input_ids=input_ids_BS, use_cache=False, **extra).logits
 
 
 def _cross_entropy(logits_BKV: torch.Tensor, labels_BK: torch.Tensor) -> torch.Tensor:
@@ -73,15 +81,20 @@ def _cross_entropy(logits_BKV: torch.Tensor, labels_BK: torch.Tensor) -> torch.T
     return torch.cat(losses, dim=1)
 
 
-def _takes_logits_to_keep(model: Any) -> bool:
-    """Whether the innermost model's forward names `logits_to_keep`; wrappers (PEFT, DDP) pass it on in `**kwargs`."""
+def _innermost(model: Any) -> Any:
+    """The model of transformers within wrappers (PEFT, DDP)."""
     while True:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
         elif isinstance(getattr(model, "module", None), nn.Module):
             model = model.module
         else:
-            return "logits_to_keep" in inspect.signature(model.forward).parameters
+            return model
+
+
+def _takes_logits_to_keep(model: Any) -> bool:
+    """Whether the innermost model's forward names `logits_to_keep`; wrappers pass it on in `**kwargs`."""
+    return "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters
 
 
 def vocabulary_size(model: Any) -> int | None:

@@ -5,7 +5,7 @@ factor is a ratio of lengths. Total factors are cumulative and exact: `target_le
 product of the steps that led there.
 """
 
-from .live import apply_rope, rotary_modules
+from .live import apply_rope, forget_lengths, rotary_modules
 from .scale import AUTO, natural_type, scaled_rope, vllm_overrides
 from .state import (
     CARRY_ORIGINAL,
@@ -33,6 +33,7 @@ __all__ = [
     "apply_rope",
     "current_rope",
     "find_rope",
+    "forget_lengths",
     "native_window",
     "natural_type",
     "reach",

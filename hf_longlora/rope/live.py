@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .state import RopeScaling, current_rope, text_config, write
+from .state import WITH_HISTORY, RopeScaling, current_rope, find_rope, text_config, write
 
 # Attributes a rotary module derives from its config; a value left from another RoPE would be read again.
 _DERIVED = ("inv_freq", "max_seq_len_cached", "original_max_seq_len", "attention_scaling", "rope_type")
@@ -48,6 +48,18 @@ def _reinitialise(module: nn.Module) -> None:
     for name, buffer in fresh.named_buffers(recurse=False):
         if buffer.device.type != "meta":
             module.register_buffer(name, buffer.to(device), persistent=False)
+
+
+def forget_lengths(model: nn.Module) -> None:
+    """Put RoPE that changes with the lengths it has seen in the state of a model that has seen none, in place.
+
+    transformers' dynamic RoPE keeps the frequencies of the longest sequence so far for all that is longer than the
+    original length: the same tokens then have other numbers after a longer text.
+    """
+    found = find_rope(getattr(model, "config", None))
+    if found is not None and found.rope_type in WITH_HISTORY:
+        for module in rotary_modules(model):
+            _reinitialise(module)
 
 
 def _scales_softmax(module: nn.Module, *scalings: RopeScaling) -> bool:

@@ -27,7 +27,7 @@ from ..attention import set_attention_mode, set_s2_attention
 from ..hub.card import base_name, folder_card
 from ..hub.run import RUN_NAME, read_facts, run_facts, write_facts
 from ..planning import local_gpu
-from ..rope import find_rope, rope_factor
+from ..rope import find_rope, forget_lengths, rope_factor
 from ..tuner.config import check_weights
 from ..tuner.stored import rope_seen_to
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
@@ -248,6 +248,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             write_report(folder, self.state.log_history, self.schedule)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        forget_lengths(self.model)  # dynamic RoPE: a batch's numbers don't depend on the lengths of those before
         if not self.is_model_parallel:
             return super().compute_loss(model, inputs, *args, **kwargs)
         # `device_map` has spread the model over GPUs, with its head on the last. Trainer counts tokens and wants the

@@ -206,9 +206,8 @@ class LongLoraModel(LoraModel):
         config.target_length = None if stored is None else rope.reach(scaling)[1]
         if scaling.rope_type in rope.ROPE_TYPES:
             config.rope_type = scaling.rope_type
-        after = rope.current_rope(self.model.config)
-        if after == before and after.rope_type in rope.WITH_HISTORY:
-            rope.apply_rope(self.model, after)
+        if rope.current_rope(self.model.config) == before:
+            rope.forget_lengths(self.model)
         return scaling
 
     # -- switching and taking off ----------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from hf_longlora.evaluation import far_context, loss_by_position, perplexity_by_length, scoring
+from hf_longlora import S2AttentionConfig
+from hf_longlora.evaluation import compare_attention, far_context, loss_by_position, perplexity_by_length, scoring
+from hf_longlora.rope import scaled_rope, write_rope
 
 VOCABULARY = 97
 
@@ -276,3 +278,53 @@ def test_the_standard_error_and_what_it_says_of_the_far_context(model, documents
     assert "makes no difference" in far_context(two(2.0, 2.1, 0.04))
     with pytest.raises(ValueError, match="at least two buckets"):
         far_context(two(1.0, 1.0, 0.1)[:1])
+
+
+def scaled(rope_type):
+    """A Llama of 64 tokens whose RoPE changes with the lengths it sees, for 256."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    write_rope(config, scaled_rope(config, 256, rope_type))
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_no_window_depends_on_what_ran_before(rope_type):
+    """Dynamic RoPE stays at the longest length that it has seen, for all that is longer than the original's."""
+    documents = torch.randint(VOCABULARY, (2, 250), generator=torch.Generator().manual_seed(1)).tolist()
+    options = dict(align=False, stride=16, max_windows=3, progress=False)
+    fresh = {length: perplexity_by_length(scaled(rope_type), documents, length, **options)[0] for length in (80, 250)}
+    model = scaled(rope_type)
+    order = [250, 80, 250, 80]
+    assert [perplexity_by_length(model, documents, length, **options)[0] for length in order] == [
+        fresh[length] for length in order
+    ]
+    assert perplexity_by_length(model, documents, [250, 80], **options) == [fresh[250], fresh[80]]
+    position = loss_by_position(scaled(rope_type), documents, 80, buckets=2, progress=False)
+    with torch.no_grad():
+        model(torch.tensor(documents))
+    assert loss_by_position(model, documents, 80, buckets=2, progress=False) == position
+    # A pattern whose groups hold every window is dense attention.
+    records = compare_attention(model, documents, [80, 250], attention=S2AttentionConfig(group_size=256), **options)
+    assert records["dense"] == records["as trained"]
+
+
+def test_adapted_and_wrapped_models_forget_lengths_too():
+    documents = torch.randint(VOCABULARY, (2, 250), generator=torch.Generator().manual_seed(1)).tolist()
+    model = get_peft_model(scaled("dynamic"), LoraConfig(target_modules=["q_proj"]))
+    expected = perplexity_by_length(model, documents, 80, progress=False)
+    wrapped = nn.Module()
+    wrapped.module, wrapped.config = model, model.config
+    wrapped.forward = model.forward
+    for each in (model, wrapped):
+        with torch.no_grad():
+            model(torch.tensor(documents))
+        assert perplexity_by_length(each, documents, 80, progress=False, device="cpu") == expected

@@ -21,6 +21,7 @@ from trl import SFTTrainer
 
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
 from hf_longlora.attention import get_s2_attention, interface
+from hf_longlora.rope import scaled_rope, write_rope
 from hf_longlora.trainer import checkpoints, checks
 
 from .helpers import STAGES, TEXT, Spy, Stop, texts, weights
@@ -336,6 +337,36 @@ def test_evaluation_during_training_is_dense(make, monkeypatch):
     trainer.train()
     assert len([log for log in trainer.state.log_history if "eval_loss" in log]) == 3
     assert sparse and all(sparse)
+
+
+def test_no_batch_depends_on_the_lengths_before_it(make, tiny_llama):
+    """Dynamic RoPE remembers the longest; neither evaluations nor the steps of a run may."""
+    model = tiny_llama()
+    write_rope(model.config, scaled_rope(model.config, 512, "dynamic"))
+    state = tiny_llama().state_dict()
+
+    def trainer():
+        scaled = type(model)(copy.deepcopy(model.config))
+        scaled.load_state_dict(state)
+        return make(
+            model=scaled,
+            stages=[ContextStage(256, 2, rope_type=None)],
+            packing=False,
+            per_device_eval_batch_size=1,
+            eval_dataset=texts(2, repeat=2),
+            peft_config=None,
+        )
+
+    fresh, used = trainer(), trainer()
+    expected = fresh.evaluate()["eval_loss"]
+    ids = torch.randint(3, 100, (1, 500))
+    with torch.no_grad():
+        used.model.eval()(input_ids=ids)
+    assert used.evaluate()["eval_loss"] == expected
+    with torch.no_grad():
+        used.model.eval()(input_ids=ids)
+    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (fresh, used) if t.train()]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
 def test_two_lines_change_a_trl_script(tiny_llama, tiny_tokenizer, tmp_path):
