@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
         passkey_accuracy,
         perplexity_by_length,
     )
-    from ..evaluation.compare import trained_attention
+    from ..evaluation.compare import trained_attention, trained_window
     from ..evaluation.plots import require_matplotlib
     from ..hub.card import base_name, weights_sha256
     from .data import check_writable, read_documents
@@ -108,6 +108,9 @@ def run(options: argparse.Namespace) -> None:
     dense_only = options.dense_only
     if not dense_only and options.group_size is None and trained_attention(model) is None:
         print(f"{options.model} doesn't say how it was trained: dense alone (--group-size measures groups beside it)")
+        dense_only = True
+    if not dense_only and options.group_size is None and (window := trained_window(model)) is not None:
+        print(f"{options.model} was trained by PoSE, in windows of {window:,} tokens: dense is as it was trained")
         dense_only = True
     if dense_only:
         records = {"dense": perplexity_by_length(model, documents, options.lengths, options.stride, **windows)}

@@ -30,6 +30,8 @@ def compare_attention(
 ) -> dict[str, list[dict[str, Any]]]:
     """Perplexity by length with dense attention and with the pattern of training (the two columns of Table 6).
 
+    A model trained by PoSE (arXiv 2309.10400) was trained with dense attention, within its windows: the first alone.
+
     Logs a warning where dense is worse: the model has learned to do without the distances that dense attention shows
     it, and some dense steps in training (`dense_every`) would have kept it from that. The model's own attention is
     back afterwards.
@@ -42,11 +44,13 @@ def compare_attention(
             does for the trained model.
 
     Returns:
-        `perplexity_by_length`'s records as `"dense"` and `"as trained"`.
+        `perplexity_by_length`'s records as `"dense"` and, unless that is the same, `"as trained"`.
 
     Raises:
         ValueError: as `perplexity_by_length`, or if the model can't use shifted sparse attention.
     """
+    if attention is None and trained_window(model) is not None:
+        return {"dense": perplexity_by_length(model, documents, lengths, **options)}
     longest = lengths if isinstance(lengths, int) else max(lengths, default=2)
     with _attention_kept(model) as own:
         if attention is None:
@@ -89,12 +93,21 @@ def _attention_kept(model: Any) -> Iterator[S2AttentionConfig | None]:
 
 def trained_attention(model: Any) -> S2AttentionConfig | None:
     """The pattern that a model's active LONGLORA adapter ended its training with; `None` if it doesn't say."""
+    schedule = _schedule(model)
+    if schedule is None:
+        return None
+    return S2AttentionConfig(group_size=schedule["group_sizes"][-1], shift=schedule["attention"]["shift"])
+
+
+def trained_window(model: Any) -> int | None:
+    """Tokens in a window of PoSE, if a model's active LONGLORA adapter ended its training with such."""
+    return ((_schedule(model) or {}).get("windows") or [None])[-1]
+
+
+def _schedule(model: Any) -> dict[str, Any] | None:
     configs = getattr(model, "peft_config", None)
     if not configs:
         return None
     active = model.active_adapters  # a method of transformers' models, a property of PEFT's
-    for name in active() if callable(active) else active:
-        schedule = getattr(configs[name], "schedule", None)
-        if schedule:
-            return S2AttentionConfig(group_size=schedule["group_sizes"][-1], shift=schedule["attention"]["shift"])
-    return None
+    found = (getattr(configs[name], "schedule", None) for name in (active() if callable(active) else active))
+    return next((schedule for schedule in found if schedule), None)

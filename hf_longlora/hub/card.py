@@ -86,6 +86,7 @@ def adapter_card(
         about=about.strip(),
         summary=_summary(config, base_model),
         schedule=_schedule(config.schedule),
+        pose=any(_windows(config.schedule)),
         perplexity=[_perplexity(text, records) for text, records in perplexity.items()],
         plot=f"![Perplexity by context length]({plot})" if plot else "",
         retrieval="\n\n".join(_retrieval(kind, records) for kind, records in found.items()),
@@ -251,13 +252,31 @@ def _schedule(schedule: Mapping[str, Any] | None) -> str:
     if not schedule:
         return ""
     lines = ["## Schedule", "", "| stage | tokens | steps | attention | group | a dense step each |", "|---" * 6 + "|"]
-    stages = zip(schedule["stages"], schedule["group_sizes"], strict=True)
-    for number, (stage, group_size) in enumerate(stages, start=1):
-        dense = stage["attention"] == "dense" or group_size >= stage["max_length"]
+    windows = _windows(schedule)
+    stages = zip(schedule["stages"], schedule["group_sizes"], windows, strict=True)
+    for number, (stage, group_size, window) in enumerate(stages, start=1):
         every = schedule["dense_every"] if stage["dense_every"] is None else stage["dense_every"]
-        cells = ("dense", "-", "-") if dense else ("shifted sparse", f"{group_size:,}", str(every or "never"))
+        if window is not None:
+            cells = ("PoSE", f"windows of {window:,}", str(every or "never"))
+        elif stage["attention"] == "dense" or group_size >= stage["max_length"]:
+            cells = ("dense", "-", "-")
+        else:
+            cells = ("shifted sparse", f"{group_size:,}", str(every or "never"))
         lines.append(f"| {number} | {stage['max_length']:,} | {stage['max_steps']} | {' | '.join(cells)} |")
+    if any(windows):
+        lines += [
+            "",
+            "PoSE ([arXiv 2309.10400](https://arxiv.org/abs/2309.10400)): steps that aren't dense train on windows of "
+            "the length that the base was trained at, each of two chunks of a document at their positions there. "
+            "Attention within a window is dense.",
+        ]
     return "\n".join(lines)
+
+
+def _windows(schedule: Mapping[str, Any] | None) -> list[int | None]:
+    """Of each stage, tokens in a window of its PoSE steps; `None` where there are none."""
+    stages = schedule["stages"] if schedule else ()
+    return (schedule or {}).get("windows") or [None] * len(stages)
 
 
 def _perplexity(text: str, records: Mapping[str, Records]) -> str:

@@ -1,16 +1,17 @@
 """What can be refused before a run starts, each with one error that says what to change."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 import trl
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..attention import check_supported
+from ..attention import check_skipping, check_supported
 from ..attention.config import dense_by_size
 from ..attention.kernels import check_kernel
 from ..rope import AUTO, RopeScaling, current_rope, find_rope, native_window, reach, scaled_rope
@@ -20,6 +21,12 @@ from .config import LongLoraSFTConfig
 from .stages import Schedule
 
 logger = logging.get_logger(__name__)
+
+ANSWERS = (
+    "In PoSE steps most of a document stands in other windows than its end: answers, which alone are learned here "
+    '(completion_only_loss, assistant_only_loss, labels of -100), would lose what they answer. Set sparse="s2", or '
+    "learn all tokens (completion_only_loss=False)."
+)
 
 
 def check_arguments(args: LongLoraSFTConfig) -> None:
@@ -62,7 +69,7 @@ def check_attention(args: LongLoraSFTConfig, schedule: Schedule) -> None:
         group_size = schedule.attention_config(number - 1).group_size
         assert group_size is not None
         words = dense_by_size(group_size, stage.max_length)
-        if words is not None and stage.attention != "dense":
+        if words is not None and stage.attention != "dense" and schedule.sparse_by(number - 1) == "s2":
             logger.warning(f"Stage {number}: {words}")
 
 
@@ -183,8 +190,11 @@ def check_saving(accelerator: Any) -> None:
         )
 
 
-def checked_config(model: Any, args: LongLoraSFTConfig) -> PreTrainedConfig:
-    """The configuration of a model or of a path, if shifted sparse attention can be used in its class."""
+def checked_config(model: Any, args: LongLoraSFTConfig) -> tuple[PreTrainedConfig, type[PreTrainedModel] | None]:
+    """Configuration and class of a model or of a path, if shifted sparse attention can be used in it.
+
+    A class of remote code shows itself when it is loaded, and is `None` till then.
+    """
     if isinstance(model, str):
         given: Any = args.model_init_kwargs
         init = {"trust_remote_code": args.trust_remote_code} | dict(given or {})
@@ -194,9 +204,58 @@ def checked_config(model: Any, args: LongLoraSFTConfig) -> PreTrainedConfig:
     else:
         config = model.config
         model_class = type(model.get_base_model() if isinstance(model, PeftModel) else model)
-    if isinstance(model_class, type):  # a class of remote code shows itself when it is loaded
-        check_supported(model_class, config)
-    return config
+    if not isinstance(model_class, type):
+        return config, None
+    check_supported(model_class, config)
+    return config, model_class
+
+
+def check_pose(
+    args: LongLoraSFTConfig,
+    schedule: Schedule,
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel] | None,
+    columns: Collection[str],
+    own_collator: bool,
+) -> None:
+    """Refuse PoSE steps of what can't be cut into windows.
+
+    Args:
+        args: The trainer's.
+        schedule: The stages.
+        config: The model's.
+        model_class: The model's, if it is known.
+        columns: The training dataset's.
+        own_collator: Whether the trainer is given a collator.
+    """
+    if not any(schedule.has_pose(number) for number in range(len(schedule.stages))):
+        return
+    if find_rope(config) is None:
+        raise ValueError(
+            f"PoSE skips positions, and {config.model_type} has no RoPE that can be read: leave out sparse='pose'."
+        )
+    if model_class is not None:
+        check_skipping(model_class, config)
+    completions = args.completion_only_loss
+    if completions is None:
+        completions = {"prompt", "completion"} <= set(columns)
+    if completions or args.assistant_only_loss:
+        raise ValueError(ANSWERS)
+    if own_collator:
+        raise ValueError("PoSE cuts windows where examples are collated: leave out `data_collator`, or sparse='pose'.")
+    accelerator: Any = args.accelerator_config
+    if accelerator.dispatch_batches and args.world_size > 1:
+        raise ValueError("`dispatch_batches` would tear the windows of PoSE steps apart; leave it out.")
+
+
+def check_unmasked(view: Dataset) -> None:
+    """Refuse PoSE steps on a prepared dataset whose labels leave out tokens."""
+    if {"completion_mask", "assistant_masks"} & set(view.column_names):  # TRL before it made labels of them
+        raise ValueError(ANSWERS)
+    if "labels" in view.column_names:
+        labels = view.with_format("arrow")[:]["labels"]
+        if any(pc.any(pc.equal(chunk.flatten(), -100)).as_py() for chunk in labels.chunks):
+            raise ValueError(ANSWERS)
 
 
 def known_length(config: PreTrainedConfig) -> int:

@@ -8,7 +8,16 @@ from typing import Any
 from trl import SFTConfig
 
 from ..attention import S2AttentionConfig
-from .stages import AUTO_STAGES, ContextStage, Schedule, auto_stages, check_dense_every, check_stages
+from .stages import (
+    AUTO_STAGES,
+    ContextStage,
+    Schedule,
+    Sparse,
+    auto_stages,
+    check_dense_every,
+    check_sparse,
+    check_stages,
+)
 
 
 @dataclass
@@ -23,6 +32,8 @@ class LongLoraSFTConfig(SFTConfig):
             "auto" (a quarter of the target first) or "doubling", which the trainer turns into stages from the model's
             length to `max_length`, of `max_steps` in all.
         dense_every: Each how many optimizer steps one runs with dense attention; 0: none.
+        sparse: What the other steps are: "s2", shifted sparse attention over whole rows; "pose", dense attention over
+            windows of the length that the base was trained at, two chunks of a row each, at their true positions.
         group_size: Tokens in a group of shifted sparse attention.
         group_size_ratio: Group size as a share of the stage's `max_length`, where `group_size` is not given. With
             neither, a group is the length that the base was trained at before any scaling, and a quarter of
@@ -50,6 +61,13 @@ class LongLoraSFTConfig(SFTConfig):
     # quality.csv, seed 0).
     dense_every: int = field(
         default=4, metadata={"help": "Each how many optimizer steps one runs with dense attention; 0: none."}
+    )
+    sparse: Sparse = field(
+        default="s2",
+        metadata={
+            "help": "What the steps are that aren't dense: s2 (shifted sparse attention) or pose (dense attention "
+            "over windows of the length that the base was trained at, at their true positions; plain text alone).",
+        },
     )
     group_size: int | None = field(
         default=None,
@@ -83,6 +101,7 @@ class LongLoraSFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         check_dense_every(self.dense_every)
+        check_sparse(self.sparse)
         if self.mlp_tile is not None and self.mlp_tile < 1:
             raise ValueError(f"`mlp_tile` must be a number of tokens, at least 1, got {self.mlp_tile!r}.")
         if self.eval_strategy == "steps" and self.eval_steps == 0:
@@ -143,6 +162,11 @@ class LongLoraSFTConfig(SFTConfig):
         return bool(self.gradient_checkpointing and options.get("selective"))
 
     @property
+    def order_seed(self) -> int:
+        """What the data's order is drawn by, and the windows of PoSE steps."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
     def schedule(self) -> Schedule:
         """The stages as a function of the step; to be asked for once they are a list."""
         assert isinstance(self.stages, list)
@@ -153,7 +177,7 @@ class LongLoraSFTConfig(SFTConfig):
             shift=shift,
             kernel=self.attention_kernel,
         )
-        return Schedule(tuple(self.stages), attention, self.dense_every)
+        return Schedule(tuple(self.stages), attention, self.dense_every, sparse=self.sparse)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle, and so for `training_args.bin`, which goes to the Hub: without tokens."""

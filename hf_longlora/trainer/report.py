@@ -125,16 +125,16 @@ def _stage_row(
 ) -> list[str]:
     stage = schedule.stages[number]
     entries = [entry for entry in logged if entry["stage"] == number + 1]
-    every = schedule.dense_every if stage.dense_every is None else stage.dense_every
-    dense = schedule.is_dense(number)
+    every, dense = schedule.dense_each(number), schedule.is_dense(number)
+    sparse = "sparse" if schedule.sparse_by(number) == "s2" else f"PoSE in windows of {schedule.native_window:,}"
     before = sum(earlier.max_steps for earlier in schedule.stages[:number])
     done = entries[-1]["step"] - before if entries else 0
     row = [
         f"{number + 1}",
         f"{stage.max_length:,}",
         f"{stage.max_steps:,}" if done == stage.max_steps else f"{done:,} of {stage.max_steps:,}",
-        "dense" if dense else "sparse" + (f", one step in {every} dense" if every else ""),
-        "" if dense else f"{schedule.attention_config(number).group_size:,}",
+        "dense" if dense else sparse + (f", one step in {every} dense" if every else ""),
+        "" if dense or sparse != "sparse" else f"{schedule.attention_config(number).group_size:,}",
         *((f"{entries[0]['loss']:.3f}", f"{entries[-1]['loss']:.3f}") if entries else ("", "")),
     ]
     if evaluated:

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +16,7 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
 from peft.utils import CONFIG_NAME
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
@@ -27,7 +27,7 @@ from ..attention import set_attention_mode, set_s2_attention
 from ..hub.card import base_name, folder_card
 from ..hub.run import RUN_NAME, read_facts, run_facts, write_facts
 from ..planning import local_gpu
-from ..rope import find_rope, forget_lengths, rope_factor
+from ..rope import WITH_HISTORY, find_rope, forget_lengths, rope_factor
 from ..tuner.config import check_weights
 from ..tuner.stored import rope_seen_to
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
@@ -39,9 +39,11 @@ from .checks import (
     check_attention,
     check_dataset,
     check_lengths,
+    check_pose,
     check_replicas,
     check_saving,
     check_trainable,
+    check_unmasked,
     checked_config,
     known_length,
     stage_ropes,
@@ -49,6 +51,7 @@ from .checks import (
 from .config import LongLoraSFTConfig
 from .data import describe, longest_document, order, with_length
 from .layers import compiled_layers, tile_mlps
+from .pose import FILLER, SEED, PoseCollator, Served, filler, piece, pieces
 from .report import write_report
 from .stages import Schedule, StepPlan
 from .trouble import beginnings, diverged, has_diverged, out_of_memory, peak_memory
@@ -116,12 +119,14 @@ class LongLoraSFTTrainer(SFTTrainer):
         # All that can be refused is refused here, while the model is as it was.
         check_arguments(args)
         check_dataset(train_dataset, args, kwargs.get("formatting_func"))
-        config = checked_config(model, args)
+        config, model_class = checked_config(model, args)
         args.resolve_stages(known_length(config))
         self.schedule: Schedule = replace(args.schedule, native_window=base_window(model, config, peft_config))
         check_attention(args, self.schedule)
         check_adapter(model, peft_config, self.schedule)
         check_trainable(model, peft_config)
+        columns, own_collator = train_dataset.column_names, kwargs.get("data_collator") is not None
+        check_pose(args, self.schedule, config, model_class, columns, own_collator)
         self._base_rope, self._ropes = stage_ropes(model, config, peft_config, self.schedule)
         self._stage_callback = ContextStageCallback(self.schedule, self._ropes)
         if isinstance(model, str):
@@ -144,6 +149,8 @@ class LongLoraSFTTrainer(SFTTrainer):
             **kwargs,
         )
         check_replicas(args)
+        if self._any_pose:
+            self.data_collator = PoseCollator(self.data_collator, self._window)
         self._data = describe(train_dataset, args)
         self._last_log: tuple[float, int] | None = None
         self._last_batch: dict[str, Any] = {}
@@ -187,18 +194,46 @@ class LongLoraSFTTrainer(SFTTrainer):
         tokenized = prepare(dataset, processing_class, with_length(args, None), False, formatting_func, dataset_name)
         # `train_batch_size` counts GPUs that Trainer has yet to find to hold one model between them (`device_map`).
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        seed = args.seed if args.data_seed is None else args.data_seed
         longest, served = [], []
         for number, stage in enumerate(self.schedule.stages, start=1):
             own = with_length(args, stage.max_length)
             view = prepare(tokenized, processing_class, own, packing, None, f"stage {number}")
             longest.append(longest_document(view))
             self._stage_examples.append(len(view))
+            if self.schedule.has_pose(number - 1):
+                check_unmasked(view)
             if len(view) > 0:
                 shuffle = args.train_sampling_strategy != "sequential"
-                served.append(view.select(order(len(view), stage.max_steps * batch, seed + number, shuffle)))
+                served.append(
+                    view.select(order(len(view), stage.max_steps * batch, args.order_seed + number, shuffle))
+                )
         check_lengths(self.schedule, self._base_rope, self._ropes, longest)
         return concatenate_datasets(served)
+
+    @property
+    def _any_pose(self) -> bool:
+        """Whether there are PoSE steps."""
+        return any(self.schedule.has_pose(stage) for stage in range(len(self.schedule.stages)))
+
+    @property
+    def _window(self) -> int:
+        """Tokens in a window of a PoSE step."""
+        assert self.schedule.native_window is not None
+        return self.schedule.native_window
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        if SEED not in columns:
+            columns.append(SEED)
+
+    def _get_dataloader(self, **kwargs: Any) -> DataLoader:  # type: ignore[override]  # Trainer calls it by names
+        if kwargs.get("is_training") and self._any_pose:
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            kwargs["dataset"] = Served(
+                kwargs["dataset"], self.args.order_seed, lambda at: self.schedule.step(at // batch).mode == "pose"
+            )
+        return super()._get_dataloader(**kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         # the order is in the dataset already: stage after stage, shuffled within
@@ -267,7 +302,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         # PEFT casts each adapter's input to its fp32 weights, and autocast casts it back: bit by bit the same, but
         # four copies of the hidden states a layer, written twice and kept for the backward.
         with disable_input_dtype_casting(self.model, active=self.args.bf16 or self.args.fp16):
-            loss = super().training_step(model, inputs, *args, **kwargs)
+            loss = self._in_pieces(model, inputs, *args, **kwargs)
         # Alone, a process stops at the loss; several stop together, at the gradients that they share.
         if self.args.world_size == 1 and not loss.isfinite():
             self._stop_at_divergence("loss")
@@ -277,6 +312,55 @@ class LongLoraSFTTrainer(SFTTrainer):
             if gradients and not torch.nn.utils.get_total_norm(gradients).isfinite():
                 self._stop_at_divergence("gradient")
         return loss
+
+    def _in_pieces(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """TRL's step, of a PoSE step a part after the other, each of up to a window's tokens.
+
+        The loss is a sum over tokens, and no token sees another window: losses and gradients of the parts add up to
+        the whole's, and activations are those of one part.
+        """
+        step = super().training_step
+        plan = self.schedule.step(self.state.global_step)
+        if plan.mode != "pose" or num_items_in_batch is None or not self._adds_up:
+            return step(model, inputs, num_items_in_batch, *args, **kwargs)
+        ends = inputs["cu_seq_lens_q"].tolist()
+        spans, fillers, all_fillers = pieces(ends, self._window), 0, 0
+        if self.args.world_size > 1:  # processes meet in each forward
+            own = torch.tensor([[len(spans), len(ends) - 1]], device=self.args.device)
+            counts = self.accelerator.gather(own)
+            most = int(counts[:, 0].max())
+            spans = pieces(ends, self._window, most)
+            fillers = most - len(spans)
+            all_fillers = int((most - counts[:, 1]).clamp(min=0).sum())
+        parts = [filler(inputs)] * fillers + [piece(inputs, ends, span) for span in spans]
+        losses = []
+        for number, part in enumerate(parts, start=1):
+            with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+                losses.append(step(model, part, num_items_in_batch, *args, **kwargs))
+        if all_fillers:
+            self._total_train_tokens -= all_fillers * FILLER
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return torch.stack(losses).sum()
+
+    @property
+    def _adds_up(self) -> bool:
+        """Whether the parts of a PoSE step may run one after the other.
+
+        Not where a forward of one process waits for the others' (weights that are sharded), where the loss is no sum
+        over tokens (a balance of experts, a loss of the user's), and where RoPE goes by the longest position of a
+        forward.
+        """
+        rope = find_rope(self.model.config)
+        return (
+            not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+            and not self.aux_loss_enabled
+            and self.compute_loss_func is None
+            and self.label_smoother is None
+            and rope is not None
+            and rope.rope_type not in WITH_HISTORY
+        )
 
     def _stop_at_divergence(self, what: str) -> NoReturn:
         """Keep the weights, which the step has not touched, and stop the run."""
@@ -357,7 +441,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         logs["peak_memory_gib"] = peak_memory(self.args.device)
         super().log(logs, start_time)
         last: dict[str, Any] = self.state.log_history[-1]
-        last["attention"] = "dense" if plan.mode == "dense" else "s2attn"
+        last["attention"] = "s2attn" if plan.mode == "auto" else plan.mode
         self._check_losses()
 
     # ----------------------------------------------------------------------------------------------------------------

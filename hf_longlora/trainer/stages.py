@@ -16,6 +16,8 @@ from ..attention.config import (
 from ..rope import AUTO
 
 StageAttention = Literal["s2attn", "dense"]
+Sparse = Literal["s2", "pose"]
+"""How the steps that aren't dense save attention: by its pattern, or by windows of a row's tokens (PoSE)."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class ContextStage:
         dense_every: Each how many optimizer steps one runs with dense attention; 0: none. `None`: as the trainer's
             configuration says.
         attention: "s2attn" or "dense" for the whole stage.
+        sparse: What the steps are that aren't dense. "s2": shifted sparse attention over whole rows. "pose": dense
+            attention over windows of the length that the base was trained at before any scaling, two chunks of a row
+            each, at their true positions (PoSE, arXiv 2309.10400); a row that is no longer stays whole. `None`: as
+            the trainer's configuration says.
 
     Raises:
         ValueError: on a value outside its range.
@@ -50,6 +56,7 @@ class ContextStage:
     group_size_ratio: float | None = None
     dense_every: int | None = None
     attention: StageAttention = "s2attn"
+    sparse: Sparse | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_length", "max_steps"):
@@ -63,6 +70,15 @@ class ContextStage:
             raise ValueError(
                 f"`attention` of a stage must be one of {get_args(StageAttention)}, got {self.attention!r}."
             )
+        if self.sparse is not None:
+            check_sparse(self.sparse)
+            if self.attention == "dense":
+                raise ValueError(
+                    f"A stage with attention='dense' has no sparse steps: leave out sparse={self.sparse!r}."
+                )
+        given = [name for name in ("group_size", "group_size_ratio") if getattr(self, name) is not None]
+        if self.sparse == "pose" and given:
+            raise ValueError(f"A stage with sparse='pose' has windows and no groups: leave out {' and '.join(given)}.")
 
     @classmethod
     def of(cls, value: "ContextStage | Mapping[str, Any]") -> "ContextStage":
@@ -96,6 +112,12 @@ def check_dense_every(dense_every: int | None) -> None:
         raise ValueError(f"`dense_every` must be a whole number of steps, or 0 for never, got {dense_every!r}.")
 
 
+def check_sparse(sparse: str) -> None:
+    """Raise a `ValueError` unless `sparse` is one of `Sparse`."""
+    if sparse not in get_args(Sparse):
+        raise ValueError(f"`sparse` must be one of {get_args(Sparse)}, got {sparse!r}.")
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """How one optimizer step runs.
@@ -103,7 +125,7 @@ class StepPlan:
     Args:
         stage: Index of its stage, from 0.
         last_of_stage: Whether its stage ends with it.
-        mode: "auto" (sparse in training) or "dense".
+        mode: "auto" (shifted sparse attention in training), "pose" or "dense".
     """
 
     stage: int
@@ -120,6 +142,7 @@ class Schedule:
         attention: Group size and ratio where a stage names none; shift and kernel of all.
         dense_every: Where a stage names none; 0 for never.
         native_window: Tokens that the base was trained at before any scaling; `None` while the model is not known.
+        sparse: Where a stage names none.
 
     Raises:
         ValueError: if there is no stage, or a stage is shorter than the one before it.
@@ -129,6 +152,7 @@ class Schedule:
     attention: S2AttentionConfig
     dense_every: int
     native_window: int | None = None
+    sparse: Sparse = "s2"
 
     def __post_init__(self) -> None:
         check_stages(self.stages)
@@ -143,16 +167,34 @@ class Schedule:
             raise ValueError(f"Step {global_step} is outside this schedule of {self.max_steps} steps.")
         ends = list(accumulate(stage.max_steps for stage in self.stages))
         index = bisect_right(ends, global_step)
-        stage, end = self.stages[index], ends[index]
-        every = self.dense_every if stage.dense_every is None else stage.dense_every
+        every = self.dense_each(index)
         dense = self.is_dense(index) or (every > 0 and (global_step + 1) % every == 0)
-        return StepPlan(index, global_step + 1 == end, "dense" if dense else "auto")
+        sparse: AttentionMode = "pose" if self.sparse_by(index) == "pose" else "auto"
+        return StepPlan(index, global_step + 1 == ends[index], "dense" if dense else sparse)
+
+    def dense_each(self, stage: int) -> int:
+        """Each how many optimizer steps of a stage one is dense; 0 for never."""
+        own = self.stages[stage].dense_every
+        return self.dense_every if own is None else own
+
+    def sparse_by(self, stage: int) -> Sparse:
+        """What the steps of a stage are that aren't dense."""
+        return self.stages[stage].sparse or self.sparse
 
     def is_dense(self, stage: int) -> bool:
-        """Whether all steps of a stage are dense: because it says so, or because a group holds its whole length."""
-        own, group_size = self.stages[stage], self.attention_config(stage).group_size
+        """Whether all steps of a stage are dense: it says so, or a group or a window holds its whole length."""
+        own = self.stages[stage]
+        if own.attention == "dense":
+            return True
+        if self.sparse_by(stage) == "pose":
+            return self.native_window is not None and own.max_length <= self.native_window
+        group_size = self.attention_config(stage).group_size
         assert group_size is not None
-        return own.attention == "dense" or dense_by_size(group_size, own.max_length) is not None
+        return dense_by_size(group_size, own.max_length) is not None
+
+    def has_pose(self, stage: int) -> bool:
+        """Whether there are PoSE steps in a stage."""
+        return self.sparse_by(stage) == "pose" and not self.is_dense(stage) and self.dense_each(stage) != 1
 
     def attention_config(self, stage: int) -> S2AttentionConfig:
         """Attention of a stage, its group size resolved for the stage's `max_length`."""
@@ -169,7 +211,10 @@ class Schedule:
             "stages": [asdict(stage) for stage in self.stages],
             "attention": asdict(self.attention),
             "dense_every": self.dense_every,
+            "native_window": self.native_window,
+            "sparse": self.sparse,
             "group_sizes": [self.attention_config(i).group_size for i in range(len(self.stages))],
+            "windows": [self.native_window if self.has_pose(i) else None for i in range(len(self.stages))],
         }
 
     @classmethod
@@ -178,9 +223,14 @@ class Schedule:
 
         Groups are as they were, by whatever rule they were resolved.
         """
-        resolved = zip(values["stages"], values["group_sizes"], strict=True)
-        stages = tuple(replace(ContextStage.of(stage), group_size=size) for stage, size in resolved)
-        return cls(stages, S2AttentionConfig(**values["attention"]), values["dense_every"])
+        stages = [ContextStage.of(stage) for stage in values["stages"]]
+        for number, size in enumerate(values["group_sizes"]):
+            if stages[number].sparse != "pose":
+                stages[number] = replace(stages[number], group_size=size)
+        attention = S2AttentionConfig(**values["attention"])
+        # Of a run before there was PoSE, `sparse` is missing.
+        window, sparse = values.get("native_window"), values.get("sparse", "s2")
+        return cls(tuple(stages), attention, values["dense_every"], window, sparse)
 
 
 AUTO_STAGES = ("auto", "doubling")

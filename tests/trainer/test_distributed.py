@@ -31,11 +31,12 @@ slow = pytest.mark.slow
 deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed (pip install deepspeed)"
 )
-CASES = [pytest.param("ddp", (), id="ddp")]
+CASES = [pytest.param("ddp", (), id="ddp"), pytest.param("ddp", ("pose",), id="ddp-pose")]
 RESUMED = [pytest.param("ddp", (), id="ddp")]
 for kind, marks in (("fsdp2", [slow]), ("zero2", [slow, deepspeed]), ("zero3", [slow, deepspeed])):
     CASES += [pytest.param(kind, o, id="-".join((kind, *o)), marks=marks) for o in OPTIONS]
     RESUMED += CASES[-1:]
+    CASES += [pytest.param(kind, ("pose",), id=f"{kind}-pose", marks=marks)]
 KEPT = {"fsdp2": "those of FSDP"}
 KEPT |= {f"zero{stage}": f"those of DeepSpeed ZeRO-{stage} in 2 processes" for stage in (2, 3)}
 
@@ -70,7 +71,8 @@ def test_two_processes_are_one_of_twice_the_batch(name, options, tmp_path):
     assert BY[name] in two_run["by"]
     if name == "fsdp2":
         assert two_run["parameters"] == ["DTensor"]  # all of them sharded
-    assert [(log["stage"], log["attention"]) for log in one_run["logs"]] == STEPS
+    sparse = "pose" if "pose" in options else "s2attn"
+    assert [(log["stage"], log["attention"].replace(sparse, "s2attn")) for log in one_run["logs"]] == STEPS
     for log, other in zip(one_run["logs"], two_run["logs"], strict=True):
         assert log == other | {"loss": pytest.approx(other["loss"], abs=0.02 if "bf16" in options else 1e-4)}
     assert one.keys() == two.keys()
