@@ -5,7 +5,7 @@ factor is a ratio of lengths. Total factors are cumulative and exact: `target_le
 product of the steps that led there.
 """
 
-from .live import apply_rope, forget_lengths, rotary_modules
+from .live import apply_rope, forget_lengths, restore_frequencies, rotary_modules
 from .scale import AUTO, natural_type, scaled_rope, vllm_overrides
 from .state import (
     CARRY_ORIGINAL,
@@ -37,6 +37,7 @@ __all__ = [
     "native_window",
     "natural_type",
     "reach",
+    "restore_frequencies",
     "rope_factor",
     "rotary_modules",
     "scaled_rope",

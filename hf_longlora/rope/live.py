@@ -62,6 +62,15 @@ def forget_lengths(model: nn.Module) -> None:
             _reinitialise(module)
 
 
+def restore_frequencies(model: nn.Module) -> None:
+    """Compute the frequencies anew that a cast of the model has rounded: in bf16 they are off by up to 0.4%, which is
+    whole turns at a long distance."""
+    for module in rotary_modules(model):
+        buffers = [buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
+        if any(buffer.dtype in (torch.float16, torch.bfloat16) for buffer in buffers):
+            _reinitialise(module)
+
+
 def _scales_softmax(module: nn.Module, *scalings: RopeScaling) -> bool:
     """Whether it is an attention module that folds RoPE's `mscale_all_dim` into its softmax scale (DeepSeek's)."""
     if not any(scaling.parameters.get("mscale_all_dim") for scaling in scalings):

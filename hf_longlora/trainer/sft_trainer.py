@@ -159,7 +159,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         tuner = longlora_tuner(self.model)
         if tuner is not None:
             check_saving(self.accelerator)
-            tuner.upcast_masters()  # TRL casts what a quantized model trains to bf16, the norms too
+            tuner.upcast_masters()  # TRL casts what a quantized model trains to bf16; before DDP sees it
             adapter: Any = self.model.active_peft_config
             adapter.schedule = self.schedule.to_dict()
             # TRL loads the base at a revision and doesn't tell PEFT, which would load the adapter on another one.

@@ -1,12 +1,16 @@
-"""fp32 masters for modules that are trained whole on a bf16 or fp16 base, and heads that stay tied to embeddings.
+"""fp32 masters for all that an adapter trains, and heads that stay tied to embeddings.
 
 A norm's weights lie near 1.0, where bf16 steps by 2^-7: an update of 2e-5 rounds away and the norm never moves. PEFT
-upcasts LoRA's weights but not these copies, so it is done here. What a copy computes is handed on in the base's dtype,
-and what it saves is in the base's dtype, unless a run's own checkpoint asks for all bits.
+upcasts LoRA's weights but not the copies that are trained whole, so it is done here. What a copy computes is handed on
+in the base's dtype, and what it saves is in the base's dtype, unless a run's own checkpoint asks for all bits.
+
+TRL's trainers cast all of it down again where the base is quantized, and whoever calls `model.half()` does. The tuner
+therefore asks for the masters anew whenever it is put in training mode, as each trainer does before a step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +35,13 @@ class SaveState:
 class _Master:
     """What a promoted module carries along."""
 
-    dtype: torch.dtype
+    original: nn.Module  # the base's, whose dtype may change: `model.float()`
     state: SaveState
     hooks: list[Any]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return base_dtype(self.original)
 
 
 def _master(module: nn.Module) -> _Master | None:
@@ -83,9 +91,10 @@ class TiedHead(nn.Module):
         return linear.train(self.training)
 
 
-def _inputs_to_fp32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _inputs_to_weights(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     # CUDA's layer_norm takes no mixed dtypes.
-    return tuple(a.float() if isinstance(a, torch.Tensor) and a.dtype in LOW_PRECISION else a for a in args)
+    dtype = base_dtype(module)
+    return tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
 
 
 def _mixes_dtypes(module: nn.Module) -> bool:
@@ -126,15 +135,48 @@ def base_dtype(module: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
-def promote(copy: nn.Module, dtype: torch.dtype | None, state: SaveState) -> None:
-    """Make the weights of a copy fp32, in place. Safe to call again; a base in fp32 needs none of it."""
-    # ZeRO-3 partitions parameters and allows no mixed dtypes.
-    if dtype not in LOW_PRECISION or any(hasattr(p, "ds_id") for p in copy.parameters()):
+def refuse_biases(model: nn.Module, bias: str) -> None:
+    """Raise a `ValueError` where biases of the base would be trained (PEFT's `bias`) and are not fp32: no copies are
+    made of them that could be."""
+    if bias == "none":
         return
-    for parameter in copy.parameters():
-        if parameter.dtype in LOW_PRECISION:
+    low = (name for name, p in model.named_parameters() if name.endswith("bias") and p.dtype in LOW_PRECISION)
+    name = next(low, None)
+    if name is not None:
+        raise ValueError(
+            f"bias={bias!r} would train {name} in {model.get_parameter(name).dtype}, in which small steps round away. "
+            'Load the base in float32, or leave biases as they are (bias="none").'
+        )
+
+
+def of_deepspeed(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed's ZeRO keeps the parameter: it has fp32 masters of its own, and stage 3 no mixed dtypes."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def upcast(parameters: Iterable[nn.Parameter]) -> None:
+    """Make parameters fp32, in place: an optimizer may hold them already. DDP and FSDP must not."""
+    for parameter in parameters:
+        if is_low(parameter):
             parameter.data = parameter.data.float()
-    if _master(copy) is not None or isinstance(copy, TiedHead):
+            parameter.grad = None if parameter.grad is None else parameter.grad.float()
+
+
+def is_low(parameter: nn.Parameter) -> bool:
+    return parameter.dtype in LOW_PRECISION and not of_deepspeed(parameter)
+
+
+def promote(copy: nn.Module, original: nn.Module, state: SaveState) -> None:
+    """Make the weights of a copy fp32, in place. Safe to call again.
+
+    Args:
+        copy: What is trained.
+        original: The base's module that it is a copy of; it says in which dtype the copy takes part.
+        state: The tuner's.
+    """
+    upcast(copy.parameters())
+    plain = base_dtype(original) not in LOW_PRECISION or any(of_deepspeed(p) for p in copy.parameters())
+    if plain or _master(copy) is not None or isinstance(copy, TiedHead):
         return
     hooks: list[Any] = [copy.register_state_dict_post_hook(_state_in_base_dtype)]
     if type(copy) is nn.Linear:
@@ -142,8 +184,8 @@ def promote(copy: nn.Module, dtype: torch.dtype | None, state: SaveState) -> Non
     else:
         hooks.append(copy.register_forward_hook(_output_to_base))
         if not isinstance(copy, nn.Embedding) and not _mixes_dtypes(copy):
-            hooks.append(copy.register_forward_pre_hook(_inputs_to_fp32))
-    vars(copy)["_master"] = _Master(dtype, state, hooks)
+            hooks.append(copy.register_forward_pre_hook(_inputs_to_weights))
+    vars(copy)["_master"] = _Master(original, state, hooks)
 
 
 def demote(copy: nn.Module, dtype: torch.dtype | None) -> None:

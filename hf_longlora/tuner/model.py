@@ -52,6 +52,7 @@ class LongLoraModel(LoraModel):
     # Class-level defaults: BaseTuner.__init__ injects before a subclass could set anything.
     _adapters_off = False
     _save_state: masters.SaveState | None = None
+    _with_masters: frozenset[str] = frozenset()  # adapters whose weights are to be fp32 in training
 
     # -- putting an adapter on -------------------------------------------------------------------------------------
 
@@ -66,8 +67,8 @@ class LongLoraModel(LoraModel):
         """As PEFT's, with modules and RoPE resolved first. A failure leaves the model and its RoPE as they were.
 
         Raises:
-            ValueError: the head is targeted, the base has another RoPE than the adapter was trained on, or another
-                adapter on the model has another RoPE.
+            ValueError: the head is targeted, biases would be trained in bf16 or fp16, the base has another RoPE than
+                the adapter was trained on, or another adapter on the model has another RoPE.
         """
         config = self.peft_config[adapter_name]
         if not isinstance(config, LongLoraConfig):
@@ -78,6 +79,8 @@ class LongLoraModel(LoraModel):
             refuse_other_rope(self.peft_config, config.rope, adapter_name)
             check_ranks(config)
             check_tokens(model, config)
+            if not config.inference_mode:
+                masters.refuse_biases(model, config.bias)
             if changes_base(config):
                 targeted = [m for n, m in walk(model) if self._check_target_module_exists(config, n)]
                 weights += [(p, p.detach().clone()) for m in targeted for p in m.parameters()]
@@ -225,6 +228,7 @@ class LongLoraModel(LoraModel):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        self._with_masters -= {adapter_name}
         self._sync_rope()
         if not self.peft_config:
             forget(self.model)
@@ -309,9 +313,45 @@ class LongLoraModel(LoraModel):
         self.save_state.full_precision = value
 
     def upcast_masters(self, adapter_name: str | None = None) -> None:
-        """Make fp32 masters of what is trained whole. Call it again if something has cast the weights down."""
-        for _, wrapper, module in self._copies(adapter_name):
-            masters.promote(module, masters.base_dtype(wrapper.original_module), self.save_state)
+        """Make fp32 masters of all that is trained. Call it again if something has cast the weights down."""
+        for name in self._with_masters if adapter_name is None else (adapter_name,):
+            masters.upcast(self._trained(name))
+            for _, wrapper, module in self._copies(name):
+                masters.promote(module, wrapper.original_module, self.save_state)
+
+    def _trained(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        for layer in self.model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                yield from masters.adapter_parameters(layer, adapter_name)
+            elif isinstance(layer, ModulesToSaveWrapper) and adapter_name in layer.modules_to_save:
+                yield from layer.modules_to_save[adapter_name].parameters()
+
+    def train(self, mode: bool = True) -> LongLoraModel:
+        """As any module's; what is trained is fp32 from then on, whatever has cast it down since it was put on.
+
+        Raises:
+            RuntimeError: something has, and several processes train.
+        """
+        super().train(mode)
+        low = [p for name in self._with_masters for p in self._trained(name) if masters.is_low(p)] if mode else []
+        if not low:
+            return self
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            # DDP would lose its hooks on these parameters, each process train for itself, and none say a word of it.
+            raise RuntimeError(
+                f"What the adapter trains has been cast to {low[0].dtype}, in which small steps round away: TRL's "
+                "trainers do that on a quantized base. It must be cast back before DDP or FSDP takes it over: call "
+                "trainer.model.base_model.upcast_masters() before trainer.train(), or use LongLoraSFTTrainer."
+            )
+        self.upcast_masters()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LongLoraModel:
+        """As any module's. A cast to bf16 or fp16 leaves RoPE's frequencies in fp32, as `from_pretrained` does."""
+        super()._apply(fn, recurse)
+        if find_rope_of_base(self.model) is not None:
+            rope.restore_frequencies(self.model)
+        return self
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT calls this after an adapter is added, and again after its weights are loaded. Only a PeftModel does, and
@@ -319,8 +359,10 @@ class LongLoraModel(LoraModel):
         unfollow(self.model)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         if autocast_adapter_dtype and not self.peft_config[adapter_name].inference_mode:
+            self._with_masters |= {adapter_name}
             self.upcast_masters(adapter_name)
             return
+        self._with_masters -= {adapter_name}
         for _, wrapper, module in self._copies(adapter_name):
             if not masters.is_promoted(module):
                 masters.demote(module, masters.base_dtype(wrapper.original_module))

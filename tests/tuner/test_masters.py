@@ -88,14 +88,86 @@ def test_full_precision_state_resumes_bitwise(tied, tmp_path):
     assert torch.equal(logits(train(fresh)), logits(train(model)))
 
 
-def test_upcast_again_after_someone_cast_down():
-    model = get_peft_model(llama(dtype=torch.bfloat16), LongLoraConfig(target_length=TARGET))
+def cast_down(model):
+    """As TRL's trainers do on a quantized base."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
-    model.base_model.upcast_masters()
-    assert model.get_parameter(NORM).dtype == torch.float32
+
+
+def dtypes(model):
+    return {p.dtype for p in model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_mode_brings_the_masters_back(dtype):
+    model = get_peft_model(llama(dtype=dtype), LongLoraConfig(target_length=TARGET))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    cast_down(model)
+    model.eval()
+    assert dtypes(model) == {torch.bfloat16}
+    model.train()
+    assert dtypes(model) == {torch.float32}
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
     train(model, steps=1)
+
+
+def test_masters_under_ddp_are_brought_back_in_time_or_not_at_all(monkeypatch):
+    """DDP's hook is on a parameter of the dtype it had."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    model = get_peft_model(llama(dtype=torch.bfloat16), LongLoraConfig(target_length=TARGET)).train()
+    cast_down(model)
+    with pytest.raises(RuntimeError, match=r"cast to torch.bfloat16.*upcast_masters\(\) before trainer.train"):
+        model.train()
+    assert dtypes(model) == {torch.bfloat16}
+    model.base_model.upcast_masters()
+    assert dtypes(model.train()) == {torch.float32}
+
+
+def test_what_deepspeed_keeps_is_left_to_it():
+    model = get_peft_model(llama(dtype=torch.bfloat16), LongLoraConfig(target_length=TARGET))
+    cast_down(model)
+    for parameter in model.parameters():
+        parameter._hp_mapping = None
+    assert dtypes(model.train()) == {torch.bfloat16}
+
+
+CASTS = {
+    "float": lambda model: model.float(),
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+    "half, float": lambda model: model.half().float(),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["norms of torch", "untied", "tied"])
+def test_a_model_that_is_cast_computes_and_trains(kind, dtype, cast):
+    base = llama(kind == "tied", dtype=dtype)
+    if kind == "norms of torch":  # which take no mixed dtypes
+        base.model.norm = torch.nn.LayerNorm(32, dtype=dtype)
+    config = LongLoraConfig(target_length=TARGET, modules_to_save=["lm_head"] if kind == "untied" else None)
+    model = get_peft_model(base, config).eval()
+    here, frequencies = logits(model).float(), model.model.model.rotary_emb.inv_freq.clone()
+    model = CASTS[cast](model)
+    there = logits(model)
+    assert there.dtype == model.get_base_model().dtype
+    assert (here - there.float()).abs().mean() < 0.05 * here.abs().mean()
+    rotary = model.model.model.rotary_emb.inv_freq
+    assert rotary.dtype == torch.float32 and torch.equal(rotary, frequencies)
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    train(model, steps=3)
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            assert parameter.dtype == torch.float32, name
+            moved = (parameter != trained[name].float()).float().mean()
+            assert moved > (0.2 if "embed" in name else 0.9), name
+    assert logits(model).dtype == there.dtype
+    train(model, steps=1, autocast=False)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -124,3 +196,13 @@ def test_head_the_user_trains_has_a_master_too():
 def test_fp32_bases_are_left_alone():
     model = perturbed(llama())
     assert not any("_master" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_of_a_bf16_base_are_not_trained_in_vain(bias):
+    base = llama(dtype=torch.bfloat16, attention_bias=True)
+    with pytest.raises(ValueError, match=r"bias='\w+' would train model.layers.0.*float32"):
+        get_peft_model(base, LongLoraConfig(bias=bias))
+    assert not hasattr(base, "peft_config") and type(base.model.norm).__name__ == "LlamaRMSNorm"
+    get_peft_model(base, LongLoraConfig())
+    get_peft_model(llama(attention_bias=True), LongLoraConfig(bias=bias))
