@@ -197,7 +197,8 @@ def test_the_active_adapter_says_how_it_was_trained(tiny_llama):
     [
         (["nowhere", "--documents", "one.txt"], "nowhere"),
         (["base", "--documents", "missing.txt"], "missing.txt does not exist"),
-        (["base", "--documents", "base/model.safetensors"], "not UTF-8"),
+        (["base", "--documents", "base/model.safetensors"], "of no known kind; known are .jsonl, .json"),
+        (["base", "--documents", "latin.txt"], "not UTF-8"),
         (["base", "--documents", "bad.jsonl"], "bad.jsonl, line 2"),
         (["base", "--documents", "null.jsonl"], "null.jsonl, line 1: its `text` is null"),
         (["base", "--documents", "one.txt", "--lengths", "100000"], "no document has 100000 tokens"),
@@ -214,6 +215,7 @@ def test_the_active_adapter_says_how_it_was_trained(tiny_llama):
 def test_errors_are_one_message(adapter, monkeypatch, capsys, arguments, message):
     _, folder = adapter
     (folder / "null.jsonl").write_text('{"text": null}')
+    (folder / "latin.txt").write_bytes(b"caf\xe9" * 99)
     (folder / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
     monkeypatch.chdir(folder)
     lengths = [] if "--lengths" in arguments else ["--lengths", "64"]
@@ -410,6 +412,45 @@ def test_a_line_of_json_may_hold_other_line_ends(tmp_path):
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     (tmp_path / "a.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
     assert read_documents(tmp_path / "a.jsonl") == texts
+
+
+def test_documents_are_read_as_the_trainer_reads_them(tmp_path):
+    """And never as one text of brackets and commas."""
+    from datasets import Dataset
+
+    rows = [{"text": 'one,\n"two"', "n": 1}, {"text": "three", "n": 2}]
+    texts = [row["text"] for row in rows]
+    lines = "\n".join(map(json.dumps, rows))
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    Dataset.from_list(rows).to_csv(tmp_path / "a.csv", index=False)
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "lines.json").write_text(lines)
+    (tmp_path / "one.json").write_text(json.dumps(rows[0], indent=1))
+    assert read_documents(tmp_path / "one.json") == texts[:1]
+    (tmp_path / "one.json").unlink()
+    (tmp_path / "a.jsonl").write_text(lines)
+    for name in ("a.json", "lines.json", "a.csv"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    for file in sorted(tmp_path.iterdir()):
+        assert read_documents(file) == load_data(str(file))["train"]["text"][:] == texts, file
+    (tmp_path / "a.md").write_text(texts[0])
+    assert read_documents(tmp_path / "a.md") == texts[:1]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.json").write_text('[{"body": "one"}]')
+    (other / "a.csv").write_text("body,n\none,1\n")
+    Dataset.from_list([{"text": "one"}, {"text": None}]).to_parquet(other / "a.parquet")
+    for name, words in (
+        ("a.json", "no column `text`: its columns are body"),
+        ("a.csv", "no column `text`: its columns are body, n"),
+        ("a.parquet", "row 2: its `text` is None, not a text"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read_documents(other / name)
+    for name in ("a.tsv", "a.xml", "a", "a.zst"):
+        (other / name).write_text("one")
+        with pytest.raises(ValueError, match="of no known kind"):
+            read_documents(other / name)
 
 
 def test_data_from_files_and_folders(tmp_path):

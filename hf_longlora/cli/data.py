@@ -80,20 +80,23 @@ def split_of(data: Any, name: str, what: str) -> Any:
 
 
 def read_documents(file: Path) -> list[str]:
-    """The documents of a file: its text, or the `text` of each line of a `.jsonl` or `.jsonl.gz`.
+    """The documents of a file, of the kinds that `load_data` reads: a text, or the `text` of each row.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not UTF-8, or a line is not JSON with a `text`.
+        ValueError: if it is of no known kind, not UTF-8, or a row has no `text`.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist or is no file")
+    is_text = _builder(file)["path"] == "text"
+    if not is_text and _suffix(file) != ".jsonl":
+        return _text_column(file, load_data(str(file))["train"])
     raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from error
-    if ".jsonl" not in file.suffixes:
+    if is_text:
         return [text]
     documents = []
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines breaks at U+2028, too, which JSON allows
@@ -106,6 +109,16 @@ def read_documents(file: Path) -> list[str]:
         if not isinstance(text, str):
             raise ValueError(f"{file}, line {number}: its `text` is {json.dumps(text)[:80]}, not a text")
         documents.append(text)
+    return documents
+
+
+def _text_column(file: Path, rows: Any) -> list[str]:
+    if "text" not in rows.column_names:
+        raise ValueError(f"{file} has no column `text`: its columns are {', '.join(rows.column_names)}")
+    documents = rows["text"][:]
+    for number, text in enumerate(documents, start=1):
+        if not isinstance(text, str):
+            raise ValueError(f"{file}, row {number}: its `text` is {text!r:.80}, not a text")
     return documents
 
 

@@ -26,7 +26,8 @@ def add(commands: Any) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="text files, a document each, or .jsonl files (.gz too) with a document's `text` on each line",
+        help="files as `train` reads them (.gz too): .txt and .md, a document each; .jsonl, .json, .parquet and .csv, "
+        "a document's `text` in each row",
     )
     evaluate.add_argument(
         "--lengths", nargs="+", type=int, required=True, metavar="N", help="context lengths in tokens"

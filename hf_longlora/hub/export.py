@@ -25,11 +25,11 @@ import torch
 from huggingface_hub import ModelCardData, snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from ..from_hub import reason
-from ..rope import RopeScaling, current_rope, reach, vllm_overrides, write_rope
+from ..rope import RopeScaling, current_rope, reach, vllm_overrides, write_length, write_rope
 from ..tuner import LongLoraConfig
 from ..tuner.config import check_weights
 from ..tuner.stored import fit_vocabulary, trained_vocabulary
@@ -196,6 +196,7 @@ def _plain_lora(
         weights[f"{PREFIX}{name}.weight"] = weight
         plain |= {"ensure_weight_tying": False, "modules_to_save": [*plain["modules_to_save"], name]}
     overrides = _overrides(base_config, rope)
+    generated = None if rope is None else _generated_length(base_name, reach(base_config)[1], reach(rope)[1], revision)
     if rope is not None:
         write_rope(base_config, rope)
     base_config.save_pretrained(out / BASE_FOLDER)
@@ -204,7 +205,7 @@ def _plain_lora(
     data = ModelCardData(library_name="peft", base_model=base_name if on_hub(base_name) else None)
     trained = trained_vocabulary(_empty(base_config), config, check_weights(str(source)), _tokens(source))
     tokens = None if trained is None else trained[0]
-    text = _how_to_load(plain, config, weights, base_name, output_dir.name, overrides, revision, tokens)
+    text = _how_to_load(plain, config, weights, base_name, output_dir.name, overrides, revision, tokens, generated)
     (out / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
@@ -224,6 +225,15 @@ def _tokens(source: Path) -> int:
     """Those of the adapter's own tokenizer; 0 without one."""
     own = (source / "tokenizer_config.json").is_file()
     return len(AutoTokenizer.from_pretrained(str(source))) if own else 0
+
+
+def _generated_length(base_name: str, before: int, after: int, revision: str | None) -> int | None:
+    """Where generation is to stop, if the base's own generation_config.json stops it at its own length."""
+    try:
+        own = GenerationConfig.from_pretrained(base_name, revision=revision or "main")
+    except OSError:  # it has none
+        return None
+    return after if own.max_length == before else None
 
 
 def _tied_head(weights: dict[str, torch.Tensor], base_config: Any) -> tuple[str, torch.Tensor] | None:
@@ -246,7 +256,7 @@ def _tokenizer(source: Path, base_name: str, out: Path, rope: RopeScaling | None
     except (OSError, ValueError):  # a base without one
         return
     if rope is not None:
-        tokenizer.model_max_length = max(tokenizer.model_max_length, reach(rope)[1])
+        write_length(tokenizer, rope)
     tokenizer.save_pretrained(out)
 
 
@@ -259,10 +269,13 @@ def _how_to_load(
     overrides: str,
     revision: str | None,
     tokens: int | None,
+    generated: int | None,
 ) -> str:
     """How to load a plain LoRA, with and without what vLLM refuses, or takes in some cases only."""
     pinned = f', revision="{revision}"' if revision else ""
-    resized = "" if tokens is None else f"\nbase.resize_token_embeddings({tokens})  # as in training"
+    lines = "" if tokens is None else f"\nbase.resize_token_embeddings({tokens})  # as in training"
+    if generated is not None:
+        lines += f"\nbase.generation_config.max_length = {generated}"
     served = f"{base_name} --revision {revision}" if revision else base_name
     refused = [key for key in NOT_SERVED if plain.get(key)]
     if tokens is not None:
@@ -297,7 +310,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 config = AutoConfig.from_pretrained("{name}/{BASE_FOLDER}")
-base = AutoModelForCausalLM.from_pretrained("{base_name}", config=config{pinned}){resized}
+base = AutoModelForCausalLM.from_pretrained("{base_name}", config=config{pinned}){lines}
 model = PeftModel.from_pretrained(base, "{name}")
 ```
 

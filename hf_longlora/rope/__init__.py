@@ -19,6 +19,7 @@ from .state import (
     native_window,
     reach,
     rope_factor,
+    write_length,
     write_rope,
 )
 
@@ -42,5 +43,6 @@ __all__ = [
     "rotary_modules",
     "scaled_rope",
     "vllm_overrides",
+    "write_length",
     "write_rope",
 ]

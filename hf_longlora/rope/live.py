@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .state import WITH_HISTORY, RopeScaling, current_rope, find_rope, text_config, write
+from .state import WITH_HISTORY, RopeScaling, current_rope, find_rope, reach, text_config, write
 
 # Attributes a rotary module derives from its config; a value left from another RoPE would be read again.
 _DERIVED = ("inv_freq", "max_seq_len_cached", "original_max_seq_len", "attention_scaling", "rope_type")
@@ -87,7 +87,8 @@ def _rescale_softmax(module: nn.Module) -> None:
 
 def apply_rope(model: nn.Module, scaling: RopeScaling) -> None:
     """Put `scaling` on a live model: config fields, rotary buffers and softmax scales, equal to saving and loading to
-    the last bit.
+    the last bit. Where generation stops at the model's length (`generation_config.max_length`), it stops at the
+    new one.
 
     Raises:
         ValueError: no rotary module, or one that does not take this RoPE. The model is unchanged then.
@@ -118,3 +119,6 @@ def apply_rope(model: nn.Module, scaling: RopeScaling) -> None:
             with contextlib.suppress(Exception):  # one that can't be built anew was not changed
                 _rescale_softmax(module)
         raise ValueError(f"RoPE {scaling.to_dict()} can't be put on {type(model).__name__}: {error}") from error
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None and generation.max_length == reach(before)[1]:
+        generation.max_length = reach(scaling)[1]

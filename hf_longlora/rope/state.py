@@ -189,3 +189,10 @@ def write(config: Any, scaling: RopeScaling) -> None:
 def write_rope(config: Any, scaling: RopeScaling) -> None:
     """Put `scaling` in a config, for a model that is loaded with it later; on a live model: `apply_rope`."""
     write(text_config(config), scaling)
+
+
+def write_length(processing_class: Any, scaling: RopeScaling) -> None:
+    """Let a tokenizer, or a processor's, take texts as long as a model of this RoPE: they are cut to what it says."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if getattr(tokenizer, "model_max_length", None) is not None:
+        tokenizer.model_max_length = max(tokenizer.model_max_length, reach(scaling)[1])

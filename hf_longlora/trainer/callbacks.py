@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..attention import set_attention_mode, set_s2_attention
-from ..rope import RopeScaling, apply_rope
+from ..rope import RopeScaling, apply_rope, write_length
 from ..tuner import LongLoraModel
 from .stages import Schedule
 
@@ -30,8 +30,11 @@ class ContextStageCallback(TrainerCallback):
         self.schedule = schedule
         self.ropes = ropes
 
-    def apply(self, model: nn.Module, global_step: int) -> None:
-        """Put `model` in the state in which the optimizer step after `global_step` steps runs."""
+    def apply(self, model: nn.Module, global_step: int, processing_class: Any = None) -> None:
+        """Put `model` in the state in which the optimizer step after `global_step` steps runs.
+
+        The tokenizer, which is saved beside it, is let take texts as long.
+        """
         plan = self.schedule.step(global_step)
         rope = self.ropes[plan.stage]
         if rope is not None:
@@ -40,6 +43,7 @@ class ContextStageCallback(TrainerCallback):
                 tuner.set_rope(rope)
             else:
                 apply_rope(model, rope)
+            write_length(processing_class, rope)
         set_s2_attention(model, self.schedule.attention_config(plan.stage))
         set_attention_mode(model, plan.mode)
 
@@ -47,12 +51,13 @@ class ContextStageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # Resumed after the last step, nothing is trained any more, but what is saved has the last stage's RoPE.
-        self.apply(kwargs["model"], min(state.global_step, self.schedule.max_steps - 1))
+        step = min(state.global_step, self.schedule.max_steps - 1)
+        self.apply(kwargs["model"], step, kwargs.get("processing_class"))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.apply(kwargs["model"], state.global_step)
+        self.apply(kwargs["model"], state.global_step, kwargs.get("processing_class"))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -170,7 +170,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             trl.models.enable_selective_activation_checkpointing(self.model.get_base_model())
         if args.mlp_tile is not None:
             tile_mlps(self.model, args.mlp_tile)
-        self._stage_callback.apply(self.model, 0)
+        self._stage_callback.apply(self.model, 0, self.processing_class)
         set_attention_mode(self.model, "auto")
 
     # ----------------------------------------------------------------------------------------------------------------

@@ -212,7 +212,9 @@ ADDED = {
 def with_added_tokens(request, tmp_path, tiny_tokenizer):
     """A folder with an adapter whose base was resized from 128 to 131 tokens, and what the adapted model answers."""
     model, adapter = ADDED[request.param]
-    llama(**model).save_pretrained(tmp_path / "source")
+    source = llama(**model)
+    source.generation_config.max_length = 64
+    source.save_pretrained(tmp_path / "source")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
     base.resize_token_embeddings(131)
     peft_model = perturbed(base, LongLoraConfig(target_length=256, **adapter))
@@ -233,6 +235,7 @@ def test_an_adapter_with_added_tokens_is_merged(with_added_tokens):
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
     assert merged.config.vocab_size == len(AutoTokenizer.from_pretrained(folder / "merged")) == 131
     assert (logits(merged, NEW) - expected).abs().max() <= 5e-5
+    assert merged.generation_config.max_length == 256
 
 
 def test_a_plain_lora_with_added_tokens_loads_by_its_own_readme(with_added_tokens, monkeypatch):
@@ -244,6 +247,7 @@ def test_a_plain_lora_with_added_tokens_loads_by_its_own_readme(with_added_token
     monkeypatch.chdir(folder)
     exec(said.split("```python\n")[1].split("```")[0], found)
     assert (logits(found["model"].eval(), NEW) - expected).abs().max() <= 1e-5
+    assert found["model"].generation_config.max_length == 256
 
 
 def test_an_adapter_with_added_tokens_is_evaluated(with_added_tokens):

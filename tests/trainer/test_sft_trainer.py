@@ -11,8 +11,10 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     FalconConfig,
     FalconForCausalLM,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     TrainerCallback,
@@ -222,6 +224,25 @@ def test_full_fine_tuning_writes_rope_to_the_config(make, tmp_path):
     assert loaded.config.rope_parameters["factor"] == 4.0
     x = torch.randint(3, 100, (1, 200))
     assert torch.allclose(loaded(input_ids=x).logits, trainer.model.eval()(input_ids=x).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("peft_config", ["default", None], ids=["adapter", "all weights"])
+def test_no_old_length_is_saved_beside_a_longer_model(make, tiny_llama, tiny_tokenizer, tmp_path, peft_config):
+    tiny_tokenizer.model_max_length = 64
+    model = tiny_llama()
+    model.generation_config.max_length = 64
+    trainer = make(model=model, peft_config=peft_config, save_strategy="steps", save_steps=100)
+    trainer.train()
+    trainer.save_model()
+    lengths = {"checkpoint-3": 128, "checkpoint-6": 256, ".": 256}
+    for name, length in lengths.items():
+        assert AutoTokenizer.from_pretrained(tmp_path / "out" / name).model_max_length == length
+        if peft_config is None:
+            assert GenerationConfig.from_pretrained(tmp_path / "out" / name).max_length == length
+    # One of a kind that knows no limit keeps to that.
+    tiny_tokenizer.model_max_length = 10**9
+    make().save_model()
+    assert tiny_tokenizer.model_max_length == 10**9
 
 
 def test_an_existing_adapter_goes_on(make, tiny_llama, tmp_path):

@@ -545,6 +545,28 @@ def test_set_rope_starts_from_an_adapter_without():
     assert torch.equal(logits(model.unload()), plain)
 
 
+def test_generation_stops_where_the_model_ends_and_no_sooner(tmp_path):
+    """Published models say their length in generation_config.json, too: at 64 an extended one would stop."""
+    base = llama()
+    base.generation_config.max_length = LENGTH
+    model = perturbed(base)
+    model.base_model.set_rope(target_length=2 * TARGET)
+    assert model.generation_config.max_length == 2 * TARGET
+    model.base_model.set_rope(target_length=TARGET)
+    out = model.generate(ids(LENGTH + 20), do_sample=False, eos_token_id=None, max_new_tokens=4)
+    assert out.shape == (1, LENGTH + 24)
+    with model.disable_adapter():
+        assert base.generation_config.max_length == LENGTH
+    merged = copy.deepcopy(model).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    assert load(tmp_path).generation_config.max_length == TARGET
+    assert model.unload().generation_config.max_length == LENGTH
+    # Another number is no length of the model's, but a choice.
+    chosen = llama()
+    chosen.generation_config.max_length = 20
+    assert perturbed(chosen).generation_config.max_length == 20
+
+
 # -- the enum ----
 
 
