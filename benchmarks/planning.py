@@ -41,6 +41,7 @@ def planned(row: Mapping[str, str]) -> tuple[LengthPlan, float] | None:
         selective_checkpointing="selective" in options,
         activation_offloading="offload" in options,
         group_size=group or None,
+        sink_tokens=0,  # the rows are of the time before
         dense_every=0,
         backend="flash" if "flash" in options else "cudnn" if "cudnn" in options else None,
     )

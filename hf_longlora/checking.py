@@ -75,6 +75,7 @@ class ModelCheck:
     other_layers: int = 0
     """Layers without softmax attention."""
     group_size: int | None = None
+    sink_tokens: int = 0
     length: int | None = None
     rope: tuple[RopeScaling, RopeScaling] | None = None
     """Before and after; `None` without RoPE."""
@@ -109,7 +110,8 @@ def check_model(
         model: A name on the Hub, a folder, or a config. A LONGLORA adapter's: its base is checked, with that adapter.
         target_length: Tokens to extend RoPE to; `None` leaves RoPE as it is.
         rope_type: As in `LongLoraConfig`.
-        attention: Group size and kernel; if not given, those the adapter was trained with, or the default.
+        attention: Group size, sink tokens and kernel; if not given, those the adapter was trained with, or the
+            default.
         trust_remote_code: Run the code that comes with a model whose class transformers has not.
 
     Returns:
@@ -124,8 +126,7 @@ def check_model(
         source, revision = str(adapter.base_model_name_or_path), adapter.revision
         if target_length is not None or rope_type != AUTO:
             raise ValueError(f"{model} is an adapter and has its RoPE. For another one check its base, {source}.")
-        if adapter.schedule and attention is None:
-            attention = S2AttentionConfig(group_size=adapter.schedule["group_sizes"][-1])
+        attention = attention or adapter.trained_attention
     if isinstance(source, str):
         config: Any = read_config(source, revision=revision, trust_remote_code=trust_remote_code)
         name = source if adapter is None else f"{model}, an adapter of {source}"
@@ -246,6 +247,7 @@ def _group_size(
     reached = reach(found.rope[1])[1] if found.rope else getattr(text_config, "max_position_embeddings", None)
     found.length = target_length or reached
     if found.length is not None:
+        found.sink_tokens = attention.sink_tokens
         found.group_size = attention.resolve_group_size(found.length, native_window(model))
 
 
@@ -381,7 +383,8 @@ def _lines(found: ModelCheck) -> Iterator[str]:
         for kind in sorted({f"{layer.shifted}{layer.heads} query heads" for layer in found.sparse}):
             yield f"shifted     {kind}"
     if found.group_size is not None:
-        yield f"groups      {found.group_size:,} tokens, at {found.length:,}"
+        sinks = f" and the first {found.sink_tokens:,} of a document" if found.sink_tokens else ""
+        yield f"groups      {found.group_size:,} tokens{sinks}, at {found.length:,}"
     if found.targets:
         yield f"LoRA on     {', '.join(found.targets)}"
     if found.norms or found.embeddings:

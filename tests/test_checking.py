@@ -59,7 +59,7 @@ def test_the_words():
         "LlamaForCausalLM, model type llama (tested: Llama)",
         "2 of 2 layers sparse",
         "the last 1 of 2 key/value heads, with 2 of 4 query heads",
-        "100 tokens, at 2,048",
+        "100 tokens and the first 4 of a document, at 2,048",
         "LoRA on     k_proj, o_proj, q_proj, v_proj",
         "5 norms",
         "1 embedding (model.embed_tokens)",
@@ -196,7 +196,7 @@ def test_the_command_reads_a_config_and_nothing_else(tmp_path, capsys):
     assert "-> yarn, 256 tokens of originally 64" in said
     assert main(["check", str(tmp_path), "--target-length", "256", "--rope-type", "linear", "--group-size", "32"]) == 0
     said = capsys.readouterr().out
-    assert "-> linear, 256 tokens" in said and "groups      32 tokens, at 256" in said
+    assert "-> linear, 256 tokens" in said and "groups      32 tokens and the first 4 of a document, at 256" in said
     assert main(["check", str(tmp_path), "--target-length", "32"]) == 1
     output = capsys.readouterr()
     assert "REFUSED     target_length=32" in output.out and "can't be extended like this" in output.err
@@ -210,7 +210,7 @@ def test_an_adapter_is_checked_on_its_base(tmp_path, monkeypatch, capsys):
     model.name_or_path = "base"
     config = LongLoraConfig(r=4, target_length=256, target_modules=["q_proj"], train_norms=False)
     tuned = get_peft_model(model, config)
-    tuned.peft_config["default"].schedule = {"group_sizes": [8, 24]}
+    tuned.peft_config["default"].schedule = {"group_sizes": [8, 24], "attention": {"shift": "heads"}}
     tuned.save_pretrained("adapter")
     get_peft_model(copy.deepcopy(tuned.unload()), LoraConfig()).save_pretrained("lora")
     LlamaConfig(**COMMON).save_pretrained("base")
@@ -220,7 +220,7 @@ def test_an_adapter_is_checked_on_its_base(tmp_path, monkeypatch, capsys):
     for words in (
         "adapter, an adapter of base: LlamaForCausalLM",
         "-> yarn, 256 tokens of originally 64",
-        "groups      24 tokens, at 256",
+        "groups      24 tokens, at 256",  # and no sink tokens: none are stored
         "LoRA on     q_proj\n",
         "0 norms",
         "4,608 of",  # 128 * 32 of the embeddings, 2 * 4 * (32 + 32) of LoRA
@@ -274,3 +274,14 @@ def test_a_forward_that_can_not_be_followed_is_said(monkeypatch):
     found = check_model(LlamaConfig(**COMMON))
     assert not found.layers and "can't be followed without numbers" in str(found)
     assert found.norms and found.rope is not None
+
+
+def test_sink_tokens_are_said(tmp_path, capsys):
+    LlamaConfig(**COMMON).save_pretrained(tmp_path)
+    for options, words in (
+        ([], "groups      64 tokens and the first 4 of a document, at 256"),
+        (["--sink-tokens", "0"], "groups      64 tokens, at 256"),
+        (["--sink-tokens", "16", "--group-size", "8"], "groups      8 tokens and the first 16 of a document, at 256"),
+    ):
+        assert main(["check", str(tmp_path), "--target-length", "256", *options]) == 0
+        assert words in capsys.readouterr().out

@@ -53,7 +53,7 @@ def test_evaluate(adapter, tiny_tokenizer, capsys):
     documents = [document for file in files for document in read_documents(type(folder)(file))]
     assert len(documents) == 4
     options = dict(tokenizer=tiny_tokenizer, progress=False)
-    set_s2_attention(model, S2AttentionConfig(group_size=32, shift="all"))  # as the last stage ended
+    set_s2_attention(model, S2AttentionConfig(group_size=32, shift="all", sink_tokens=0))  # as the last stage ended
     assert results["perplexity"]["dense"] == perplexity_by_length(model, documents, [64, 256], **options)
     with s2_attention_mode(model, "s2"):
         assert results["perplexity"]["as trained"] == perplexity_by_length(model, documents, [64, 256], **options)
@@ -186,9 +186,10 @@ def test_the_active_adapter_says_how_it_was_trained(tiny_llama):
     model.add_adapter("other", LongLoraConfig(r=2, target_length=256))
     for name, size in (("default", 32), ("other", 16)):
         model.peft_config[name].schedule = {"group_sizes": [size], "attention": {"shift": "heads"}}
-    assert compare.trained_attention(model).group_size == 32
+    model.peft_config["other"].schedule["sink_tokens"] = [8]
+    assert compare.trained_attention(model) == S2AttentionConfig(group_size=32, sink_tokens=0)
     model.set_adapter("other")
-    assert compare.trained_attention(model).group_size == 16
+    assert compare.trained_attention(model) == S2AttentionConfig(group_size=16, sink_tokens=8)
     assert compare.trained_attention(tiny_llama()) is None
 
 

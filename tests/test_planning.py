@@ -234,6 +234,7 @@ def test_the_longest_is_the_last_that_fits(gpu):
         ({"mlp_tile": 0}, "mlp_tile"),
         ({"group_size": 1}, "group_size"),
         ({"group_size_ratio": 2}, "group_size_ratio"),
+        ({"sink_tokens": -1}, "sink_tokens"),
         ({"gpu": "A100-80GB", "backend": "cudnn"}, "no cudnn attention"),
         ({"dtype": "int8"}, "dtype"),
     ],
@@ -328,3 +329,10 @@ def test_groups_are_the_trainer_s():
         plan_run(LLAMA, [length], gpu="H200", adapter=known).lengths
         == plan_run(LLAMA, [length], gpu="H200", group_size=length // 32).lengths
     )
+
+
+def test_sink_tokens_are_counted():
+    """Pairs of them with each token of a later group, and nothing in a dense step."""
+    few, many = (plan_run(LLAMA_8B, [131072], gpu="H200", sink_tokens=n).lengths[0] for n in (0, 2048))
+    assert 1.01 * few.seconds_sparse < many.seconds_sparse < 1.2 * few.seconds_sparse
+    assert many.seconds_dense == few.seconds_dense and many.total == few.total

@@ -180,6 +180,7 @@ def train(run: Run, base: Path, work: Path) -> tuple[Any, dict[str, Any]]:
             stages=stages,
             dense_every=run.dense_every,
             group_size_ratio=run.group_size_ratio,
+            sink_tokens=0,  # as all rows; a trial may have them
             attention_shift=run.shift,
             attention_kernel=run.kernel,
             packing=run.through > 1,  # cuts the target's rows to a shorter stage's, and loses none of their tokens

@@ -54,6 +54,7 @@ def teach(
             stages=[stage],
             dense_every=run.dense_every,
             group_size_ratio=run.group_size_ratio,
+            sink_tokens=0,  # as all rows
             attention_shift=run.shift,
             per_device_train_batch_size=batch,
             learning_rate=learning_rate,

@@ -25,6 +25,12 @@ def add(commands: Any) -> None:
         metavar="N",
         help="default: the adapter's, or as in the trainer: the base's native window, at most a quarter of the length",
     )
+    check.add_argument(
+        "--sink-tokens",
+        type=int,
+        metavar="N",
+        help="first tokens of a document that every group sees; default: the adapter's, or 4 as in the trainer",
+    )
     check.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
     check.set_defaults(run=run, after_interruption="Nothing has been written.")
 
@@ -33,12 +39,13 @@ def run(options: argparse.Namespace) -> None:
     from ..attention import S2AttentionConfig
     from ..checking import check_model
 
-    attention = None if options.group_size is None else S2AttentionConfig(group_size=options.group_size)
+    given = {name: getattr(options, name) for name in ("group_size", "sink_tokens")}
+    given = {name: value for name, value in given.items() if value is not None}
     found = check_model(
         options.model,
         target_length=options.target_length,
         rope_type=options.rope_type,
-        attention=attention,
+        attention=S2AttentionConfig(**given) if given else None,
         trust_remote_code=options.trust_remote_code,
     )
     print(found)

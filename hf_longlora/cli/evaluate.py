@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ def add(commands: Any) -> None:
         "--group-size",
         type=int,
         help="of the training's pattern; default: as the adapter says; a model that says nothing is evaluated densely",
+    )
+    evaluate.add_argument(
+        "--sink-tokens",
+        type=int,
+        metavar="N",
+        help="first tokens of a document that every group sees, in the training's pattern; default: as the adapter "
+        "says, 4 for a model that says nothing",
     )
     evaluate.add_argument("--dense-only", action="store_true", help="for models that can't have training's pattern")
     evaluate.add_argument(
@@ -120,7 +128,11 @@ def run(options: argparse.Namespace) -> None:
             set_s2_attention(model)
         except ValueError as error:
             raise ValueError(f"{error} With --dense-only it can be evaluated all the same.") from error
-        attention = None if options.group_size is None else S2AttentionConfig(group_size=options.group_size)
+        attention = trained_attention(model) or S2AttentionConfig()
+        if options.group_size is not None:
+            attention = replace(attention, group_size=options.group_size)
+        if options.sink_tokens is not None:
+            attention = replace(attention, sink_tokens=options.sink_tokens)
         records = compare_attention(
             model, documents, options.lengths, attention=attention, stride=options.stride, **windows
         )

@@ -59,6 +59,13 @@ def add(commands: Any) -> None:
         type=float,
         help="a group's share of the length; default: the base's native window, at most a quarter of the length",
     )
+    plan.add_argument(
+        "--sink-tokens",
+        type=int,
+        default=4,
+        metavar="N",
+        help="first tokens of a document that every group sees",
+    )
     plan.add_argument("--dense-every", type=int, default=4, metavar="K", help="each K-th step is dense; 0: none")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.set_defaults(run=run, after_interruption="Nothing has been changed.")
@@ -88,6 +95,7 @@ def run(options: argparse.Namespace) -> None:
         chunked_loss=not options.no_chunked_loss,
         group_size=options.group_size,
         group_size_ratio=options.group_size_ratio,
+        sink_tokens=options.sink_tokens,
         dense_every=options.dense_every,
     )
     plan = plan_run(options.model, options.lengths, gpu=options.gpu or local_gpu() or "H100", settings=settings)

@@ -93,21 +93,21 @@ def _attention_kept(model: Any) -> Iterator[S2AttentionConfig | None]:
 
 def trained_attention(model: Any) -> S2AttentionConfig | None:
     """The pattern that a model's active LONGLORA adapter ended its training with; `None` if it doesn't say."""
-    schedule = _schedule(model)
-    if schedule is None:
-        return None
-    return S2AttentionConfig(group_size=schedule["group_sizes"][-1], shift=schedule["attention"]["shift"])
+    config = _trained(model)
+    return None if config is None else config.trained_attention
 
 
 def trained_window(model: Any) -> int | None:
     """Tokens in a window of PoSE, if a model's active LONGLORA adapter ended its training with such."""
-    return ((_schedule(model) or {}).get("windows") or [None])[-1]
+    config = _trained(model)
+    return None if config is None else (config.schedule.get("windows") or [None])[-1]
 
 
-def _schedule(model: Any) -> dict[str, Any] | None:
+def _trained(model: Any) -> Any:
+    """The config of the active adapter that says how it was trained; `None` if none does."""
     configs = getattr(model, "peft_config", None)
     if not configs:
         return None
     active = model.active_adapters  # a method of transformers' models, a property of PEFT's
-    found = (getattr(configs[name], "schedule", None) for name in (active() if callable(active) else active))
-    return next((schedule for schedule in found if schedule), None)
+    found = (configs[name] for name in (active() if callable(active) else active))
+    return next((config for config in found if getattr(config, "schedule", None)), None)

@@ -251,17 +251,18 @@ def _summary(config: LongLoraConfig, base_model: str | None) -> str:
 def _schedule(schedule: Mapping[str, Any] | None) -> str:
     if not schedule:
         return ""
-    lines = ["## Schedule", "", "| stage | tokens | steps | attention | group | a dense step each |", "|---" * 6 + "|"]
-    windows = _windows(schedule)
-    stages = zip(schedule["stages"], schedule["group_sizes"], windows, strict=True)
-    for number, (stage, group_size, window) in enumerate(stages, start=1):
+    head = ("stage", "tokens", "steps", "attention", "group", "sink tokens", "a dense step each")
+    lines = ["## Schedule", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    sinks, windows = schedule.get("sink_tokens", [0] * len(schedule["stages"])), _windows(schedule)
+    stages = zip(schedule["stages"], schedule["group_sizes"], sinks, windows, strict=True)
+    for number, (stage, group_size, sink_tokens, window) in enumerate(stages, start=1):
         every = schedule["dense_every"] if stage["dense_every"] is None else stage["dense_every"]
         if window is not None:
-            cells = ("PoSE", f"windows of {window:,}", str(every or "never"))
+            cells = ("PoSE", f"windows of {window:,}", "-", str(every or "never"))
         elif stage["attention"] == "dense" or group_size >= stage["max_length"]:
-            cells = ("dense", "-", "-")
+            cells = ("dense", "-", "-", "-")
         else:
-            cells = ("shifted sparse", f"{group_size:,}", str(every or "never"))
+            cells = ("shifted sparse", f"{group_size:,}", f"{sink_tokens:,}", str(every or "never"))
         lines.append(f"| {number} | {stage['max_length']:,} | {stage['max_steps']} | {' | '.join(cells)} |")
     if any(windows):
         lines += [

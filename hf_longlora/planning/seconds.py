@@ -18,7 +18,10 @@ SHORT_SEGMENT = 1600
 
 
 def _attention_seconds(shape: Shape, settings: RunSettings, gpu: Gpu, length: int, group: int | None) -> float:
-    """All layers' attention over one sequence. A segment of G tokens has `G (G + 1) / 2` pairs of tokens."""
+    """All layers' attention over one sequence, by the pairs of tokens in its segments, those with sink tokens too.
+
+    What it takes to bring the two kinds of pairs together is not counted.
+    """
     share = gpu.attention[settings.backend] if settings.backend else max(gpu.attention.values())
     rate = share * gpu.tflops * 1e12
     document = ((0, length),)
@@ -31,11 +34,10 @@ def _attention_seconds(shape: Shape, settings: RunSettings, gpu: Gpu, length: in
             pairs, effective = window * (length - window / 2), window
             seconds += passes * 2 * widths * shape.heads * pairs * (1 + SHORT_SEGMENT / effective) / rate
             continue
-        for part in Documents((document,), length).parts(shape.heads, shape.kv_heads, group):
-            work = sum(
-                size * (size + 1) / 2 * (1 + SHORT_SEGMENT / size)
-                for size in (segment.end - segment.start for segment in part.rows[0])
-            )
+        for part in Documents((document,), length).parts(
+            shape.heads, shape.kv_heads, group, sink_tokens=settings.sink_tokens
+        ):
+            work = sum(segment.pairs * (1 + SHORT_SEGMENT / (segment.end - segment.start)) for segment in part.rows[0])
             seconds += passes * 2 * widths * len(range(*part.heads)) * work / rate
     return seconds
 

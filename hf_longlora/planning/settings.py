@@ -7,7 +7,7 @@ from typing import Literal
 
 from peft import PeftConfig
 
-from ..attention.config import S2AttentionConfig, check_group_size, check_group_size_ratio
+from ..attention.config import S2AttentionConfig, check_group_size, check_group_size_ratio, check_sink_tokens
 from .gpus import Backend
 
 
@@ -28,7 +28,8 @@ class RunSettings:
             `gradient_checkpointing_kwargs={"selective": True}`.
         activation_offloading: Whether checkpoints wait in the host's memory.
         chunked_loss: Whether the loss is computed by tiles (TRL >= 1.16 does) and never has all logits.
-        group_size, group_size_ratio, dense_every: As the trainer's; by default groups are of the base's native window.
+        group_size, group_size_ratio, sink_tokens, dense_every: As the trainer's; by default groups are of the base's
+            native window.
         backend: Of attention; default the card's fastest.
     """
 
@@ -45,6 +46,7 @@ class RunSettings:
     chunked_loss: bool = True
     group_size: int | None = None
     group_size_ratio: float | None = None
+    sink_tokens: int = S2AttentionConfig.sink_tokens
     dense_every: int = 4
     backend: Backend | None = None
 
@@ -66,6 +68,7 @@ class RunSettings:
             raise ValueError(f"dense_every must be at least 0, got {self.dense_every}")
         check_group_size(self.group_size)
         check_group_size_ratio(self.group_size_ratio)
+        check_sink_tokens(self.sink_tokens)
 
     @property
     def attention(self) -> S2AttentionConfig:

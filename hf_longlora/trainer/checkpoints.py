@@ -10,6 +10,8 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from .stages import stored_schedule
+
 logger = logging.get_logger(__name__)
 
 SCHEDULE_NAME = "context_schedule.json"
@@ -70,6 +72,9 @@ def check_signature(path: str, signature: Mapping[str, Any]) -> int:
     if not file.is_file():
         raise ValueError(f"{path} is not a checkpoint of a staged run: it has no {SCHEDULE_NAME}.")
     found, own = json.loads(file.read_text()), json.loads(json.dumps(signature))
+    if "stages" in own:
+        found = stored_schedule(found)
+        del own["native_window"]  # what it makes, groups and windows, is compared
     differing = [key for key in own if found.get(key) != own[key]]
     if differing:
         raise ValueError(

@@ -38,6 +38,7 @@ class LongLoraSFTConfig(SFTConfig):
         group_size_ratio: Group size as a share of the stage's `max_length`, where `group_size` is not given. With
             neither, a group is the length that the base was trained at before any scaling, and a quarter of
             `max_length` at most.
+        sink_tokens: First tokens of a document that every group sees; 0: the paper's pattern.
         attention_shift: "heads"; "layers", "none" and "all" are for comparison.
         attention_kernel: "auto", or the name of a kernel.
         compile_layers: Whether to compile each decoder layer (torch.compile) for training.
@@ -78,6 +79,10 @@ class LongLoraSFTConfig(SFTConfig):
     )
     group_size_ratio: float | None = field(
         default=None, metadata={"help": "Group size as a share of the stage's max_length, in (0, 1]."}
+    )
+    sink_tokens: int = field(
+        default=S2AttentionConfig.sink_tokens,
+        metadata={"help": "First tokens of a document that every group sees; 0: the paper's pattern."},
     )
     attention_shift: str = field(
         default="heads", metadata={"help": "What is shifted: heads (the method), layers, none or all."}
@@ -174,6 +179,7 @@ class LongLoraSFTConfig(SFTConfig):
         attention = S2AttentionConfig(
             group_size=self.group_size,
             group_size_ratio=self.group_size_ratio,
+            sink_tokens=self.sink_tokens,
             shift=shift,
             kernel=self.attention_kernel,
         )

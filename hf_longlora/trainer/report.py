@@ -27,7 +27,7 @@ CURVES = {
     "memory": ("Memory", "peak_memory_gib", "peak memory (GiB)"),
 }
 """Title, key in the log and axis of each picture of the run."""
-HEAD = ("stage", "tokens", "steps", "attention", "group, tokens", "first loss", "last loss")
+HEAD = ("stage", "tokens", "steps", "attention", "group, tokens", "sink tokens", "first loss", "last loss")
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;"
@@ -127,6 +127,7 @@ def _stage_row(
     entries = [entry for entry in logged if entry["stage"] == number + 1]
     every, dense = schedule.dense_each(number), schedule.is_dense(number)
     sparse = "sparse" if schedule.sparse_by(number) == "s2" else f"PoSE in windows of {schedule.native_window:,}"
+    attention = None if dense or sparse != "sparse" else schedule.attention_config(number)
     before = sum(earlier.max_steps for earlier in schedule.stages[:number])
     done = entries[-1]["step"] - before if entries else 0
     row = [
@@ -134,7 +135,8 @@ def _stage_row(
         f"{stage.max_length:,}",
         f"{stage.max_steps:,}" if done == stage.max_steps else f"{done:,} of {stage.max_steps:,}",
         "dense" if dense else sparse + (f", one step in {every} dense" if every else ""),
-        "" if dense or sparse != "sparse" else f"{schedule.attention_config(number).group_size:,}",
+        "" if attention is None else f"{attention.group_size:,}",
+        "" if attention is None else f"{attention.sink_tokens:,}",
         *((f"{entries[0]['loss']:.3f}", f"{entries[-1]['loss']:.3f}") if entries else ("", "")),
     ]
     if evaluated:

@@ -11,6 +11,7 @@ from ..attention.config import (
     S2AttentionConfig,
     check_group_size,
     check_group_size_ratio,
+    check_sink_tokens,
     dense_by_size,
 )
 from ..rope import AUTO
@@ -36,6 +37,8 @@ class ContextStage:
         group_size_ratio: Group size as a share of `max_length`, where `group_size` is not given. With neither, those
             of the trainer's configuration hold; without those, a group is the length that the base was trained at
             before any scaling, and a quarter of `max_length` at most.
+        sink_tokens: First tokens of a document that every group sees; 0: the paper's pattern. `None`: as the trainer's
+            configuration says.
         dense_every: Each how many optimizer steps one runs with dense attention; 0: none. `None`: as the trainer's
             configuration says.
         attention: "s2attn" or "dense" for the whole stage.
@@ -54,6 +57,7 @@ class ContextStage:
     rope_type: str | None = AUTO
     group_size: int | None = None
     group_size_ratio: float | None = None
+    sink_tokens: int | None = None
     dense_every: int | None = None
     attention: StageAttention = "s2attn"
     sparse: Sparse | None = None
@@ -65,6 +69,8 @@ class ContextStage:
                 raise ValueError(f"`{name}` of a stage must be a whole number of at least 1, got {value!r}.")
         check_group_size(self.group_size)
         check_group_size_ratio(self.group_size_ratio)
+        if self.sink_tokens is not None:
+            check_sink_tokens(self.sink_tokens)
         check_dense_every(self.dense_every)
         if self.attention not in get_args(StageAttention):
             raise ValueError(
@@ -76,7 +82,8 @@ class ContextStage:
                 raise ValueError(
                     f"A stage with attention='dense' has no sparse steps: leave out sparse={self.sparse!r}."
                 )
-        given = [name for name in ("group_size", "group_size_ratio") if getattr(self, name) is not None]
+        of_groups = ("group_size", "group_size_ratio", "sink_tokens")
+        given = [name for name in of_groups if getattr(self, name) is not None]
         if self.sparse == "pose" and given:
             raise ValueError(f"A stage with sparse='pose' has windows and no groups: leave out {' and '.join(given)}.")
 
@@ -139,7 +146,7 @@ class Schedule:
 
     Args:
         stages: In order.
-        attention: Group size and ratio where a stage names none; shift and kernel of all.
+        attention: Group size, ratio and sink tokens where a stage names none; shift and kernel of all.
         dense_every: Where a stage names none; 0 for never.
         native_window: Tokens that the base was trained at before any scaling; `None` while the model is not known.
         sparse: Where a stage names none.
@@ -203,6 +210,8 @@ class Schedule:
             config = replace(config, group_size=own.group_size)
         elif own.group_size_ratio is not None:
             config = replace(config, group_size=None, group_size_ratio=own.group_size_ratio)
+        if own.sink_tokens is not None:
+            config = replace(config, sink_tokens=own.sink_tokens)
         return replace(config, group_size=config.resolve_group_size(own.max_length, self.native_window))
 
     def to_dict(self) -> dict[str, Any]:
@@ -214,6 +223,7 @@ class Schedule:
             "native_window": self.native_window,
             "sparse": self.sparse,
             "group_sizes": [self.attention_config(i).group_size for i in range(len(self.stages))],
+            "sink_tokens": [self.attention_config(i).sink_tokens for i in range(len(self.stages))],
             "windows": [self.native_window if self.has_pose(i) else None for i in range(len(self.stages))],
         }
 
@@ -223,14 +233,25 @@ class Schedule:
 
         Groups are as they were, by whatever rule they were resolved.
         """
+        values = stored_schedule(values)
         stages = [ContextStage.of(stage) for stage in values["stages"]]
-        for number, size in enumerate(values["group_sizes"]):
+        for number, (size, sinks) in enumerate(zip(values["group_sizes"], values["sink_tokens"], strict=True)):
             if stages[number].sparse != "pose":
-                stages[number] = replace(stages[number], group_size=size)
-        attention = S2AttentionConfig(**values["attention"])
-        # Of a run before there was PoSE, `sparse` is missing.
-        window, sparse = values.get("native_window"), values.get("sparse", "s2")
-        return cls(tuple(stages), attention, values["dense_every"], window, sparse)
+                stages[number] = replace(stages[number], group_size=size, sink_tokens=sinks)
+        attention, window = S2AttentionConfig(**values["attention"]), values["native_window"]
+        return cls(tuple(stages), attention, values["dense_every"], window, values["sparse"])
+
+
+def stored_schedule(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `to_dict` gave, earlier versions' with the fields that have come since at what their absence means."""
+    count = len(values["stages"])
+    missing = {"native_window": None, "sparse": "s2", "windows": [None] * count, "sink_tokens": [0] * count}
+    return {
+        **missing,
+        **values,
+        "stages": [asdict(ContextStage.of(stage)) for stage in values["stages"]],
+        "attention": {"sink_tokens": 0, **values["attention"]},
+    }
 
 
 AUTO_STAGES = ("auto", "doubling")

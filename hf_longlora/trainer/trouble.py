@@ -147,6 +147,7 @@ def planned_memory(
             selective_checkpointing=args.selective_checkpointing,
             activation_offloading=args.activation_offloading,
             group_size=schedule.attention_config(stage).group_size,
+            sink_tokens=schedule.attention_config(stage).sink_tokens,
         )
         for words, changes in {"": {}, **remedies}.items():
             found[words] = plan_run(config, [length], gpu=gpu, settings=settings, **changes).lengths[0].total

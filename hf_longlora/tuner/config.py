@@ -15,6 +15,7 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType, TaskType
 from safetensors import SafetensorError, safe_open
 
+from ..attention.config import S2AttentionConfig
 from ..rope import AUTO, ROPE_TYPES, RopeScaling
 
 StoredShapes = dict[str, tuple[int, ...]]
@@ -83,6 +84,20 @@ class LongLoraConfig(LoraConfig):
         default=False,
         metadata={"help": "Whether modules and RoPE have been resolved; they are taken as stored then."},
     )
+
+    @property
+    def trained_attention(self) -> S2AttentionConfig | None:
+        """The pattern that its training ended with, as the schedule says; `None` if it doesn't.
+
+        Adapters stored before there were sink tokens have none.
+        """
+        if not self.schedule:
+            return None
+        return S2AttentionConfig(
+            group_size=self.schedule["group_sizes"][-1],
+            sink_tokens=self.schedule.get("sink_tokens", [0])[-1],
+            shift=self.schedule["attention"]["shift"],
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()

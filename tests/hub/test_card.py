@@ -52,8 +52,8 @@ def test_the_card_says_what_happened(config, tmp_path):
     )
     text = str(card)
     assert "from 64 to 256 tokens: RoPE type `yarn`, factor 4 over" in text
-    assert "| 1 | 128 | 2 | shifted sparse | 32 | 4 |" in text
-    assert "| 2 | 256 | 3 | dense | - | - |" in text
+    assert "| 1 | 128 | 2 | shifted sparse | 32 | 4 | 4 |" in text
+    assert "| 2 | 256 | 3 | dense | - | - | - |" in text
     assert "| dense | 12.50 | 11.25 |" in text
     assert "| as trained |  | 11.75 |" in text
     assert "- tokens: 1,024" in text
@@ -72,7 +72,12 @@ def test_the_card_says_what_happened(config, tmp_path):
 
 def test_the_card_calls_a_stage_dense_where_a_group_holds_all_of_it(config):
     config.schedule["group_sizes"][0] = 128
-    assert "| 1 | 128 | 2 | dense | - | - |" in str(adapter_card(config, name="a", base_model="b"))
+    assert "| 1 | 128 | 2 | dense | - | - | - |" in str(adapter_card(config, name="a", base_model="b"))
+
+
+def test_an_adapter_of_before_there_were_sink_tokens_had_none(config):
+    del config.schedule["sink_tokens"]
+    assert "| 1 | 128 | 2 | shifted sparse | 32 | 0 | 4 |" in str(adapter_card(config, name="a", base_model="b"))
 
 
 def test_the_card_claims_nothing_that_was_not_measured(config):
@@ -166,7 +171,7 @@ def test_a_run_leaves_the_card_of_what_happened(make, tmp_path):
     text = (out / "README.md").read_text()
     tokens = int(trainer.state.log_history[-2]["num_tokens"])
     for line in (
-        "| 2 | 256 | 3 | shifted sparse | 64 | 2 |",
+        "| 2 | 256 | 3 | shifted sparse | 64 | 4 | 2 |",
         "- data: 12 examples, packed (wrapped)",
         f"- tokens: {tokens:,}",
         "- learning rate: 0.0003, constant_with_warmup",

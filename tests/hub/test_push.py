@@ -104,7 +104,7 @@ def test_push_to_hub_by_the_trainer_s_arguments(make, hub, token, tiny_llama, tm
     card = ModelCard(repo.files["README.md"].decode())
     assert card.data.datasets == ["someone/books"] and "sft" in card.data.tags
     assert f'PeftModel.from_pretrained(base, "{REPO}")' in card.text
-    assert "| 2 | 256 | 3 | shifted sparse | 64 | never |" in card.text
+    assert "| 2 | 256 | 3 | shifted sparse | 64 | 4 | never |" in card.text
 
 
 def test_checkpoints_are_pushed_with_their_card(make, hub, token):

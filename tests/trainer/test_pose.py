@@ -345,7 +345,7 @@ def test_what_a_run_leaves(make, tmp_path):
     trainer.train()
     trainer.save_model()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| 1 | 128 | 3 | PoSE | windows of 64 | 3 |" in card and "2309.10400" in card and "zhu2024pose" in card
+    assert "| 1 | 128 | 3 | PoSE | windows of 64 | - | 3 |" in card and "2309.10400" in card and "zhu2024pose" in card
     report = (tmp_path / "out" / "report.html").read_text()
     assert "PoSE in windows of 64, one step in 3 dense" in report
     stored = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["schedule"]
@@ -414,6 +414,7 @@ def test_answers_are_learned_where_no_step_is_cut(make):
         ({"sparse": "pose", "attention": "dense"}, "has no sparse steps"),
         ({"sparse": "pose", "group_size": 16}, "windows and no groups: leave out group_size"),
         ({"sparse": "pose", "group_size_ratio": 0.25}, "windows and no groups: leave out group_size_ratio"),
+        ({"sparse": "pose", "sink_tokens": 0}, "windows and no groups: leave out sink_tokens"),
     ],
 )
 def test_bad_stages_are_refused(fields, message):

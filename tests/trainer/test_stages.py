@@ -65,6 +65,8 @@ def test_a_group_of_a_stage_s_whole_length_makes_it_dense():
         ({"max_length": 8, "max_steps": 1, "group_size": 1}, "group_size"),
         ({"max_length": 8, "max_steps": 1, "group_size_ratio": 1.5}, "group_size_ratio"),
         ({"max_length": 8, "max_steps": 1, "group_size_ratio": "1/16"}, "group_size_ratio.*'1/16'"),
+        ({"max_length": 8, "max_steps": 1, "sink_tokens": -1}, "sink_tokens"),
+        ({"max_length": 8, "max_steps": 1, "sink_tokens": 0.5}, "sink_tokens"),
         ({"max_length": 8, "max_steps": 1, "dense_every": -1}, "dense_every"),
         ({"max_length": 8, "max_steps": 1, "attention": "sparse"}, "attention"),
         ({"max_length": 8}, "missing.*max_steps"),
@@ -89,6 +91,7 @@ def test_bad_stages_are_refused(fields, message):
         ({"stages": [ContextStage(64, 3)], "dense_every": -2}, "dense_every"),
         ({"stages": [ContextStage(64, 3)], "group_size": 1}, "group_size"),
         ({"stages": [ContextStage(64, 3)], "group_size_ratio": 0}, "group_size_ratio"),
+        ({"stages": [ContextStage(64, 3)], "sink_tokens": -4}, "sink_tokens"),
         ({"stages": [ContextStage(64, 3)], "attention_kernel": "fast"}, "Unknown attention kernel"),
         ({"stages": [ContextStage(64, 3)], "attention_shift": "tokens"}, "shift"),
     ],
@@ -292,10 +295,15 @@ def test_a_stored_schedule_means_what_it_meant():
     again = Schedule.from_dict(stored)
     assert [again.attention_config(i) for i in range(2)] == [plan.attention_config(i) for i in range(2)]
     assert again.to_dict()["group_sizes"] == stored["group_sizes"] == [32, 64]
+    assert again.to_dict()["sink_tokens"] == stored["sink_tokens"] == [4, 4]
     card = Path(__file__).parents[2] / "model_cards" / "llama-44m-books-math-8192" / "adapter_config.json"
     old = json.loads(card.read_text())["schedule"]
     assert old["attention"]["group_size_ratio"] == 1 / 16
-    assert Schedule.from_dict(old).attention_config(0).group_size == 8192 // 16
+    assert "sink_tokens" not in old["attention"]  # there were none
+    attention = Schedule.from_dict(old).attention_config(0)
+    assert (attention.group_size, attention.sink_tokens) == (8192 // 16, 0)
+    trained = LongLoraConfig(schedule=old).trained_attention
+    assert (trained.group_size, trained.sink_tokens) == (8192 // 16, 0)
 
 
 @pytest.mark.parametrize("adapter", [True, False])
@@ -314,3 +322,34 @@ def test_the_trainer_goes_by_the_base_s_native_window(make, tiny_llama, adapter)
         assert trainer.model.get_base_model().config.rope_parameters["factor"] == 8.0  # 256 over 32
         again = make(model=trainer.model, stages=stages, peft_config=None)  # a loaded adapter
         assert again.schedule.native_window == 32
+
+
+def test_sink_tokens_of_a_stage_and_of_the_run(tmp_path):
+    stages = [{"max_length": 64, "max_steps": 1, "sink_tokens": 0}, {"max_length": 128, "max_steps": 1}]
+    options = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    for given, expected in (({}, [0, 4]), ({"sink_tokens": 16}, [0, 16]), ({"sink_tokens": 0}, [0, 0])):
+        plan = LongLoraSFTConfig(stages=stages, **options, **given).schedule
+        assert [plan.attention_config(i).sink_tokens for i in range(2)] == expected
+        assert plan.to_dict()["sink_tokens"] == expected
+
+
+def test_a_run_of_before_there_were_sink_tokens_goes_on_as_it_was(make, tmp_path):
+    """And not by today's defaults: that is another run, and says so."""
+    was = dict(group_size_ratio=1 / 16, sink_tokens=0, dense_every=2)
+    make(output="old", callbacks=[Stop(4)], save_strategy="steps", save_steps=100, **was).train()
+    checkpoint = tmp_path / "old" / "checkpoint-4"
+    file = checkpoint / "context_schedule.json"
+    stored = json.loads(file.read_text())
+    for since in ("sink_tokens", "native_window", "sparse", "windows"):
+        del stored[since]
+    del stored["attention"]["sink_tokens"]
+    for stage in stored["stages"]:
+        del stage["sink_tokens"], stage["sparse"]
+    file.write_text(json.dumps(stored))
+    resumed = make(output="old", **was)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 6
+    with pytest.raises(
+        ValueError, match=r"another run.*attention was .*'sink_tokens': 0.*sink_tokens was \[0, 0\], is \[4, 4\]"
+    ):
+        make(output="old", dense_every=2).train(resume_from_checkpoint=str(checkpoint))
