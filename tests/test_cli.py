@@ -15,7 +15,7 @@ from hf_longlora import LongLoraConfig, S2AttentionConfig, perplexity_by_length,
 from hf_longlora.attention import get_s2_attention
 from hf_longlora.attention.interface import S2State
 from hf_longlora.cli import main
-from hf_longlora.cli.data import load_data, read_documents
+from hf_longlora.cli.data import load_documents, texts_of
 from hf_longlora.evaluation import compare
 from hf_longlora.evaluation.compare import compare_attention
 from hf_longlora.hub import refresh_card
@@ -50,7 +50,7 @@ def test_evaluate(adapter, tiny_tokenizer, capsys):
     assert main([*arguments, "--passkey", "0", "--output-dir", str(folder / "out"), "--device", "cpu"]) == 0
     results = json.loads((folder / "out" / "evaluation.json").read_text())
     assert (folder / "out" / "perplexity.png").stat().st_size > 5_000
-    documents = [document for file in files for document in read_documents(type(folder)(file))]
+    documents = texts_of(load_documents(files), tiny_tokenizer)
     assert len(documents) == 4
     options = dict(tokenizer=tiny_tokenizer, progress=False)
     set_s2_attention(model, S2AttentionConfig(group_size=32, shift="all", sink_tokens=0))  # as the last stage ended
@@ -200,8 +200,8 @@ def test_the_active_adapter_says_how_it_was_trained(tiny_llama):
         (["base", "--documents", "missing.txt"], "missing.txt does not exist"),
         (["base", "--documents", "base/model.safetensors"], "of no known kind; known are .jsonl, .json"),
         (["base", "--documents", "latin.txt"], "not UTF-8"),
-        (["base", "--documents", "bad.jsonl"], "bad.jsonl, line 2"),
-        (["base", "--documents", "null.jsonl"], "null.jsonl, line 1: its `text` is null"),
+        (["base", "--documents", "bad.jsonl"], "bad.jsonl: The column 'text' of the dataset has no text in 1 of 2"),
+        (["base", "--documents", "null.jsonl"], "null.jsonl: The column 'text' of the dataset holds Value('null')"),
         (["base", "--documents", "one.txt", "--lengths", "100000"], "no document has 100000 tokens"),
         (["base", "--documents", "one.txt", "--group-size", "1"], "at least 2"),
         (["base", "--documents", "one.txt", "--output-dir", "one.txt"], "one.txt is no folder"),
@@ -405,78 +405,6 @@ def test_trains_usage(run, capsys, monkeypatch):
     monkeypatch.setenv("HF_LONGLORA_DEBUG", "1")
     with pytest.raises(FileNotFoundError):
         main(["train", "--config", "missing.yaml"])
-
-
-def test_a_line_of_json_may_hold_other_line_ends(tmp_path):
-    """Unicode's own (U+2028, U+0085) are no ends of lines in JSON Lines, and stand in texts from the web."""
-    texts = ["one\u2028two\x85three", "four"]
-    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
-    (tmp_path / "a.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
-    assert read_documents(tmp_path / "a.jsonl") == texts
-
-
-def test_documents_are_read_as_the_trainer_reads_them(tmp_path):
-    """And never as one text of brackets and commas."""
-    from datasets import Dataset
-
-    rows = [{"text": 'one,\n"two"', "n": 1}, {"text": "three", "n": 2}]
-    texts = [row["text"] for row in rows]
-    lines = "\n".join(map(json.dumps, rows))
-    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
-    Dataset.from_list(rows).to_csv(tmp_path / "a.csv", index=False)
-    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
-    (tmp_path / "lines.json").write_text(lines)
-    (tmp_path / "one.json").write_text(json.dumps(rows[0], indent=1))
-    assert read_documents(tmp_path / "one.json") == texts[:1]
-    (tmp_path / "one.json").unlink()
-    (tmp_path / "a.jsonl").write_text(lines)
-    for name in ("a.json", "lines.json", "a.csv"):
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
-    for file in sorted(tmp_path.iterdir()):
-        assert read_documents(file) == load_data(str(file))["train"]["text"][:] == texts, file
-    (tmp_path / "a.md").write_text(texts[0])
-    assert read_documents(tmp_path / "a.md") == texts[:1]
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "a.json").write_text('[{"body": "one"}]')
-    (other / "a.csv").write_text("body,n\none,1\n")
-    Dataset.from_list([{"text": "one"}, {"text": None}]).to_parquet(other / "a.parquet")
-    for name, words in (
-        ("a.json", "no column `text`: its columns are body"),
-        ("a.csv", "no column `text`: its columns are body, n"),
-        ("a.parquet", "row 2: its `text` is None, not a text"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            read_documents(other / name)
-    for name in ("a.tsv", "a.xml", "a", "a.zst"):
-        (other / name).write_text("one")
-        with pytest.raises(ValueError, match="of no known kind"):
-            read_documents(other / name)
-
-
-def test_data_from_files_and_folders(tmp_path):
-    from datasets import Dataset
-
-    rows = [{"text": "one\ntwo"}, {"text": "three"}]
-    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
-    for name in ("rows.parquet", "rows.json", "rows.jsonl.gz"):
-        assert load_data(str(tmp_path / name))["train"][:] == {"text": ["one\ntwo", "three"]}
-    (tmp_path / "books").mkdir()
-    for name, text in (("a.txt", "one\n\ntwo\n"), ("b.txt", "three")):
-        (tmp_path / "books" / name).write_text(text)
-    (tmp_path / "books" / "README.md").write_text("not a book")
-    assert sorted(load_data(str(tmp_path / "books"))["train"]["text"]) == ["one\n\ntwo\n", "three"]
-    assert load_data(str(tmp_path / "books" / "a.txt"))["train"]["text"] == ["one\n\ntwo\n"]
-
-
-@pytest.mark.parametrize("absolute", [False, True])
-def test_a_missing_file_of_data_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, absolute):
-    monkeypatch.setattr("datasets.load_dataset", None)
-    name = str(tmp_path / "nothing") if absolute else "nothing.jsonl"
-    with pytest.raises(FileNotFoundError, match=r"nothing.* does not exist"):
-        load_data(name)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,31 @@
 """Text from files and from the Hub, for training and for evaluation."""
 
-import gzip
 import json
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".md": "text"}
-"""The `datasets` builder of a local file, by its suffix before any `.gz`."""
+"""The `datasets` builder of a local file, by its suffix before any of `COMPRESSED`."""
+
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+
+KEPT = ("tools", "chat_template_kwargs", "image", "images")
+"""Columns that TRL reads beside messages; those of pictures are kept to be refused."""
+
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant"}
+"""Who speaks in ShareGPT's conversations, as chat templates call them."""
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{}\n\n### Response:\n"
+)
+"""The prompt of Alpaca and of LongLoRA's own supervised fine-tuning, for tokenizers without a chat template."""
+
+KINDS = f"{', '.join(BUILDERS)}, and {', '.join(COMPRESSED)} of them"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """What the weights of a model may be loaded in."""
@@ -28,8 +45,9 @@ def check_writable(folder: Path) -> None:
 def load_data(name: str, config: str | None = None, streaming: bool = False) -> Any:
     """A dataset by its name on the Hub, or from a local file or folder: a `DatasetDict` of its splits.
 
-    Local files are JSON Lines, JSON, Parquet, CSV or text; of text, each file is one document (a row with a `text`). A
-    file is the split "train"; in a folder the names tell (`train.jsonl`, `test.jsonl`), else all of it is "train".
+    Local files are JSON Lines, JSON, Parquet, CSV or text, compressed or not; of text, each file is one document (a
+    row with a `text`). A file is the split "train"; in a folder the names tell (`train.jsonl`, `test.jsonl`), else all
+    of it is "train". A folder may also be one that `save_to_disk` wrote.
 
     Raises:
         ValueError: if a local file is of no known kind or can't be read, or a folder holds several kinds or none.
@@ -39,17 +57,19 @@ def load_data(name: str, config: str | None = None, streaming: bool = False) -> 
 
     path = Path(name)
     if path.is_file():
-        return _read(path, streaming=streaming, data_files=str(path), **_builder(path))
+        if _suffix(path) not in BUILDERS:
+            raise ValueError(f"{path} is of no known kind; known are {KINDS}.")
+        return _read([path], streaming=streaming)
+    if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
+        return _saved(path, streaming)
     if path.is_dir() and not list(path.glob("*.py")):
         files = [file for file in path.rglob("*") if file.is_file() and _suffix(file) in BUILDERS]
-        kinds = Counter(BUILDERS[_suffix(file)] for file in files if not file.name.startswith((".", "README")))
+        files = [file for file in files if not file.name.startswith((".", "README"))]
+        kinds = Counter(BUILDERS[_suffix(file)] for file in files)
         if len(kinds) != 1:
             found = ", ".join(f"{count} of {kind}" for kind, count in kinds.items()) or "none"
-            raise ValueError(
-                f"{path} must hold data files of one kind ({', '.join(BUILDERS)}, .gz too), and holds {found}."
-            )
-        of_kind = next(file for file in files if BUILDERS[_suffix(file)] in kinds)
-        return _read(path, streaming=streaming, data_dir=str(path), **_builder(of_kind))
+            raise ValueError(f"{path} must hold data files of one kind ({KINDS}), and holds {found}.")
+        return _read(files, streaming=streaming, data_dir=str(path))
     if _suffix(path) in BUILDERS or path.is_absolute():  # meant as a file, and the Hub would be asked for long
         raise FileNotFoundError(f"{name} does not exist")
     try:
@@ -60,16 +80,52 @@ def load_data(name: str, config: str | None = None, streaming: bool = False) -> 
         ) from error
 
 
-def _read(file: Path, **options: Any) -> Any:
+def _read(files: Sequence[Path], **options: Any) -> Any:
+    """Files of one kind, by `datasets`: those of `data_dir` with their splits, else the first one alone."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
+    builder = BUILDERS[_suffix(files[0])]
+    if builder == "text":
+        options["sample_by"] = "document"
+    shown = options.get("data_dir", files[0])
+    packed = next((file for file in files if file.suffix == ".zst"), None)
+    if packed is not None and find_spec("zstandard") is None:
+        raise ImportError(f"{packed} needs a package that isn't installed: pip install zstandard")
+    if "data_dir" not in options:
+        options["data_files"] = str(files[0])
     try:
-        return load_dataset(**options)
+        return load_dataset(builder, **options)
     except (DatasetGenerationError, ValueError) as error:  # the first says nothing itself, but its cause does
-        raise ValueError(f"{file} can't be read as data: {error.__cause__ or error}") from error
+        if isinstance(error.__cause__ or error, UnicodeDecodeError):
+            shown = next((file for file in files if not _is_text(file)), shown)
+            raise ValueError(f"{shown} is not UTF-8 text: {error.__cause__ or error}") from error
+        raise ValueError(f"{shown} can't be read as data: {error.__cause__ or error}") from error
     except StopIteration as error:  # what `datasets` makes of files without a row
-        raise ValueError(f"{file} holds no data") from error
+        raise ValueError(f"{shown} holds no data") from error
+
+
+def _saved(folder: Path, streaming: bool) -> Any:
+    from datasets import DatasetDict, IterableDatasetDict, load_from_disk
+
+    try:
+        data = load_from_disk(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}, a folder of save_to_disk, can't be read: {error}") from error
+    splits = data if isinstance(data, DatasetDict) else DatasetDict(train=data)
+    if not streaming:
+        return splits
+    return IterableDatasetDict({name: split.to_iterable_dataset() for name, split in splits.items()})
+
+
+def _is_text(file: Path) -> bool:
+    import fsspec
+
+    try:
+        with fsspec.open(file, "rt", encoding="utf-8", compression="infer") as text:
+            return all(True for _ in text)
+    except UnicodeDecodeError:
+        return False
 
 
 def split_of(data: Any, name: str, what: str) -> Any:
@@ -79,55 +135,142 @@ def split_of(data: Any, name: str, what: str) -> Any:
     return data[name]
 
 
-def read_documents(file: Path) -> list[str]:
-    """The documents of a file, of the kinds that `load_data` reads: a text, or the `text` of each row.
+def as_trl_reads(data: Any, text_field: str = "text", chat: bool = True) -> Any:
+    """A dataset as published, in the columns that TRL's `SFTTrainer` reads, and in no other.
+
+    | columns                                | become                                                              |
+    |----------------------------------------|---------------------------------------------------------------------|
+    | `input_ids`                            | all columns as they are                                             |
+    | `prompt`, `completion` or `response`   | `prompt`, `completion`                                              |
+    | `messages`, `conversations`            | `messages` of `role` and `content`, from `from`/`value` or JSON too |
+    | the text field                         | the same                                                            |
+    | `instruction`, `output`, maybe `input` | `prompt`, `completion`: messages, or text as Alpaca's (`ALPACA`)    |
+
+    The first that is there counts; a text field of another name than "text" is meant and comes before all others.
+
+    Args:
+        data: A map-style dataset; another kind is returned as it is.
+        text_field: The column of plain text.
+        chat: Whether there is a chat template, which messages need and instructions are put in.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is of no known kind, not UTF-8, or a row has no `text`.
+        ValueError: if there are no such columns, messages are a string that is not JSON or have no chat template.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist or is no file")
-    is_text = _builder(file)["path"] == "text"
-    if not is_text and _suffix(file) != ".jsonl":
-        return _text_column(file, load_data(str(file))["train"])
-    raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
-    if is_text:
-        return [text]
-    documents = []
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines breaks at U+2028, too, which JSON allows
-        if not line.strip():
-            continue
+    from datasets import Dataset
+
+    if not isinstance(data, Dataset):
+        return data
+    columns = set(data.column_names)
+    kept = [name for name in KEPT if name in columns]
+    if "input_ids" in columns:
+        return data
+    if text_field in columns and text_field != "text":
+        return data.select_columns([text_field, *kept])
+    for answer in ("completion", "response"):
+        if {"prompt", answer} <= columns:
+            data = data.select_columns(["prompt", answer, *kept])
+            return _as_messages(data if answer == "completion" else data.rename_column(answer, "completion"), chat)
+    for name in ("messages", "conversations"):
+        if name in columns:
+            data = data.select_columns([name, *kept])
+            return _as_messages(data if name == "messages" else data.rename_column(name, "messages"), chat)
+    if text_field in columns:
+        return data.select_columns([text_field, *kept])
+    if {"instruction", "output"} <= columns:
+        return data.map(_instruction, fn_kwargs={"chat": chat}, remove_columns=data.column_names)
+    if {"chosen", "rejected"} <= columns:
+        raise ValueError(
+            "The data are preferences ('chosen', 'rejected'), which supervised fine-tuning can't learn from. TRL's "
+            'DPOTrainer does: `import hf_longlora`, and load the model with attn_implementation="s2attn".'
+        )
+    raise ValueError(
+        f"No text in the data: the columns are {', '.join(map(repr, sorted(columns)))}, and what is read is "
+        f"{text_field!r} (dataset_text_field names another column), 'messages' or 'conversations', 'prompt' with "
+        "'completion' or 'response', 'instruction' with 'output', or 'input_ids'."
+    )
+
+
+def _as_messages(data: Any, chat: bool) -> Any:
+    """Messages of `role` and `content`, by TRL's converter, with the roles that chat templates know."""
+    from trl.data_utils import maybe_convert_to_chatml
+
+    names = [name for name in ("prompt", "completion", "messages") if name in data.column_names]
+    encoded = [name for name in names if name == "messages" and _is_plain(data.features[name])]
+    if not encoded and all(_is_plain(data.features[name]) for name in names):
+        return data
+    if not chat:
+        raise ValueError(
+            f"The data are messages ({', '.join(names)}), and the tokenizer has no chat template to write them in. "
+            "Training takes one by chat_template_path: a .jinja file, or a model's name."
+        )
+
+    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
+        for name in encoded:
+            try:
+                row[name] = json.loads(row[name])
+            except (json.JSONDecodeError, TypeError) as error:
+                raise ValueError(
+                    f"Row {index:,} has no messages in {name!r} but {str(row[name])[:80]!r}. A column of plain text "
+                    "is read as such under another name than that: 'text', or what dataset_text_field says."
+                ) from error
+        row = maybe_convert_to_chatml(dict(row))
+        for name in names:
+            for message in row[name] or ():
+                if isinstance(message, dict) and "role" in message:
+                    message["role"] = ROLES.get(message["role"], message["role"])
+        return row
+
+    # All columns are made anew: of a changed message, `datasets` would keep the old fields beside the new ones.
+    return data.map(convert, with_indices=True, remove_columns=data.column_names)
+
+
+def _is_plain(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def _instruction(row: dict[str, Any], chat: bool) -> dict[str, Any]:
+    prompt = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    if not chat:
+        return {"prompt": ALPACA.format(prompt), "completion": row["output"]}
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "completion": [{"role": "assistant", "content": row["output"]}],
+    }
+
+
+def load_documents(files: Sequence[str]) -> list[Any]:
+    """The splits of files and folders, as `load_data` takes them, whose rows can be read.
+
+    Raises:
+        ValueError, OSError: as `load_data` and `as_trl_reads`; rows without a text.
+    """
+    from ..trainer.checks import check_columns
+
+    splits: list[Any] = []
+    for file in files:
+        found = load_data(file)
         try:
-            text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}, line {number}: not a JSON object with a `text`") from error
-        if not isinstance(text, str):
-            raise ValueError(f"{file}, line {number}: its `text` is {json.dumps(text)[:80]}, not a text")
-        documents.append(text)
-    return documents
+            for split in found.values():
+                check_columns(as_trl_reads(split), "text")
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        splits += found.values()
+    return splits
 
 
-def _text_column(file: Path, rows: Any) -> list[str]:
-    if "text" not in rows.column_names:
-        raise ValueError(f"{file} has no column `text`: its columns are {', '.join(rows.column_names)}")
-    documents = rows["text"][:]
-    for number, text in enumerate(documents, start=1):
-        if not isinstance(text, str):
-            raise ValueError(f"{file}, row {number}: its `text` is {text!r:.80}, not a text")
-    return documents
+def texts_of(splits: Sequence[Any], tokenizer: Any) -> list[str]:
+    """Each row as one text: messages in the tokenizer's chat template, token ids decoded by it."""
+    from trl import maybe_apply_chat_template
+
+    def text_of(row: dict[str, Any]) -> str:
+        if "input_ids" in row:
+            return tokenizer.decode(row["input_ids"])
+        row = maybe_apply_chat_template(row, tokenizer, tools=row.pop("tools", None))
+        return row["prompt"] + row["completion"] if "prompt" in row else row["text"]
+
+    chat = tokenizer.chat_template is not None
+    return [text_of(row) for split in splits for row in as_trl_reads(split, chat=chat)]
 
 
 def _suffix(file: Path) -> str:
-    return Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
-
-
-def _builder(file: Path) -> dict[str, Any]:
-    builder = BUILDERS.get(_suffix(file))
-    if builder is None:
-        raise ValueError(f"{file} is of no known kind; known are {', '.join(BUILDERS)}, and .gz of them.")
-    return {"path": builder} | ({"sample_by": "document"} if builder == "text" else {})
+    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix

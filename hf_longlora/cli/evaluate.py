@@ -27,8 +27,8 @@ def add(commands: Any) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="files as `train` reads them (.gz too): .txt and .md, a document each; .jsonl, .json, .parquet and .csv, "
-        "a document's `text` in each row",
+        help="files and folders as `train` reads them: .txt and .md, a document each; .jsonl, .json, .parquet, .csv, "
+        "a document in each row, whatever its columns",
     )
     evaluate.add_argument(
         "--lengths", nargs="+", type=int, required=True, metavar="N", help="context lengths in tokens"
@@ -92,13 +92,14 @@ def run(options: argparse.Namespace) -> None:
     from ..evaluation.compare import trained_attention, trained_window
     from ..evaluation.plots import require_matplotlib
     from ..hub.card import base_name, weights_sha256
-    from .data import check_writable, read_documents
+    from .data import check_writable, load_documents, texts_of
 
     require_matplotlib()
     out = Path(options.output_dir)
     check_writable(out)
-    documents = [document for file in options.documents for document in read_documents(Path(file))]
+    splits = load_documents(options.documents)
     model, tokenizer = load(options.model, options.dtype, options.device)
+    documents = texts_of(splits, tokenizer)
     measured = weights_sha256(options.model) if isinstance(model, PeftModel) else None
     taken = any((out / name).is_file() for name in (CONFIG_NAME, "config.json", TRAINER_STATE_NAME))
     own = out.is_dir() and Path(options.model).is_dir() and out.samefile(options.model)

@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
 
     from ..from_hub import read_config
     from ..trainer import LongLoraSFTTrainer, last_checkpoint
-    from .data import check_writable, load_data, split_of
+    from .data import as_trl_reads, check_writable, load_data, split_of
 
     script, model, args = _parse(options.arguments)
     if model.model_name_or_path is None:
@@ -121,10 +121,15 @@ def run(options: argparse.Namespace) -> None:
     # Before the data are read.
     read_config(model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     data = load_data(script.dataset_name, script.dataset_config, script.dataset_streaming)
-    train = split_of(data, script.dataset_train_split, "dataset_train_split")
+    # With a template, instructions are a conversation: the model's, if no other is given.
+    chat = args.chat_template_path is not None or _has_chat_template(model, args)
+    train = as_trl_reads(
+        split_of(data, script.dataset_train_split, "dataset_train_split"), args.dataset_text_field, chat
+    )
     evaluated = None
     if args.eval_strategy != "no":
         evaluated = split_of(data, script.dataset_test_split, "dataset_test_split")
+        evaluated = as_trl_reads(evaluated, args.dataset_text_field, chat)
 
     dtype = model.dtype or ("auto" if model.use_peft else "float32")
     if model.load_in_4bit or model.load_in_8bit:
@@ -151,6 +156,14 @@ def run(options: argparse.Namespace) -> None:
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
         trainer.accelerator.print(f"On the Hub: {trainer.hub_model_id}")
+
+
+def _has_chat_template(model: Any, args: Any) -> bool:
+    from transformers import AutoTokenizer
+
+    revision, trusted = model.model_revision, args.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, revision=revision, trust_remote_code=trusted)
+    return tokenizer.chat_template is not None
 
 
 def _parse(arguments: list[str]) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 import trl
-from datasets import Dataset
+from datasets import Dataset, LargeList, List, Value
 from peft import PeftConfig, PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -87,28 +87,53 @@ def check_dataset(dataset: Any, args: LongLoraSFTConfig, formatting_func: Any) -
     columns = set(dataset.column_names)
     if columns & {"image", "images"}:
         raise ValueError("Datasets with images are not supported: stages cut text to their length.")
-    known = {args.dataset_text_field, "input_ids", "messages", "conversations", "prompt"}
-    if formatting_func is None and not columns & known:
+    if formatting_func is None:
+        check_columns(dataset, args.dataset_text_field)
+
+
+def check_columns(dataset: Dataset, text_field: str) -> None:
+    """Raise a `ValueError` unless the columns that TRL reads hold texts or messages in every row."""
+    columns = set(dataset.column_names)
+    if "input_ids" in columns:
+        return
+    if "prompt" in columns and "completion" not in columns:
         raise ValueError(
-            f"`train_dataset` has no text: its columns are {sorted(columns)}, and none is {args.dataset_text_field!r} "
+            f"The dataset has a 'prompt' and no 'completion': its columns are {sorted(columns)}, and TRL reads "
+            "'prompt' before any other. Rename what answers it, or remove_columns('prompt')."
+        )
+    if "prompt" in columns:
+        names = ["prompt", "completion"]
+    else:
+        names = [name for name in ("messages", "conversations", text_field) if name in columns][:1]
+    if not names:
+        raise ValueError(
+            f"The dataset has no text: its columns are {sorted(columns)}, and none is {text_field!r} "
             "(dataset_text_field), 'messages', 'prompt' or 'input_ids'. Name the column, or pass a formatting_func."
         )
-    if formatting_func is None and columns & known == {args.dataset_text_field}:
-        check_texts(dataset, args.dataset_text_field)
+    for name in names:
+        check_texts(dataset, name, plain=name == text_field)
 
 
-def check_texts(dataset: Dataset, name: str) -> None:
-    """Raise a `ValueError` unless a column holds nothing but texts."""
+def check_texts(dataset: Dataset, name: str, plain: bool) -> None:
+    """Raise a `ValueError` unless a column holds nothing but texts or, where it need not be plain, messages."""
     kind: Any = dataset.features[name]
-    if getattr(kind, "dtype", None) not in ("string", "large_string"):
-        raise ValueError(f"The column {name!r} of `train_dataset` holds {kind}, not text alone.")
-    if dataset.data.column(name).null_count > 0:  # of the table, of which these rows may be a part
-        missing = [row for row, text in enumerate(dataset[name]) if text is None]
-        if missing:
-            raise ValueError(
-                f"The column {name!r} of `train_dataset` has no text in {len(missing):,} of {len(dataset):,} rows, "
-                f"such as row {missing[0]:,}. Leave them out: dataset.filter(lambda row: row[{name!r}] is not None)."
-            )
+    text = getattr(kind, "dtype", None) in ("string", "large_string")
+    messages = isinstance(kind, List | LargeList) and not isinstance(kind.feature, Value)
+    if plain and not text:
+        raise ValueError(f"The column {name!r} of the dataset holds {kind}, not text alone.")
+    if not messages and (not text or name in ("messages", "conversations")):
+        raise ValueError(f"The column {name!r} of the dataset holds {kind}, not a list of messages in each row.")
+    column = dataset.select_columns([name]).with_format("arrow")[:][name]
+    missing = pc.is_null(column)
+    if messages:
+        missing = pc.or_kleene(missing, pc.equal(pc.list_value_length(column), 0))
+    rows = pc.indices_nonzero(missing)
+    if len(rows) > 0:
+        raise ValueError(
+            f"The column {name!r} of the dataset has no {'text' if text else 'message'} in {len(rows):,} of "
+            f"{len(dataset):,} rows, such as row {rows[0].as_py():,}. Leave them out: "
+            f"dataset.filter(lambda row: row[{name!r}])."
+        )
 
 
 def check_trainable(model: Any, peft_config: PeftConfig | None) -> None:

@@ -1,0 +1,252 @@
+"""Data as published: files as they come, in the columns that TRL reads."""
+
+import bz2
+import gzip
+import json
+import lzma
+
+import pytest
+from datasets import Dataset, DatasetDict
+from trl import SFTTrainer
+
+from hf_longlora import LongLoraSFTConfig, LongLoraSFTTrainer
+from hf_longlora.cli import main
+from hf_longlora.cli.data import ALPACA, as_trl_reads, load_data, load_documents, texts_of
+
+QUESTION, ANSWER = "What color is the sky?", "It is blue."
+CHAT = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+SHAREGPT = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
+PAIR = {"prompt": CHAT[:1], "completion": CHAT[1:]}
+LONG = "The quick brown fox jumps over the lazy dog, and a long book has many chapters. " * 12
+
+
+@pytest.fixture
+def folder(tiny_llama, tiny_tokenizer, tmp_path, monkeypatch):
+    """A base with a chat template and a run's file, to stand in."""
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("base")
+    tiny_tokenizer.save_pretrained("base")
+    (tmp_path / "run.yaml").write_text(
+        "{model_name_or_path: base, output_dir: out, stages: [{max_length: 128, max_steps: 1}], use_cpu: true,\n"
+        "bf16: false, report_to: none, report: false, per_device_train_batch_size: 1, lora_r: 2}\n"
+    )
+    return tmp_path
+
+
+def train(dataset, *arguments):
+    return main(["train", "--config", "run.yaml", "--dataset_name", dataset, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("row", "read"),
+    [
+        ({"text": QUESTION, "meta": 1}, {"text": QUESTION}),
+        ({"conversations": SHAREGPT, "id": "a"}, {"messages": CHAT}),
+        ({"conversations": CHAT}, {"messages": CHAT}),
+        ({"messages": SHAREGPT}, {"messages": CHAT}),
+        ({"messages": json.dumps(CHAT)}, {"messages": CHAT}),
+        ({"messages": CHAT, "prompt": QUESTION, "prompt_id": "7"}, {"messages": CHAT}),  # ultrachat_200k
+        ({"prompt": QUESTION, "response": ANSWER}, {"prompt": QUESTION, "completion": ANSWER}),
+        ({"prompt": CHAT[:1], "response": CHAT[1:]}, PAIR),
+        ({"prompt": SHAREGPT[:1], "completion": SHAREGPT[1:]}, PAIR),
+        ({"instruction": QUESTION, "output": ANSWER}, PAIR),
+        ({"instruction": QUESTION, "input": "", "output": ANSWER, "file": "a.txt"}, PAIR),
+    ],
+)
+def test_columns_as_published(tmp_path, row, read):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    found = as_trl_reads(load_data(str(tmp_path / "rows.jsonl"))["train"])
+    assert found[:] == {name: [value, value] for name, value in read.items()}
+
+
+def test_instructions_with_an_input_and_without_a_template():
+    rows = Dataset.from_list([{"instruction": "Add.", "input": "1 2", "output": "3"}])
+    assert as_trl_reads(rows)[0]["prompt"] == [{"role": "user", "content": "Add.\n\n1 2"}]
+    plain = as_trl_reads(rows, chat=False)[0]
+    assert plain == {"prompt": ALPACA.format("Add.\n\n1 2"), "completion": "3"}
+
+
+def test_a_text_field_that_is_named_comes_first():
+    rows = Dataset.from_list([{"messages": CHAT, "story": LONG, "text": QUESTION}])
+    assert as_trl_reads(rows, "story").column_names == ["story"]
+    assert as_trl_reads(rows).column_names == ["messages"]  # as TRL
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": QUESTION, "rejected": ANSWER}, "TRL's DPOTrainer"),
+        ({"body": LONG, "title": "a"}, "the columns are 'body', 'title', and what is read is 'text' (dataset_text_"),
+        ({"prompt": QUESTION}, "the columns are 'prompt'"),
+        ({"messages": LONG}, "Row 0 has no messages in 'messages' but 'The quick"),
+        ({"messages": []}, "'messages' of the dataset has no message in 1 of 2 rows, such as row 1"),
+        ({"conversations": []}, "'messages' of the dataset has no message in 1 of 2 rows, such as row 1"),
+        ({"prompt": CHAT[:1], "completion": []}, "'completion' of the dataset has no message in 1 of 2 rows"),
+        ({"prompt": QUESTION, "response": None}, "'completion' of the dataset has no text in 1 of 2 rows"),
+    ],
+)
+def test_what_can_not_be_read_is_said(folder, capsys, row, message):
+    empty = [name for name, value in row.items() if not value]
+    full = {"messages": CHAT, "conversations": SHAREGPT, "completion": CHAT[1:], "response": ANSWER}
+    rows = [row | {name: full[name] for name in empty}, row]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert train("rows.jsonl") == 1
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("hf-longlora: error:") == 1
+    assert main(["evaluate", "base", "--documents", "rows.jsonl", "--lengths", "64", "--device", "cpu"]) == 1
+    assert f"rows.jsonl: {message}" in capsys.readouterr().err or message in printed
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_the_trainer_refuses_what_trl_would_stumble_over(tiny_llama, tiny_tokenizer, tmp_path, column):
+    args = LongLoraSFTConfig(
+        output_dir=str(tmp_path), stages=[{"max_length": 128, "max_steps": 1}], use_cpu=True, bf16=False
+    )
+
+    def make(rows):
+        data = Dataset.from_list(rows)
+        return LongLoraSFTTrainer(tiny_llama(), args, train_dataset=data, processing_class=tiny_tokenizer)
+
+    with pytest.raises(ValueError, match="no message in 1 of 2 rows, such as row 1"):
+        make([{column: CHAT}, {column: []}])
+    with pytest.raises(ValueError, match="not a list of messages in each row"):
+        make([{column: QUESTION}])
+    with pytest.raises(ValueError, match="has a 'prompt' and no 'completion'"):
+        make([{column: CHAT, "prompt": QUESTION}])
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_long_alpaca_is_trained_on_its_answers(folder, tiny_tokenizer, monkeypatch, template):
+    """LongLoRA's own format: a JSON array whose instructions hold the long document."""
+    rows = [{"instruction": f"{LONG} {QUESTION}", "output": ANSWER, "file": "a.pdf"}] * 2
+    (folder / "LongAlpaca-12k.json").write_text(json.dumps(rows))
+    if not template:
+        tiny_tokenizer.chat_template = None
+        (folder / "base" / "chat_template.jinja").unlink()
+        tiny_tokenizer.save_pretrained("base")
+    seen = []
+    compute_loss = SFTTrainer.compute_loss
+
+    def watched(self, model, inputs, *args, **kwargs):
+        seen.append({name: inputs[name][0] for name in ("input_ids", "labels")})
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", watched)
+    assert train("LongAlpaca-12k.json", "--stages", '[{"max_length": 4096, "max_steps": 1}]') == 0
+    text = tiny_tokenizer.decode(seen[0]["input_ids"])
+    learned = tiny_tokenizer.decode(seen[0]["labels"][seen[0]["labels"] != -100])
+    assert learned == f"{ANSWER}</s>" and text.count(LONG.strip()) == 1
+    assert ("### Response:" in text) == (not template) and ("user: " in text) == template
+
+
+def test_messages_without_a_template_are_refused_before_weights_are_loaded(folder, tiny_tokenizer, capsys):
+    (folder / "rows.jsonl").write_text(json.dumps({"conversations": SHAREGPT}))
+    (folder / "base" / "chat_template.jinja").unlink()
+    assert train("rows.jsonl") == 1
+    assert "no chat template to write them in" in capsys.readouterr().err
+
+
+def test_a_sharegpt_file_is_trained_and_evaluated(folder, tiny_tokenizer, capsys):
+    long = [{"from": "human", "value": LONG}, {"from": "gpt", "value": ANSWER}]
+    (folder / "share.jsonl.gz").write_bytes(gzip.compress(json.dumps({"conversations": long, "id": 1}).encode()))
+    assert train("share.jsonl.gz") == 0
+    arguments = ["--lengths", "64", "--device", "cpu", "--output-dir", "seen"]
+    assert main(["evaluate", "base", "--documents", "share.jsonl.gz", *arguments]) == 0
+    texts = texts_of(load_documents(["share.jsonl.gz"]), tiny_tokenizer)
+    assert texts == [f"<s>user: {LONG}\nassistant: {ANSWER}</s>"]
+
+
+def test_documents_are_read_as_the_trainer_reads_them(tmp_path, tiny_tokenizer):
+    """And never as one text of brackets and commas."""
+
+    def read(name):
+        return texts_of(load_documents([str(tmp_path / name)]), tiny_tokenizer)
+
+    rows = [{"text": 'one,\n"two"', "n": 1}, {"text": "three", "n": 2}]
+    lines = "\n".join(map(json.dumps, rows))
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    Dataset.from_list(rows).to_csv(tmp_path / "a.csv", index=False)
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "lines.json").write_text(lines)
+    (tmp_path / "a.jsonl").write_text(lines)
+    for name in ("a.json", "lines.json", "a.csv"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    for file in sorted(tmp_path.iterdir()):
+        assert read(file.name) == [row["text"] for row in rows], file
+    (tmp_path / "one.json").write_text(json.dumps(rows[0], indent=1))
+    (tmp_path / "a.md").write_text(rows[0]["text"])
+    assert read("one.json") == read("a.md") == [rows[0]["text"]]
+    Dataset.from_list([{"prompt": QUESTION, "response": ANSWER}]).to_csv(tmp_path / "pairs.csv", index=False)
+    Dataset.from_list([{"input_ids": tiny_tokenizer("ids")["input_ids"]}]).to_parquet(tmp_path / "ids.parquet")
+    assert read("pairs.csv") == [QUESTION + ANSWER] and read("ids.parquet") == ["ids"]
+    splits = {name: Dataset.from_list([{"text": name}]) for name in ("train", "test")}
+    DatasetDict(splits).save_to_disk(tmp_path / "both")
+    assert read("both") == ["train", "test"]
+    for name in ("a.tsv", "a.xml", "a", "a.zst"):
+        (tmp_path / name).write_text("one")
+        with pytest.raises(ValueError, match="of no known kind"):
+            read(name)
+
+
+def test_data_from_files_and_folders(tmp_path):
+    rows = [{"text": "one\ntwo"}, {"text": "three"}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    for suffix, compress in (("gz", gzip.compress), ("xz", lzma.compress), ("bz2", bz2.compress)):
+        (tmp_path / f"rows.jsonl.{suffix}").write_bytes(compress(lines))
+    for name in ("rows.parquet", "rows.json", "rows.jsonl.gz", "rows.jsonl.xz", "rows.jsonl.bz2"):
+        assert load_data(str(tmp_path / name))["train"][:] == {"text": ["one\ntwo", "three"]}
+    (tmp_path / "books").mkdir()
+    for name, text in (("a.txt", "one\n\ntwo\n"), ("b.txt", "three")):
+        (tmp_path / "books" / name).write_text(text)
+    (tmp_path / "books" / "README.md").write_text("not a book")
+    assert sorted(load_data(str(tmp_path / "books"))["train"]["text"]) == ["one\n\ntwo\n", "three"]
+    assert load_data(str(tmp_path / "books" / "a.txt"))["train"]["text"] == ["one\n\ntwo\n"]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    assert load_data(str(tmp_path / "saved"))["train"]["text"] == ["one\ntwo", "three"]
+    (tmp_path / "saved" / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="saved, a folder of save_to_disk, can't be read"):
+        load_data(str(tmp_path / "saved"))
+
+
+def test_zstandard(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "rows.jsonl.zst").write_bytes(zstandard.compress(json.dumps({"text": "one"}).encode()))
+    assert load_data(str(tmp_path / "rows.jsonl.zst"))["train"]["text"] == ["one"]
+
+
+def test_zstandard_without_its_package(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl.zst").write_bytes(b"not read")
+    monkeypatch.setattr("hf_longlora.cli.data.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"rows.jsonl.zst needs .* pip install zstandard"):
+        load_data(str(tmp_path / "rows.jsonl.zst"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_that_is_no_text_is_named(tmp_path, packed):
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text("A text.")
+    latin = "Café".encode("latin-1")
+    (tmp_path / "b.txt").unlink()
+    name = "b.txt.gz" if packed else "b.txt"
+    (tmp_path / name).write_bytes(gzip.compress(latin) if packed else latin)
+    for data in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError, match=rf"{name} is not UTF-8 text: 'utf-8' codec can't decode"):
+            load_data(str(data))
+
+
+def test_a_line_of_json_may_hold_other_line_ends(tmp_path, tiny_tokenizer):
+    """Unicode's own (U+2028, U+0085) are no ends of lines in JSON Lines, and stand in texts from the web."""
+    texts = ["one\u2028two\x85three", "four"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    assert texts_of(load_documents([str(tmp_path / "a.jsonl")]), tiny_tokenizer) == texts
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_missing_file_of_data_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, absolute):
+    monkeypatch.setattr("datasets.load_dataset", None)
+    name = str(tmp_path / "nothing") if absolute else "nothing.jsonl"
+    with pytest.raises(FileNotFoundError, match=r"nothing.* does not exist"):
+        load_data(name)
