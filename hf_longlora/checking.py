@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .attention import S2AttentionConfig, check_supported, set_s2_attention
+from .attention import S2AttentionConfig, check_skipping, check_supported, set_s2_attention
 from .attention.config import dense_by_size
 from .attention.interface import left_alone, refuse_sparse, refuse_unknown
 from .attention.kernels import KERNELS
@@ -76,6 +76,8 @@ class ModelCheck:
     """Layers without softmax attention."""
     group_size: int | None = None
     sink_tokens: int = 0
+    window: int | None = None
+    """Tokens in a window of a PoSE step; `None` if it can't have such steps."""
     length: int | None = None
     rope: tuple[RopeScaling, RopeScaling] | None = None
     """Before and after; `None` without RoPE."""
@@ -145,6 +147,11 @@ def check_model(
     except ValueError as error:
         found.refused.append(str(error))
         return found
+    try:
+        check_skipping(type(built), config)
+        found.window = native_window(built)
+    except ValueError as error:
+        found.notes.append(f"No PoSE steps: {error}")
     _put_adapter(built, found, adapter or LongLoraConfig(target_length=target_length, rope_type=rope_type))
     _group_size(found, built, target_length, attention or S2AttentionConfig())
     _run(built, found)
@@ -259,6 +266,7 @@ def _run(model: PreTrainedModel, found: ModelCheck) -> None:
     """The layers of the language model, as they call for attention in training."""
     language = {id(module): name for name, module in language_modules(model)}
     calls: list[Layer] = []
+    untold: set[str] = set()
 
     def probe(
         module: nn.Module,
@@ -273,6 +281,8 @@ def _run(model: PreTrainedModel, found: ModelCheck) -> None:
             causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
             alone = left_alone(module, query, key, attention_mask, causal, kwargs.get("sliding_window"))
             needs = {"softcap": kwargs.get("softcap"), "attention sinks": kwargs.get("s_aux")}
+            if "cu_seq_lens_q" not in kwargs:
+                untold.add(type(module).__name__)
             try:
                 refuse_unknown(module, kwargs)
                 if alone is None:
@@ -295,7 +305,7 @@ def _run(model: PreTrainedModel, found: ModelCheck) -> None:
         for attempt, mask in enumerate(masks, start=1):
             calls.clear()
             try:
-                model.train()(input_ids=ids, attention_mask=mask, use_cache=False)
+                model.train()(input_ids=ids, attention_mask=mask, use_cache=False, cu_seq_lens_q=None)
                 break
             except Exception as error:  # whatever a family's code does with tensors that have no numbers
                 if str(error).startswith(READS_MASK):
@@ -308,6 +318,12 @@ def _run(model: PreTrainedModel, found: ModelCheck) -> None:
                         f"The forward of {found.model_class} can't be followed without numbers ({error}), so that its "
                         "layers are not listed: run a training step of a tiny model of the family."
                     )
+    if untold and found.window is not None:
+        found.window = None
+        found.notes.append(
+            f"No PoSE steps: {', '.join(sorted(untold))} doesn't get `cu_seq_lens_q`, and would take each skip inside "
+            'a window for the beginning of another document. Train it with sparse="s2".'
+        )
     found.layers = list(dict.fromkeys(calls))  # some models go through a layer more than once
     total = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     if calls and isinstance(total, int):
@@ -385,6 +401,8 @@ def _lines(found: ModelCheck) -> Iterator[str]:
     if found.group_size is not None:
         sinks = f" and the first {found.sink_tokens:,} of a document" if found.sink_tokens else ""
         yield f"groups      {found.group_size:,} tokens{sinks}, at {found.length:,}"
+    if found.window is not None:
+        yield f"windows     {found.window:,} tokens in PoSE steps (sparse='pose')"
     if found.targets:
         yield f"LoRA on     {', '.join(found.targets)}"
     if found.norms or found.embeddings:

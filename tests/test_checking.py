@@ -15,6 +15,7 @@ from hf_longlora.cli import main
 from hf_longlora.families import FAMILIES, find_family
 from hf_longlora.rope import ROPE_TYPES, current_rope, reach
 
+from .attention.test_skipping import STATEFUL, UNTOLD
 from .test_families import COMMON, EVERY, HALF_SLIDING, OUTSIDE, SHARED, TINY, build, vision_language
 
 
@@ -33,6 +34,10 @@ def test_it_says_what_happens(family):
     assert (len(found.sparse), len(found.layers) + found.other_layers) == (sparse, total)
     assert {layer.heads for layer in found.layers} == {config.num_attention_heads}
     assert config == model.config  # a config that was passed is not changed
+    # As `tests/attention/test_skipping.py` finds them in a training step.
+    skips = bool(known.rope_types) and family not in STATEFUL | UNTOLD
+    assert found.window == (reach(config)[0] if skips else None)
+    assert any(note.startswith("No PoSE steps") for note in found.notes) != skips
 
     tuned = get_peft_model(model, LongLoraConfig(target_length=target))
     trained = {n for n, p in tuned.named_parameters() if p.requires_grad}
@@ -60,6 +65,7 @@ def test_the_words():
         "2 of 2 layers sparse",
         "the last 1 of 2 key/value heads, with 2 of 4 query heads",
         "100 tokens and the first 4 of a document, at 2,048",
+        "windows     64 tokens in PoSE steps",
         "LoRA on     k_proj, o_proj, q_proj, v_proj",
         "5 norms",
         "1 embedding (model.embed_tokens)",

@@ -210,6 +210,66 @@ def test_seconds_follow_the_pattern():
     assert of(backend="flash").seconds_dense > of(backend="cudnn").seconds_dense
 
 
+def test_pose_steps_are_planned_a_window_at_a_time():
+    config = copy.copy(EIGHT_LAYERS)
+    config.max_position_embeddings = 8192  # the window
+
+    def of(length, **changes):
+        return plan_run(config, [length], gpu="H200", **changes).lengths[0]
+
+    windows = {"sparse": "pose", "dense_every": 0}
+    short, long, longer = (of(length, **windows) for length in (8192, 32768, 131072))
+    assert short.activations == long.activations == longer.activations == of(8192).activations
+    assert short.gradients == of(8192).gradients  # at the peak there are none yet; of a window before, there are
+    assert long.gradients == longer.gradients == of(8192, gradient_accumulation_steps=4).gradients > short.gradients
+    assert longer.total < of(131072, dense_every=0).total / 2
+    assert long.seconds == pytest.approx(4 * short.seconds, rel=0.03)
+    assert longer.seconds == pytest.approx(16 * short.seconds, rel=0.03)
+    assert of(32768, batch_size=2, **windows).seconds == pytest.approx(2 * long.seconds, rel=0.03)
+    assert of(32768, batch_size=2, **windows).total == long.total
+    mixed = of(131072, sparse="pose")
+    assert mixed.total == of(131072).total  # that of its dense steps
+    assert mixed.seconds == pytest.approx((3 * longer.seconds + mixed.seconds_dense) / 4)
+    assert mixed.seconds_dense == of(131072).seconds_dense
+    assert of(131072, sparse="pose", dense_every=1).seconds == mixed.seconds_dense
+    offloaded = of(131072, activation_offloading=True, **windows)
+    assert offloaded.host == pytest.approx(5 * 8192 * 4096 * 2 / GIB)
+
+    assert plan_run(config, [8192], gpu="H200", **windows).longest is None
+    mixed, plain = (plan_run(config, [8192], gpu="H200", sparse=sparse).longest for sparse in ("pose", "s2"))
+    assert mixed == plain > 8192
+    assert plan_run(LLAMA_8B, [8192], adapter=None, dtype="float32", **windows).longest == 0  # not even a window
+
+
+def test_windows_that_run_at_once_take_a_whole_row():
+    """With a balance of experts in the loss, and RoPE that goes by the longest position: as the trainer runs them."""
+    experts = MixtralConfig(
+        num_hidden_layers=2, max_position_embeddings=8192, sliding_window=None, router_aux_loss_coef=0.02
+    )
+    windows = {"sparse": "pose", "dense_every": 0}
+    dynamic = copy.copy(LLAMA)
+    dynamic.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    for config in (experts, dynamic):
+        whole, dense = (plan_run(config, [32768], **changes).lengths[0] for changes in (windows, {}))
+        assert whole.total == dense.total and whole.seconds < dense.seconds_dense
+    experts.router_aux_loss_coef = 0.0
+    assert plan_run(experts, [32768], **windows).lengths[0].total < plan_run(experts, [32768]).lengths[0].total
+
+
+def test_the_defaults_are_the_trainer_s():
+    import argparse
+
+    from hf_longlora import LongLoraSFTConfig
+    from hf_longlora.cli import plan
+
+    commands = argparse.ArgumentParser().add_subparsers()
+    plan.add(commands)
+    options = commands.choices["plan"].parse_args(["model"])
+    for name in ("sparse", "dense_every", "group_size", "group_size_ratio"):
+        default = LongLoraSFTConfig.__dataclass_fields__[name].default
+        assert getattr(RunSettings(), name) == getattr(options, name) == default, name
+
+
 @pytest.mark.parametrize("gpu", GPUS)
 def test_the_longest_is_the_last_that_fits(gpu):
     changes = {"quantization": "4bit", "gpu": gpu}
@@ -237,6 +297,7 @@ def test_the_longest_is_the_last_that_fits(gpu):
         ({"sink_tokens": -1}, "sink_tokens"),
         ({"gpu": "A100-80GB", "backend": "cudnn"}, "no cudnn attention"),
         ({"dtype": "int8"}, "dtype"),
+        ({"sparse": "s3"}, "sparse must be s2 or pose"),
     ],
 )
 def test_what_can_not_be_planned(arguments, message):

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..rope import native_window
+from ..rope import find_rope, native_window
 from .config import AttentionMode, S2AttentionConfig
 from .interface import NAME, STATE, S2State
 
@@ -50,13 +50,18 @@ def check_supported(model_class: type[PreTrainedModel], config: PreTrainedConfig
 
 def check_skipping(model_class: type, config: PreTrainedConfig) -> None:
     """Raise a `ValueError` if a model class can't be trained on positions that skip (PoSE), saying why."""
-    text = config.get_text_config()
-    kinds = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
-    if getattr(model_class, "_is_stateful", False) or kinds:
-        what = f"layers of type {', '.join(kinds)}" if kinds else "layers that carry a state from token to token"
+    if find_rope(config) is None:
         raise ValueError(
-            f"{model_class.__name__} has {what}: unlike attention they don't go by positions, and would read on "
-            'across the skips inside a window of a PoSE step. Train it with sparse="s2".'
+            f"PoSE skips positions, and {model_class.__name__} has no RoPE that can be read. Train it with "
+            'sparse="s2".'
+        )
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+    others = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if others or getattr(model_class, "_is_stateful", False):
+        what = f"layers of type {', '.join(others)}" if others else "layers that carry a state from token to token"
+        raise ValueError(
+            f"{model_class.__name__} has {what}, which can't tell where positions skip inside a window of a PoSE "
+            'step. Train it with sparse="s2".'
         )
 
 

@@ -67,6 +67,12 @@ def add(commands: Any) -> None:
         help="first tokens of a document that every group sees",
     )
     plan.add_argument("--dense-every", type=int, default=4, metavar="K", help="each K-th step is dense; 0: none")
+    plan.add_argument(
+        "--sparse",
+        choices=("s2", "pose"),
+        default="s2",
+        help="the other steps: shifted sparse attention, or windows of the base's native window (PoSE)",
+    )
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.set_defaults(run=run, after_interruption="Nothing has been changed.")
 
@@ -97,6 +103,7 @@ def run(options: argparse.Namespace) -> None:
         group_size_ratio=options.group_size_ratio,
         sink_tokens=options.sink_tokens,
         dense_every=options.dense_every,
+        sparse=options.sparse,
     )
     plan = plan_run(options.model, options.lengths, gpu=options.gpu or local_gpu() or "H100", settings=settings)
     if options.json:
@@ -134,7 +141,9 @@ def _show(plan: Any, options: argparse.Namespace) -> None:
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
     console.print(table)
-    if plan.longest:
+    if plan.longest is None:
+        print("A step holds one window at a time: any length fits.")
+    elif plan.longest:
         print(f"The longest that fits: {plan.longest:,} tokens.")
     else:
         print("Not even 1,024 tokens fit: take a quantized base, a larger card, or train less.")

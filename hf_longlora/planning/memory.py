@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from .gpus import Gpu
 from .settings import RunSettings
 from .shape import Shape
@@ -111,12 +114,31 @@ def fits(total: float, gpu: Gpu) -> bool:
     return total / GIB * FRAGMENTATION + CONTEXT_GIB <= gpu.memory_gib
 
 
-def longest(shape: Shape, settings: RunSettings, gpu: Gpu) -> int:
-    """The longest sequence that fits, in whole thousands (1,024) of tokens; 0 if none does."""
+def in_windows(shape: Shape, settings: RunSettings, length: int) -> tuple[RunSettings, int]:
+    """A PoSE step over sequences of `length` tokens, as the forwards of a window that it runs one after the other."""
+    window = shape.native_window
+    if window is None or length <= window or not shape.adds_up:
+        return settings, length
+    forwards = settings.gradient_accumulation_steps * math.ceil(settings.batch_size * length / window)
+    return replace(settings, batch_size=1, gradient_accumulation_steps=forwards), window
+
+
+def largest_step(shape: Shape, settings: RunSettings, length: int) -> tuple[RunSettings, int]:
+    """Settings and length of the step that takes the most memory of a run over sequences of `length` tokens."""
+    if settings.sparse == "pose" and settings.dense_every == 0:
+        return in_windows(shape, settings, length)
+    return settings, length
+
+
+def longest(shape: Shape, settings: RunSettings, gpu: Gpu) -> int | None:
+    """The longest sequence that fits, in whole thousands (1,024) of tokens; 0 if none does, `None` if any does."""
 
     def enough(thousands: int) -> bool:
-        parts, _ = bytes_at_peak(shape, settings, 1024 * thousands)
+        parts, _ = bytes_at_peak(shape, *largest_step(shape, settings, 1024 * thousands))
         return fits(sum(parts.values()), gpu)
+
+    if largest_step(shape, settings, 2**60)[1] < 2**60 and enough(2**50):
+        return None
 
     if not enough(1):
         return 0

@@ -12,7 +12,7 @@ from ..attention.config import dense_by_size
 from ..from_hub import read_config
 from ..tuner import LongLoraConfig
 from .gpus import Gpu, find_gpu
-from .memory import COUNTED, GIB, bytes_at_peak, fits, longest
+from .memory import COUNTED, GIB, bytes_at_peak, fits, in_windows, largest_step, longest
 from .seconds import step_seconds
 from .settings import RunSettings
 from .shape import Shape
@@ -49,7 +49,8 @@ class RunPlan:
     parameters: int
     trainable: int
     lengths: tuple[LengthPlan, ...]
-    longest: int
+    longest: int | None
+    """`None` where length takes no memory: of PoSE without dense steps."""
     notes: tuple[str, ...]
     """What makes it less certain than it looks."""
 
@@ -123,15 +124,31 @@ def _group(shape: Shape, settings: RunSettings, length: int) -> int:
 
 def _dense_lengths(shape: Shape, settings: RunSettings, lengths: Sequence[int]) -> list[str]:
     """Of the lengths that groups hold whole, what to say of the longest."""
+    if settings.sparse == "pose":
+        return []
     said = (dense_by_size(_group(shape, settings, length), length) for length in sorted(lengths, reverse=True))
     return [words for words in said if words is not None][:1]
 
 
+def _pose_seconds(shape: Shape, settings: RunSettings, gpu: Gpu, length: int, host: float) -> float:
+    """A PoSE step; `host` is the bytes that offloading moves of a whole sequence."""
+    own, window = in_windows(shape, settings, length)
+    if window < length:
+        _, host = bytes_at_peak(shape, own, window)
+        return step_seconds(shape, own, gpu, window, None, host)
+    # All windows at once: groups of as many tokens, none of them shifted.
+    return step_seconds(shape, replace(settings, sink_tokens=0), gpu, length, shape.native_window, host, shift="none")
+
+
 def _plan_length(shape: Shape, settings: RunSettings, gpu: Gpu, length: int) -> LengthPlan:
-    parts, host = bytes_at_peak(shape, settings, length)
+    parts, host = bytes_at_peak(shape, *largest_step(shape, settings, length))
     total = sum(parts.values())
-    sparse = step_seconds(shape, settings, gpu, length, _group(shape, settings, length), host)
-    dense = step_seconds(shape, settings, gpu, length, None, host)
+    _, whole = bytes_at_peak(shape, settings, length)
+    dense = step_seconds(shape, settings, gpu, length, None, whole)
+    if settings.sparse == "pose":
+        sparse = _pose_seconds(shape, settings, gpu, length, whole)
+    else:
+        sparse = step_seconds(shape, settings, gpu, length, _group(shape, settings, length), whole)
     every = settings.dense_every
     seconds = sparse if every == 0 else (sparse * (every - 1) + dense) / every
     tokens = length * settings.batch_size * settings.gradient_accumulation_steps

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ..attention.segments import Documents
 from .gpus import Gpu
 from .memory import kept_of_the_mlp, kept_outside_the_mlp
 from .settings import RunSettings
 from .shape import Shape
+
+Shifted = Literal["half", "none", "all"]
 
 # Fitted constants, and what to.
 MATMUL_SHARE = 0.70
@@ -17,7 +21,9 @@ SHORT_SEGMENT = 1600
 """Tokens in a segment at which attention runs at half its rate (benchmarks/results/attention.csv, cuDNN)."""
 
 
-def _attention_seconds(shape: Shape, settings: RunSettings, gpu: Gpu, length: int, group: int | None) -> float:
+def _attention_seconds(
+    shape: Shape, settings: RunSettings, gpu: Gpu, length: int, group: int | None, shift: Shifted
+) -> float:
     """All layers' attention over one sequence, by the pairs of tokens in its segments, those with sink tokens too.
 
     What it takes to bring the two kinds of pairs together is not counted.
@@ -35,14 +41,22 @@ def _attention_seconds(shape: Shape, settings: RunSettings, gpu: Gpu, length: in
             seconds += passes * 2 * widths * shape.heads * pairs * (1 + SHORT_SEGMENT / effective) / rate
             continue
         for part in Documents((document,), length).parts(
-            shape.heads, shape.kv_heads, group, sink_tokens=settings.sink_tokens
+            shape.heads, shape.kv_heads, group, shift, settings.sink_tokens
         ):
             work = sum(segment.pairs * (1 + SHORT_SEGMENT / (segment.end - segment.start)) for segment in part.rows[0])
             seconds += passes * 2 * widths * len(range(*part.heads)) * work / rate
     return seconds
 
 
-def step_seconds(shape: Shape, settings: RunSettings, gpu: Gpu, length: int, group: int | None, host: float) -> float:
+def step_seconds(
+    shape: Shape,
+    settings: RunSettings,
+    gpu: Gpu,
+    length: int,
+    group: int | None,
+    host: float,
+    shift: Shifted = "half",
+) -> float:
     """An optimizer step; `group` is `None` for a dense one, `host` the bytes that offloading moves."""
     tokens = settings.batch_size * length
     passes = 2 + settings.gradient_checkpointing  # forward, backward to the inputs, and the forward again
@@ -53,7 +67,7 @@ def step_seconds(shape: Shape, settings: RunSettings, gpu: Gpu, length: int, gro
     if settings.quantization:
         moved += passes * 2 * 2 * shape.layer_matrices  # unpacked, and read
     seconds = products / (MATMUL_SHARE * gpu.tflops * 1e12) + moved / (gpu.bandwidth * 1e9)
-    seconds += settings.batch_size * _attention_seconds(shape, settings, gpu, length, group)
+    seconds += settings.batch_size * _attention_seconds(shape, settings, gpu, length, group, shift)
     seconds = max(seconds, 2 * host / (gpu.link * 1e9))  # there and back, beside the computing
     # The optimizer reads and writes weights and moments, reads gradients; their norm and their zeros are three more.
     update = 40 * shape.trainable / (gpu.bandwidth * 1e9)

@@ -10,8 +10,8 @@ import torch
 from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ..attention import set_s2_attention
-from ..rope import native_window
+from ..attention import check_skipping, set_s2_attention
+from ..rope import WITH_HISTORY, find_rope, native_window, natural_type
 from ..tuner.modules import is_norm, is_projection, language_modules
 from .settings import RunSettings
 
@@ -51,6 +51,8 @@ class Shape:
     trained_matrices: float
     """Entries of matrices that get gradients themselves; 0 with an adapter."""
     native_window: int | None
+    adds_up: bool
+    """Whether the windows of a PoSE step run one after the other, as the trainer has it."""
     """Tokens that the base was trained at before any scaling."""
     windows: tuple[int | None, ...]
     """Of each layer with softmax attention: its window; `None` for all tokens."""
@@ -64,6 +66,8 @@ class Shape:
         except (ValueError, KeyError) as error:
             raise ValueError(f"a {config.model_type} is no causal language model: {error}") from error
         set_s2_attention(base)  # raises on what would not be trained
+        if settings.sparse == "pose":
+            check_skipping(type(base), config)
         layers, hidden = text.num_hidden_layers, text.hidden_size
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -129,6 +133,7 @@ class Shape:
             head_matrix=head_matrix,
             trained_matrices=0.0 if settings.adapter is not None else matrices + head_matrix,
             native_window=native_window(config, getattr(settings.adapter, "base_length", None)),
+            adds_up=_adds_up(config),
             windows=_windows(text),
         )
 
@@ -151,6 +156,13 @@ def _put_adapter(base: Any, adapter: PeftConfig, hidden: int) -> tuple[int, floa
             inputs += module.in_features
         blocks.add(block)
     return sum(p.numel() for p in own.values()), inputs, of_mlp
+
+
+def _adds_up(config: Any) -> bool:
+    """Of the trainer's reasons to run windows all at once, what a config tells: a balance of experts, and RoPE."""
+    text, rope = config.get_text_config(), find_rope(config)
+    balanced = hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0
+    return rope is not None and natural_type(rope) not in WITH_HISTORY and not balanced
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:

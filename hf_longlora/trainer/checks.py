@@ -255,10 +255,6 @@ def check_pose(
     """
     if not any(schedule.has_pose(number) for number in range(len(schedule.stages))):
         return
-    if find_rope(config) is None:
-        raise ValueError(
-            f"PoSE skips positions, and {config.model_type} has no RoPE that can be read: leave out sparse='pose'."
-        )
     if model_class is not None:
         check_skipping(model_class, config)
     completions = args.completion_only_loss
@@ -275,12 +271,9 @@ def check_pose(
 
 def check_unmasked(view: Dataset) -> None:
     """Refuse PoSE steps on a prepared dataset whose labels leave out tokens."""
-    if {"completion_mask", "assistant_masks"} & set(view.column_names):  # TRL before it made labels of them
+    labels = view.with_format("arrow")[:]["labels"]
+    if any(pc.any(pc.equal(chunk.flatten(), -100)).as_py() for chunk in labels.chunks):
         raise ValueError(ANSWERS)
-    if "labels" in view.column_names:
-        labels = view.with_format("arrow")[:]["labels"]
-        if any(pc.any(pc.equal(chunk.flatten(), -100)).as_py() for chunk in labels.chunks):
-            raise ValueError(ANSWERS)
 
 
 def known_length(config: PreTrainedConfig) -> int:

@@ -148,6 +148,8 @@ def planned_memory(
             activation_offloading=args.activation_offloading,
             group_size=schedule.attention_config(stage).group_size,
             sink_tokens=schedule.attention_config(stage).sink_tokens,
+            sparse=schedule.sparse_by(stage),
+            dense_every=1 if schedule.is_dense(stage) else schedule.dense_each(stage),
         )
         for words, changes in {"": {}, **remedies}.items():
             found[words] = plan_run(config, [length], gpu=gpu, settings=settings, **changes).lengths[0].total

@@ -123,9 +123,9 @@ def test_a_layer_with_a_window_needs_positions():
 
 
 @pytest.mark.parametrize("family", sorted(STATEFUL))
-def test_layers_that_would_read_across_a_skip_are_refused(family):
+def test_layers_that_can_not_tell_are_refused(family):
     model = build(family)
     set_s2_attention(model, S2AttentionConfig(group_size=8))
-    with pytest.raises(ValueError, match="would read on across"):
+    with pytest.raises(ValueError, match="can't tell where positions skip"):
         set_attention_mode(model, "pose")
     assert get_s2_attention(model).mode == "auto"

@@ -384,8 +384,8 @@ MASKED = Dataset.from_dict({"input_ids": [[5] * 300] * 8, "labels": [[-100] * 10
         ({"dataset": PAIRS, "completion_only_loss": True}, "would lose what they answer"),
         ({"dataset": MASKED, "packing": False}, "would lose what they answer"),
         ({"model": GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=1, n_head=4, n_positions=512)),
-          "stages": [ContextStage(1024, 1, rope_type=None)]}, "gpt2 has no RoPE"),
-        ({"model": build("lfm2")}, "would read on across"),
+          "stages": [ContextStage(1024, 1, rope_type=None)]}, "GPT2LMHeadModel has no RoPE"),
+        ({"model": build("lfm2")}, "can't tell where positions skip"),
     ],
     ids=["assistant", "pairs", "completion", "labels", "no RoPE", "state"],
 )  # fmt: skip
@@ -397,8 +397,9 @@ def test_what_can_not_be_cut_is_refused(make, options, message):
         assert options["model"].config._attn_implementation == before.config._attn_implementation
 
 
-def test_pairs_are_cut_where_all_of_them_is_learned(make):
-    trainer = make(sparse="pose", dataset=PAIRS, completion_only_loss=False)
+@pytest.mark.parametrize("packing", [True, False])
+def test_pairs_are_cut_where_all_of_them_is_learned(make, packing):
+    trainer = make(sparse="pose", dataset=PAIRS, completion_only_loss=False, packing=packing)
     trainer.train()
     assert [log["attention"] for log in trainer.state.log_history if "stage" in log] == ["pose"] * 6
 
