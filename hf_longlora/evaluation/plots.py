@@ -17,6 +17,7 @@ SIZE = (7, 3.6)  # inches, at 150 dpi
 # Okabe and Ito's palette without the yellow: told apart by readers with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#333333")
 MARKERS = "osD^vPX"
+DASHES = ("--", ":", "-.")
 
 
 def require_matplotlib() -> None:
@@ -216,7 +217,7 @@ def plot_history(
     path: str | Path,
     *,
     ylabel: str,
-    evaluated: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    evaluated: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]] | None = None,
     from_zero: bool = False,
     title: str | None = None,
 ) -> Path:
@@ -226,7 +227,7 @@ def plot_history(
         curves: (step, value) pairs by the name to show, in drawing order.
         path, title: as in `plot_perplexity`.
         ylabel: what the values are, and their unit.
-        evaluated: the same of evaluations, dashed, in the colour of the curve of that name.
+        evaluated: the same of evaluations, by what was evaluated: dashed, in the colour of the curve of that name.
         from_zero: begin the y axis at 0, so that heights compare.
 
     Returns:
@@ -241,11 +242,13 @@ def plot_history(
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         single = marker if len(points) < 3 else None
         axes.plot(*zip(*points, strict=True), color=colour, marker=single, linewidth=1.8, label=name)
-        if evaluated and evaluated.get(name):
-            steps, values = zip(*evaluated[name], strict=True)
-            axes.plot(steps, values, color=colour, marker=marker, markersize=5, linewidth=1.2, linestyle="--")
-    if evaluated:
-        axes.plot([], [], color="#666666", marker="o", markersize=5, linewidth=1.2, linestyle="--", label="evaluation")
+        for each, by_name in enumerate((evaluated or {}).values()):
+            if name in by_name:
+                dashed = dict(markersize=5, linewidth=1.2, linestyle=DASHES[each % len(DASHES)])
+                axes.plot(*zip(*by_name[name], strict=True), color=colour, marker=marker, **dashed)
+    for each, what in enumerate(evaluated or ()):
+        dashed = dict(markersize=5, linewidth=1.2, linestyle=DASHES[each % len(DASHES)])
+        axes.plot([], [], color="#666666", marker="o", label=what, **dashed)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlim(left=0)
     if from_zero:

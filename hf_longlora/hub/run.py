@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,12 @@ def run_facts(args: Any, state: TrainerState) -> dict[str, str]:
     facts["learning rate"] = f"{args.learning_rate:g}, {kind}"
     if logged:
         facts["loss"] = f"{float(logged[0]['loss']):.3f} at first, {float(logged[-1]['loss']):.3f} at last"
-    if evaluated := [float(entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry]:
-        facts["evaluation loss"] = f"{evaluated[0]:.3f} at first, {evaluated[-1]:.3f} at last"
+    evaluated: dict[str, list[float]] = {}
+    for entry in state.log_history:
+        for what, loss in evaluation_losses(entry).items():
+            evaluated.setdefault(what, []).append(loss)
+    for what, losses in evaluated.items():
+        facts[what] = f"{losses[0]:.3f} at first, {losses[-1]:.3f} at last"
     facts["hardware"] = hardware(args.world_size, args.device)
     seconds = training_seconds(logged)
     if seconds:
@@ -55,6 +60,18 @@ def run_facts(args: Any, state: TrainerState) -> dict[str, str]:
     facts["versions"] = ", ".join(f"{name} {version}" for name in VERSIONS if (version := _version(name)))
     facts["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return facts
+
+
+def evaluation_losses(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The losses of evaluations in an entry of a log: "evaluation loss", or "evaluation loss, NAME" of a set of several.
+
+    Trainer logs those of a dict of datasets as `eval_NAME_loss`.
+    """
+    found = {}
+    for key, value in entry.items():
+        if (match := re.fullmatch(r"eval_(?:(.+)_)?loss", key)) is not None:
+            found["evaluation loss" + (f", {match[1]}" if match[1] else "")] = float(value)
+    return found
 
 
 def read_facts(folder: Path) -> dict[str, str]:

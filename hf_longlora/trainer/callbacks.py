@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..attention import set_attention_mode, set_s2_attention
+from ..hub.run import evaluation_losses
 from ..rope import RopeScaling, apply_rope, write_length
 from ..tuner import LongLoraModel
 from .stages import Schedule
@@ -145,8 +146,8 @@ class StageProgressCallback(ProgressCallback):
                 f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s, {float(logs['peak_memory_gib']):.1f} GiB, "
                 f"all done in {tqdm.format_interval(left * args.world_size / max(speed, 1e-9))}"
             )
-        elif (evaluated := logs.get("eval_loss")) is not None:
-            self.training_bar.write(f"step {state.global_step}: evaluation loss {float(evaluated):.3f}")
+        for what, loss in evaluation_losses(logs).items():
+            self.training_bar.write(f"step {state.global_step}: {what} {loss:.3f}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..evaluation.plots import plot_history, require_matplotlib
 from ..evaluation.tables import basis, perplexity_table, retrieval_table
 from ..hub.card import RETRIEVAL, read_evaluation
-from ..hub.run import read_facts, training_seconds
+from ..hub.run import evaluation_losses, read_facts, training_seconds
 from .checkpoints import SCHEDULE_NAME
 from .stages import Schedule
 
@@ -27,6 +27,8 @@ CURVES = {
     "memory": ("Memory", "peak_memory_gib", "peak memory (GiB)"),
 }
 """Title, key in the log and axis of each picture of the run."""
+Evaluated = dict[str, dict[int, list[tuple[int, float]]]]
+"""What was evaluated -> stage, from 0 -> (step, loss)."""
 HEAD = ("stage", "tokens", "steps", "attention", "group, tokens", "sink tokens", "first loss", "last loss")
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -56,15 +58,15 @@ def write_report(
         The file.
     """
     logged = [entry for entry in history if "loss" in entry and "stage" in entry]
-    evaluated: dict[int, list[tuple[int, float]]] = {}  # (step, loss) by stage, from 0
+    evaluated: Evaluated = {}
     for entry in history:
-        if "eval_loss" in entry:
+        for what, loss in evaluation_losses(entry).items():
             number = schedule.step(max(entry["step"] - 1, 0)).stage
-            evaluated.setdefault(number, []).append((entry["step"], float(entry["eval_loss"])))
+            evaluated.setdefault(what, {}).setdefault(number, []).append((entry["step"], loss))
     facts = read_facts(folder)
     title = f"Context extension of {facts['base']}" if "base" in facts else "Context extension"
     rows = [_stage_row(number, logged, evaluated, schedule) for number in range(len(schedule.stages))]
-    head = (*HEAD, *(("evaluation loss",) if evaluated else ()), "tokens/s", "peak GiB")
+    head = (*HEAD, *evaluated, "tokens/s", "peak GiB")
     body = [f"<h1>{html.escape(title)}</h1>", _table(head, rows)]
     try:
         require_matplotlib()
@@ -79,7 +81,9 @@ def write_report(
                 curve = f"stage {number + 1}, {stage.max_length:,} tokens"
                 points = [(e["step"], float(e[key])) for e in logged if e["stage"] == number + 1 and key in e]
                 curves |= {curve: points} if points else {}
-                dashed |= {curve: evaluated[number]} if key == "loss" and number in evaluated else {}
+                for what, by_stage in evaluated.items():
+                    if key == "loss" and number in by_stage:
+                        dashed.setdefault(what, {})[curve] = by_stage[number]
             if curves:
                 file = folder / f"{name}.png"
                 plot_history(curves, file, ylabel=label, evaluated=dashed, from_zero=key != "loss")
@@ -120,7 +124,7 @@ def update_report(folder: Path) -> Path:
 def _stage_row(
     number: int,
     logged: Sequence[Mapping[str, Any]],
-    evaluated: Mapping[int, Sequence[tuple[int, float]]],
+    evaluated: Evaluated,
     schedule: Schedule,
 ) -> list[str]:
     stage = schedule.stages[number]
@@ -139,8 +143,7 @@ def _stage_row(
         "" if attention is None else f"{attention.sink_tokens:,}",
         *((f"{entries[0]['loss']:.3f}", f"{entries[-1]['loss']:.3f}") if entries else ("", "")),
     ]
-    if evaluated:
-        row.append(f"{evaluated[number][-1][1]:.3f}" if number in evaluated else "")
+    row += [f"{by_stage[number][-1][1]:.3f}" if number in by_stage else "" for by_stage in evaluated.values()]
     if not entries:
         return [*row, "", ""]
     so_far, earlier = ([entry for entry in logged if entry["stage"] <= stage] for stage in (number + 1, number))

@@ -414,10 +414,10 @@ class LongLoraSFTTrainer(SFTTrainer):
     @contextmanager
     def _clock_stopped(self) -> Iterator[None]:
         """What is done meanwhile is no training: the time it takes is none of the steps'."""
-        stopped = time.perf_counter()
+        before, stopped = self._last_log, time.perf_counter()
         yield
-        if self._last_log is not None:
-            since, tokens = self._last_log
+        if before is not None:  # an evaluation of several datasets evaluates each: only the whole of it counts
+            since, tokens = before
             self._last_log = since + time.perf_counter() - stopped, tokens
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:

@@ -79,13 +79,15 @@ def test_history_with_evaluations(tmp_path, monkeypatch):
     save = plots._save
     monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure.axes[0]) or save(figure, path))
     curves = {"stage 1": [(1, 3.0), (2, 2.5), (3, 2.4)], "stage 2": [(4, 2.6)]}
-    evaluated = {"stage 2": [(4, 2.7)]}
+    evaluated = {"books": {"stage 2": [(4, 2.7)]}, "math": {"stage 2": [(4, 2.9)], "stage 1": [(1, 3.2)]}}
     plots.plot_history(curves, tmp_path / "a.png", ylabel="loss (nats per token)", evaluated=evaluated)
     plots.plot_history(curves, tmp_path / "b.png", ylabel="peak memory (GiB)", from_zero=True)
     first, second = drawn
-    solid, dashed = [line for line in first.lines if list(line.get_xdata()) == [4]]
-    assert dashed.get_linestyle() == "--" and dashed.get_color() == solid.get_color()
-    assert [text.get_text() for text in first.get_legend().get_texts()] == ["stage 1", "stage 2", "evaluation"]
+    solid, books, math = [line for line in first.lines if list(line.get_xdata()) == [4]]
+    assert [line.get_ydata()[0] for line in (solid, books, math)] == [2.6, 2.7, 2.9]
+    assert (books.get_linestyle(), math.get_linestyle()) == ("--", ":")
+    assert books.get_color() == math.get_color() == solid.get_color()
+    assert [text.get_text() for text in first.get_legend().get_texts()] == ["stage 1", "stage 2", "books", "math"]
     assert [text.get_text() for text in second.get_legend().get_texts()] == ["stage 1", "stage 2"]
     assert (first.get_xlabel(), first.get_ylabel()) == ("optimizer step", "loss (nats per token)")
     assert first.get_ylim()[0] > 2 and second.get_ylim()[0] == 0

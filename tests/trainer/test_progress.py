@@ -7,7 +7,6 @@ import logging
 import re
 import sqlite3
 import sys
-import time
 from importlib.util import find_spec
 
 import pytest
@@ -17,7 +16,7 @@ from transformers.integrations import rewrite_logs
 from hf_longlora import ContextStage
 from hf_longlora.hub.card import weights_sha256
 from hf_longlora.hub.run import training_seconds
-from hf_longlora.trainer import report, update_report
+from hf_longlora.trainer import report, sft_trainer, update_report
 
 from .helpers import STAGES, Stop, texts
 
@@ -196,6 +195,26 @@ def test_a_run_ends_with_a_report(make, tmp_path):
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 
+def test_several_evaluation_sets_come_into_the_report(make, tmp_path, capsys):
+    trainer = make(
+        eval_strategy="steps", eval_steps=3, eval_dataset={"books": texts(2), "math_loss": texts(3)}, disable_tqdm=False
+    )
+    trainer.train()
+    out, history = tmp_path / "out", trainer.state.log_history
+    losses = {name: [e[f"eval_{name}_loss"] for e in history if f"eval_{name}_loss" in e] for name in ("books", "math_loss")}
+    head, *rows = re.findall(r"<tr>(.*?)</tr>", page(out))
+    assert "<th>last loss</th><th>evaluation loss, books</th><th>evaluation loss, math_loss</th><th>tokens/s</th>" in head
+    printed = capsys.readouterr()
+    for number, row in enumerate(rows[:2]):
+        shown = [f"{losses[name][number]:.3f}" for name in losses]
+        assert re.findall(r"<td>(\d\.\d{3})</td>", row)[2:] == shown
+        assert f"step {3 * number + 3}: evaluation loss, books {shown[0]}" in printed.out + printed.err
+    facts = json.loads((out / "run.json").read_text())
+    for name, (first, last) in losses.items():
+        assert facts[f"evaluation loss, {name}"] == f"{first:.3f} at first, {last:.3f} at last"
+    assert "evaluation loss" not in facts
+
+
 def test_an_evaluation_comes_into_the_report(make, tmp_path):
     make().train()
     out = tmp_path / "out"
@@ -243,23 +262,42 @@ def test_a_run_that_was_stopped_says_how_far_it_came(make, tmp_path):
     assert "<td>128</td><td>3</td>" in rows[1] and "<td>256</td><td>1 of 3</td>" in rows[2]
 
 
-class Slow(TrainerCallback):
-    """Evaluations and checkpoints that take a second more."""
+class Clock(TrainerCallback):
+    """A clock of the test's own: a step takes a second, a batch of an evaluation 10, and a checkpoint 100."""
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        time.sleep(1)
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.now += 1
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        time.sleep(1)
+        self.now += 10
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.now += 10
 
 
-def test_evaluations_are_no_training_time(make):
-    options = dict(eval_strategy="steps", eval_steps=2, eval_dataset=texts(2), per_device_eval_batch_size=8)
-    trainer = make(callbacks=[Slow()], **options)
+@pytest.mark.parametrize("several", [False, True], ids=["one set", "a dict of them"])
+def test_evaluations_and_checkpoints_are_no_training_time(make, monkeypatch, several):
+    clock = Clock()
+    monkeypatch.setattr(sft_trainer, "time", clock)
+    held_out = {"books": texts(2), "math": texts(4)} if several else texts(2)
+    trainer = make(callbacks=[clock], eval_strategy="steps", eval_steps=2, eval_dataset=held_out, save_strategy="steps")
+    save = trainer._save
+
+    def slow_save(*args, **kwargs):
+        clock.now += 100
+        save(*args, **kwargs)
+
+    trainer._save = slow_save
     trainer.train()
     logged = [log for log in trainer.state.log_history if "loss" in log]
-    whole = trainer.state.log_history[-1]["train_runtime"]
-    assert training_seconds(logged) < whole - 5.5
+    assert len(logged) == 6 and training_seconds(logged) == pytest.approx(6)
+    assert clock.now > 6 + 2 * 100 + 3 * 10 * (1 + several)
 
 
 def test_no_report_of_no_run(tmp_path):
