@@ -31,6 +31,16 @@ def read_config(name: str, **options: Any) -> Any:
         raise OSError(f"the model {name}{where} can't be had: {reason(error)}") from error
 
 
+def refuse_adapter(name: str) -> None:
+    """Raise a `ValueError` if the name or path of a model to be trained is an adapter's."""
+    if adapter_values(name) is not None:
+        raise ValueError(
+            f"{name} is an adapter, and training starts from a model. Merge it (hf-longlora merge) and name the "
+            "merged model, or go on with the adapter in Python: LongLoraSFTTrainer takes a PeftModel "
+            "(PeftModel.from_pretrained(base, adapter, is_trainable=True))."
+        )
+
+
 def adapter_values(name: str) -> dict[str, Any] | None:
     """What the adapter_config.json of a name or path says; `None` if it has none, or can't be had.
 

@@ -365,7 +365,7 @@ def test_train_under_accelerate_launch(run):
         ("dataset_name: empty.jsonl", "empty.jsonl holds no data"),
         ("dataset_name: gaps.jsonl", "has no text in 1 of 2 rows, such as row 1"),
         ("dataset_name: numbers.jsonl", "not text alone"),
-        ("model_name_or_path: adapter", "adapter is an adapter, and `train` starts from a model"),
+        ("model_name_or_path: adapter", "adapter is an adapter, and training starts from a model"),
         ("stages: [{max_length: 128, max_steps: 1, group_size_ratio: 1/16}]", "got '1/16'"),
     ],
 )

@@ -94,7 +94,7 @@ def make_parser() -> Any:
 def run(options: argparse.Namespace) -> None:
     from trl import get_quantization_config
 
-    from ..from_hub import read_config
+    from ..from_hub import read_config, refuse_adapter
     from ..trainer import LongLoraSFTTrainer, last_checkpoint
     from .data import as_trl_reads, check_writable, load_data, split_of
 
@@ -113,12 +113,8 @@ def run(options: argparse.Namespace) -> None:
             afresh = f"No whole checkpoint in {args.output_dir}: starting afresh."
             print(f"Resuming from {checkpoint}." if checkpoint else afresh, file=sys.stderr)
 
-    if (Path(model.model_name_or_path) / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{model.model_name_or_path} is an adapter, and `train` starts from a model. Merge it (hf-longlora merge) "
-            "and name the merged model, or go on with the adapter in Python: LongLoraSFTTrainer takes a PeftModel."
-        )
     # Before the data are read.
+    refuse_adapter(model.model_name_or_path)
     read_config(model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     data = load_data(script.dataset_name, script.dataset_config, script.dataset_streaming)
     # With a template, instructions are a conversation: the model's, if no other is given.

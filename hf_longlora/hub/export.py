@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub import ModelCardData, snapshot_download
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
@@ -132,8 +132,21 @@ def _config(folder: Path) -> LongLoraConfig:
         raise ValueError(
             f"{folder} is an adapter of type {kind}, not LONGLORA: PEFT merges it, and it carries no RoPE"
         )
+    check_task(config, folder)
     check_weights(str(folder))
     return config
+
+
+def check_task(config: PeftConfig, name: str | Path) -> None:
+    """Raise a `ValueError` if an adapter is for another task than to go on with a text."""
+    task = getattr(config.task_type, "value", config.task_type)
+    if task not in (None, "CAUSAL_LM"):
+        auto = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task)
+        other = "a model of its kind" if auto is None else f"peft.Auto{auto.__name__}.from_pretrained"
+        raise ValueError(
+            f"{name} is an adapter for the task {task}, and merge, export and evaluate are for causal language models "
+            f"(CAUSAL_LM): load it by {other}, and merge it by merge_and_unload()"
+        )
 
 
 def _rope(config: LongLoraConfig, base_config: Any, base_name: str) -> RopeScaling | None:

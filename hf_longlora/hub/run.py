@@ -63,7 +63,7 @@ def run_facts(args: Any, state: TrainerState) -> dict[str, str]:
 
 
 def evaluation_losses(entry: Mapping[str, Any]) -> dict[str, float]:
-    """The losses of evaluations in an entry of a log: "evaluation loss", or "evaluation loss, NAME" of a set of several.
+    """The losses of evaluations in an entry of a log, by "evaluation loss", or with ", NAME" for each of several sets.
 
     Trainer logs those of a dict of datasets as `eval_NAME_loss`.
     """

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..attention import check_skipping, check_supported
 from ..attention.config import dense_by_size
 from ..attention.kernels import check_kernel
+from ..from_hub import refuse_adapter
 from ..rope import AUTO, RopeScaling, current_rope, find_rope, native_window, reach, scaled_rope
 from ..tuner import LongLoraConfig, LongLoraModel
 from .callbacks import longlora_tuner
@@ -224,6 +225,7 @@ def checked_config(model: Any, args: LongLoraSFTConfig) -> tuple[PreTrainedConfi
         given: Any = args.model_init_kwargs
         init = {"trust_remote_code": args.trust_remote_code} | dict(given or {})
         options = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
+        refuse_adapter(model)
         config = AutoConfig.from_pretrained(model, **options)
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     else:

@@ -8,14 +8,26 @@ import sys
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from hf_longlora import LongLoraConfig, export_adapter
 from hf_longlora.cli.evaluate import load
 from hf_longlora.rope import current_rope, reach
-from tests.tuner.helpers import ids, llama, logits, perturbed
+from tests.tuner.helpers import SHAPE, ids, llama, logits, perturbed
 from tests.vllm_rules import served
 
 LORA_ONLY = {"train_norms": False, "train_embeddings": False}
@@ -275,3 +287,22 @@ def test_added_tokens_without_rows_are_as_many_as_the_tokenizers(tmp_path, tiny_
     assert (logits(merged) - expected)[..., :128].abs().max() <= 5e-5
     export_adapter(tmp_path / "adapter", tmp_path / "plain", form="lora")
     assert "base.resize_token_embeddings(131)" in (tmp_path / "plain" / "README.md").read_text()
+
+
+def test_an_adapter_for_another_task_is_told_where_to_go(tmp_path):
+    torch.manual_seed(0)
+    base = LlamaForSequenceClassification(LlamaConfig(vocab_size=128, **SHAPE, num_labels=3, pad_token_id=0))
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    model = perturbed(base, LongLoraConfig(task_type="SEQ_CLS", target_length=4096))
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    words = "for the task SEQ_CLS, .* load it by peft.AutoPeftModelForSequenceClassification.from_pretrained"
+    for form in ("merged", "lora"):
+        with pytest.raises(ValueError, match=words):
+            export_adapter(tmp_path / "adapter", tmp_path / form, form=form)
+    with pytest.raises(ValueError, match=words):
+        load(str(tmp_path / "adapter"), "float32", "cpu")
+    # ... and there it is right.
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=3).eval()
+    assert (logits(loaded.merge_and_unload()) - expected).abs().max() <= 1e-5

@@ -19,6 +19,10 @@ COMMANDS = {
     "export": ["export", "NAME", "plain", "--form", "lora"],
     "check": ["check", "NAME"],
     "plan": ["plan", "NAME"],
+    "train": [
+        *("train", "--model_name_or_path", "NAME", "--dataset_name", "book.txt", "--output_dir", "out"),
+        *("--stages", '[{"max_length": 128, "max_steps": 1}]', "--use_cpu", "true", "--bf16", "false"),
+    ],
 }
 NO_RIGHT = "there is no such repository, or your token is not valid or may not read it (`hf auth login`, or HF_TOKEN)"
 NO_TOKEN = "or it is private and you are not logged in (`hf auth login`, or HF_TOKEN)"
@@ -109,6 +113,7 @@ def test_an_adapter_s_name_is_no_model_s(private, token, monkeypatch, capsys, tm
     assert main(["check", PRIVATE]) == 0
     assert f"{PRIVATE}, an adapter of {tmp_path / 'base'}: LlamaForCausalLM" in capsys.readouterr().out
     assert f"{PRIVATE} is an adapter and no model: give its base, {tmp_path / 'base'}" in said(capsys, "plan", PRIVATE)
+    assert f"{PRIVATE} is an adapter, and training starts from a model" in said(capsys, "train", PRIVATE)
 
 
 def test_the_base_is_had_at_the_adapter_s_revision(

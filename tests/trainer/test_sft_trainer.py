@@ -417,6 +417,12 @@ def test_the_model_may_be_a_path(make, tiny_llama, tiny_tokenizer, tmp_path):
     trainer.train()
 
 
+def test_an_adapter_s_folder_is_no_model_s(make, tmp_path):
+    make().save_model()
+    with pytest.raises(ValueError, match=r"is an adapter, and training starts from a model.*takes a PeftModel"):
+        make(model=str(tmp_path / "out"), output="other")
+
+
 def test_the_vocabulary_is_not_resized(make):
     """The published code resizes it unconditionally."""
     trainer = make()
