@@ -19,7 +19,7 @@ from hf_longlora.attention import kernels
 from hf_longlora.attention.kernels import KERNELS, flash, ragged
 
 from .test_compile import fresh_dynamo, one_graph  # noqa: F401
-from .test_kernels import HEADS, check, draw
+from .test_kernels import HEADS, LAYOUTS, check, draw, every_layout
 
 
 def attend(q, k, v, edges, scale, key_edges=None):
@@ -164,6 +164,14 @@ def test_sink_tokens(stand_in, heads, sink_tokens):
     mask = torch.ones(2, 27)
     mask[0, :9], mask[1, -5:] = 0, 0
     check(draw(*heads, 27, 2), 6, "flash", mask=mask, sink_tokens=sink_tokens)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_in_memory(stand_in, layout):
+    for at in range(4):  # of queries, keys, values and the output's gradient
+        layouts = ["contiguous"] * at + [layout] + ["tokens before heads"] * (3 - at)
+        every_layout("flash", "cpu", torch.float32, layouts, (4, 2), 3, 19, padded=at % 2 == 0)
+    every_layout("flash", "cpu", torch.float32, [layout] * 4, (5, 1), 2, 19, padded=True)
 
 
 def test_launches_are_cut_between_segments(stand_in, monkeypatch):

@@ -148,6 +148,100 @@ def test_slices_of_a_fused_projection(kernel, device, dtype):
         check(tensors, 8, kernel)
 
 
+def shaped(shape, layout, device, dtype):
+    """A random `[B, H, S, D]` of some layout in memory, and the tensor, of fewer elements or more, that it views."""
+
+    def random(*sizes):
+        return torch.randn(sizes, device=device).to(dtype).requires_grad_()
+
+    batch, heads, length, width = shape
+    match layout:
+        case "expanded over heads":
+            base = random(batch, 1, length, width)
+            return base, base.expand(shape)
+        case "expanded over rows":
+            base = random(1, heads, length, width)
+            return base, base.expand(shape)
+        case "expanded over tokens":
+            base = random(batch, heads, 1, width)
+            return base, base.expand(shape)
+        case "one number":
+            base = random(1)
+            return base, base.expand(shape)
+        case "tokens before heads":
+            base = random(batch, length, heads, width)
+            return base, base.transpose(1, 2)
+        case "tokens before rows":
+            base = random(length, batch, heads, width)
+            return base, base.permute(1, 2, 0, 3)
+        case "width first":
+            base = random(width, length, heads, batch)
+            return base, base.permute(3, 2, 1, 0)
+        case "channels last":
+            base = random(*shape)
+            return base, base.contiguous(memory_format=torch.channels_last)
+        case "every second":
+            base = random(2 * batch, 2 * heads, 2 * length, 2 * width)
+            return base, base[::2, ::2, ::2, ::2]
+        case "a window":
+            base = random(batch + 1, heads + 2, length + 3, width + 5)
+            return base, base[1:, 1:-1, 2:-1, 3:-2]
+        case "overlapping":
+            base = random(batch, heads, length + width - 1)
+            return base, base.unfold(2, width, 1)
+    return (base := random(*shape)), base
+
+
+LAYOUTS = [
+    *("contiguous", "expanded over heads", "expanded over rows", "expanded over tokens", "one number"),
+    *("tokens before heads", "tokens before rows", "width first", "channels last", "every second", "a window"),
+    "overlapping",
+]
+
+
+@pytest.mark.parametrize(("kernel", "device", "dtype"), [run for run in RUNS if run[0] != "flex"], ids=str)
+@settings(max_examples=60)
+@given(
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 4),
+    heads=st.sampled_from([(4, 2), (4, 4), (5, 1)]),
+    batch=st.integers(1, 3),
+    length=st.integers(1, 40),
+    padded=st.booleans(),
+)
+def test_any_layout_in_memory(kernel, device, dtype, layouts, heads, batch, length, padded):
+    """Of queries, keys, values and the output's gradient; gradients are those of what the views were made from."""
+    every_layout(kernel, device, dtype, layouts, heads, batch, length, padded)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles for a GPU")
+@pytest.mark.parametrize("layout", ["contiguous", "expanded over heads", "channels last", "a window"])
+def test_any_layout_in_memory_for_flex(layout):
+    """Which compiles anew for each shape and layout."""
+    every_layout("flex", "cuda", torch.float32, [layout] * 4, (4, 2), 2, 40, padded=True)
+
+
+def every_layout(kernel, device, dtype, layouts, heads, batch, length, padded):
+    sizes = [(batch, n, length, 32) for n in (heads[0], heads[1], heads[1], heads[0])]
+    pairs = [shaped(size, layout, device, dtype) for size, layout in zip(sizes, layouts, strict=True)]
+    bases, views = zip(*pairs, strict=True)
+    mask = None
+    if padded:
+        mask = torch.ones(batch, length, device=device)
+        mask[0, : length // 3], mask[-1, length - length // 4 :] = 0, 0
+    (*leaves, _), (*tensors, weight) = bases, views
+    out = s2_attention(*tensors, group_size=8, kernel=kernel, attention_mask=mask)
+    gradients = torch.autograd.grad(out, leaves, weight.detach())
+    doubles = [x.detach().double().requires_grad_() for x in tensors]
+    expected = oracle(*doubles, rows_of(batch, length, mask), 8, sink_tokens=4)
+    of_views = torch.autograd.grad((expected * weight.detach().double()).sum(), doubles)
+    wanted = torch.autograd.grad(tensors, leaves, [x.to(dtype) for x in of_views])
+    for name, got, want in zip(("out", "dq", "dk", "dv"), (out, *gradients), (expected, *wanted), strict=True):
+        # A sum over what was expanded may come to little: its error is that of what is added up.
+        size = want.double().norm().clamp(min=max(1.0, *(x.norm() for x in of_views)))
+        assert (got.double() - want.double()).norm() / size < 4 * TOLERANCE[dtype], name
+
+
 @every_kernel
 def test_packed_documents(kernel, device, dtype):
     cu_seqlens = torch.tensor([0, 3, 3, 11, 12, 40, 56], device=device)

@@ -9,6 +9,7 @@ into that afterwards, for all engines alike (`seen`). The node is a pair of cust
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -136,13 +137,15 @@ def _allocate(like: torch.Tensor, *, zeros: bool) -> torch.Tensor:
 def _readable(x: torch.Tensor, joined: bool) -> torch.Tensor:
     """`x` if engines can read it where it lies, else a copy, made anew by the backward so that none is kept.
 
-    They want widths without gaps, on a GPU in pieces of 16 bytes, nothing expanded, and rows that follow one another
-    where launches join them.
+    They want widths without gaps, on a GPU in pieces of 16 bytes, each number in a place of its own (nothing expanded,
+    no windows over one another), and rows that follow one another where launches join them.
     """
     unit = 1 if x.device.type == "cpu" else 16 // x.element_size()
+    steps = sorted((step, n) for step, n in zip(x.stride(), x.shape, strict=True) if n > 1)
     lies = (
-        x.stride(-1) == 1
-        and all(n == 1 or (step > 0 and step % unit == 0) for n, step in zip(x.shape[:-1], x.stride(), strict=False))
+        (x.stride(-1) == 1 or x.shape[-1] == 1)
+        and all(step * n <= outer for (step, n), (outer, _) in pairwise([(1, 1), *steps]))
+        and all(step % unit == 0 for step, _ in steps if step > 1)
         and x.data_ptr() % (unit * x.element_size()) == 0
         and (rows_follow(x) or not joined)
     )

@@ -7,7 +7,8 @@ scores of the others, `total = log(exp(own) + sum_j exp(s_j))` and
     out = exp(own - total) * out + sum_j exp(s_j - total) * value_j
 
 The launches' backward, run on the merged output and `total`, gives what the own keys give and get; the others' share
-is added to it. Nothing is copied. Neighbouring segments that see the same are one piece of work.
+is added to it. Nothing is copied. Neighbouring segments that see the same are one piece of work. Here it is in plain
+torch; on a GPU `seen_triton` does the same.
 
 These keys are tokens of the text. Sinks that a model has learned (gpt-oss's `s_aux`) are another thing, called
 `learned_sinks` everywhere here.
@@ -15,12 +16,16 @@ These keys are tokens of the text. Sinks that a model has learned (gpt-oss's `s_
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
+from transformers.utils import logging
 
 from ..segments import Part, Span
+
+logger = logging.get_logger(__name__)
 
 CHUNK = 2**22
 """Elements of the queries that the implementation in plain torch takes at a time: 16 MiB in fp32."""
@@ -69,6 +74,16 @@ def pieces(numbers: Sequence[int]) -> Iterator[Piece]:
         yield Piece((a, b), (c, d), *rest)
 
 
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    found = find_spec("triton") is not None
+    if not found:
+        logger.warning(
+            "Triton is not installed: sink tokens are merged by plain torch, which takes several times longer."
+        )
+    return found
+
+
 def merge(
     numbers: Sequence[int],
     query: torch.Tensor,
@@ -89,6 +104,10 @@ def merge(
         lse: `[B, H, S]`.
         scale: Factor of the scores.
     """
+    if query.is_cuda and _has_triton():
+        from . import seen_triton
+
+        return seen_triton.merge(numbers, query, key, value, out, lse, scale)
     for piece in pieces(numbers):
         keys, values = (_keys(piece, x) for x in (key, value))
         for tokens in _chunks(piece, query):
@@ -124,6 +143,10 @@ def add_gradients(
         gradients: Of `query`, `key` and `value`, of their shapes.
         scale: Factor of the scores.
     """
+    if query.is_cuda and _has_triton():
+        from . import seen_triton
+
+        return seen_triton.add_gradients(numbers, grad, query, key, value, out, lse, gradients, scale)
     dq, dk, dv = gradients
     for piece in pieces(numbers):
         keys, values = (_keys(piece, x) for x in (key, value))

@@ -1,0 +1,106 @@
+"""What is merged into the groups' output for sink tokens: the fused kernels against plain torch, piece by piece.
+
+That both are right is tested against the oracle, in `test_kernels.py`. Without a GPU, where Triton is installed, its
+interpreter runs them: `TRITON_INTERPRET=1 pytest tests/attention/test_seen.py`.
+"""
+
+import os
+
+import pytest
+import torch
+
+from hf_longlora import s2_attention
+from hf_longlora.attention import Documents
+from hf_longlora.attention.kernels import KERNELS, seen
+
+from .test_kernels import TOLERANCE, check, draw
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+on_gpu = pytest.mark.gpu
+
+CASES = {
+    "one document": ((4, 2), ((0, 300),), 300, 64, 4),
+    "nine heads on three, packed": ((9, 3), ((3, 160), (160, 170), (170, 318)), 320, 32, 4),
+    "one key head for two parts": ((5, 1), ((0, 150),), 150, 48, 20),
+    "groups of 3 with 40": ((4, 2), ((0, 50), (52, 90)), 90, 3, 40),
+    "more than the document has": ((2, 1), ((0, 90),), 90, 8, 100),
+    "a window at the row's end": ((4, 4), ((0, 40), (40, 45)), 45, 2, 1),
+}
+
+
+@(lambda test: test if INTERPRETED else on_gpu(test))
+@pytest.mark.parametrize("width", [24, 32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_fused_is_plain(case, dtype, width, monkeypatch):
+    triton = pytest.importorskip("hf_longlora.attention.kernels.seen_triton")
+    if INTERPRETED and (dtype == torch.bfloat16 or width != 24):
+        pytest.skip("the interpreter is slow, and knows no bfloat16")
+    if dtype == torch.float32 and width > 128:
+        pytest.skip("no engine writes fp32 in place on a GPU, and at this width it wants more than a GPU has")
+    for keys in (16,) if INTERPRETED else (16, 32):  # more of them take several launches
+        compare_with_plain(triton, monkeypatch, case, dtype, width, keys)
+
+
+def compare_with_plain(triton, monkeypatch, case, dtype, width, keys):
+    (heads, kv_heads), documents, length, group_size, sink_tokens = CASES[case]
+    monkeypatch.setattr(triton, "KEYS", keys)
+    triton._launches.cache_clear()
+    parts = Documents((documents, documents[:1]), length).parts(heads, kv_heads, group_size, sink_tokens=sink_tokens)
+    plan = seen.plan(parts)
+    query, key, value, out, grad, dq, dk, dv = (
+        torch.randn(2, length, n, width, device=DEVICE).to(dtype).transpose(1, 2)
+        for n in (heads, kv_heads, kv_heads, heads, heads, heads, kv_heads, kv_heads)
+    )
+    lse = torch.randn(heads, 2, length, device=DEVICE).transpose(0, 1)
+    monkeypatch.setattr(seen, "_has_triton", lambda: False)
+    results = []
+    for module in (seen, triton, triton):
+        merged, total, *gradients = (x.clone() for x in (out, lse, dq, dk, dv))
+        module.merge(plan, query, key, value, merged, total, width**-0.5)
+        given = results[0][:2] if results else (merged, total)
+        module.add_gradients(plan, grad, query, key, value, *given, tuple(gradients), width**-0.5)
+        results.append((merged, total, *gradients))
+    for name, plain, fused, again in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
+        assert torch.equal(fused, again), name  # sums are made in one order always
+        error = (plain.double() - fused.double()).norm() / plain.double().norm()
+        assert error < TOLERANCE[dtype], (name, error.item())
+
+
+@on_gpu
+@pytest.mark.parametrize("width", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", [(9, 3), (8, 2), (5, 1)], ids=str)
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name not in ("flex", "reference")])
+def test_on_a_gpu(kernel, heads, dtype, width):
+    """Output and gradients, in one document, packed, and with ragged padding on both sides."""
+    tensors = draw(*heads, 700, dim=width, dtype=dtype, device="cuda")
+    lack = KERNELS[kernel].lacks(tensors[0], tensors[2], dropout=False, softcap=False, learned_sinks=False)
+    if lack:
+        pytest.skip(f"it lacks {lack}")
+    for sink_tokens in (0, 4, 40):
+        check(tensors, 128, kernel, sink_tokens=sink_tokens)
+    edges = torch.tensor([0, 90, 220, 221, 600, 700], device="cuda")
+    check(tensors, 64, kernel, cu_seqlens=edges)
+    mask = torch.ones(3, 400, device="cuda")
+    mask[1, :77], mask[2, :5], mask[2, -130:] = 0, 0, 0
+    check(draw(*heads, 400, 3, dim=width, dtype=dtype, device="cuda"), 64, kernel, mask=mask)
+
+
+@on_gpu
+def test_no_copies():
+    """Memory is what it is without sink tokens, to a tenth of that of the queries."""
+    query, key, value = draw(32, 8, 16_384, dim=128, dtype=torch.bfloat16, device="cuda")
+    grad = torch.randn_like(query)
+    peaks = []
+    for sink_tokens in (4, 0, 4, 0):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = s2_attention(query, key, value, group_size=2048, sink_tokens=sink_tokens)
+        torch.autograd.grad(out, (query, key, value), grad)
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del out
+    assert peaks[2] - peaks[3] < 0.1 * query.numel() * query.element_size()
