@@ -9,7 +9,11 @@ from typing import Any
 from huggingface_hub import get_token
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from transformers import AutoConfig
+from transformers.utils import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
+
+ORIGINAL_NAME = "trainable_params.bin"
+"""Where the original LongLoRA keeps embeddings and norms, beside a plain LoRA."""
 
 
 def read_config(name: str, **options: Any) -> Any:
@@ -45,7 +49,7 @@ def adapter_values(name: str) -> dict[str, Any] | None:
     """What the adapter_config.json of a name or path says; `None` if it has none, or can't be had.
 
     Raises:
-        ValueError: if it is damaged.
+        ValueError: if it is damaged, or of a checkpoint of the original LongLoRA.
     """
     try:
         file = find_adapter_config_file(name)
@@ -59,6 +63,12 @@ def adapter_values(name: str) -> dict[str, Any] | None:
         raise ValueError(f"the adapter_config.json of {name} is not valid: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"the adapter_config.json of {name} is not valid: it holds {values!r:.80}")
+    if values.get("peft_type") == "LORA" and has_file(name, ORIGINAL_NAME):
+        raise ValueError(
+            f"{name} is a checkpoint of the original LongLoRA: its embeddings and norms are in {ORIGINAL_NAME}, which "
+            "PEFT does not read, and its RoPE is in no file. Make it an adapter first: "
+            f"hf-longlora import {name} OUT --target-length N, the length it was trained at."
+        )
     return values
 
 

@@ -8,6 +8,7 @@ import ast
 import html
 import importlib.util
 import itertools
+import json
 import re
 import shlex
 import shutil
@@ -39,6 +40,7 @@ from hf_longlora.evaluation import retrieval
 
 from .conftest import ASCII
 from .hub.conftest import hub, token  # noqa: F401  (fixtures)
+from .hub.test_original import trained
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -129,9 +131,15 @@ def folder(tmp_path_factory):
     Dataset.from_list([{"text": LONG_TEXT}] * 2).to_json(folder / "books.jsonl")
     (folder / "more.jsonl").write_text((folder / "books.jsonl").read_text().splitlines()[0])
     (folder / "book.txt").write_text(LONG_TEXT)
+    rows = [{"instruction": f"{LONG_TEXT[:2500]} What sings?", "output": "Birds.", "file": "a.pdf"}] * 2
+    (folder / "LongAlpaca-12k.json").write_text(json.dumps(rows))
     with pytest.MonkeyPatch.context() as patch:
         as_if_on_a_gpu(patch)
         patch.chdir(folder)
+        original = folder / "Llama-2-7b-longlora-32k"
+        original.mkdir()
+        name = "meta-llama/Llama-2-7b-hf"
+        trained(name, original, 32_768 // SCALE, base_name=name, target_modules=["q_proj", "v_proj"])
         write_yaml(next(block for block in BLOCKS if block.page.name == "run.md" and block.first == "# run.yaml"))
         assert main(["train", "--config", "run.yaml"]) == 0
     return folder

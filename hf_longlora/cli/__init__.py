@@ -11,12 +11,12 @@ import warnings
 from collections.abc import Sequence
 
 from .. import __version__
-from . import check, demo, evaluate, export, plan, push, train
+from . import check, demo, evaluate, export, import_, plan, push, train
 
 DEBUG = "HF_LONGLORA_DEBUG"
 """Set to anything, this environment variable shows the traceback of an error in the place of its message."""
 
-COMMANDS = (demo, check, plan, train, evaluate, export, push)
+COMMANDS = (demo, check, plan, train, evaluate, export, push, import_)
 
 # What the package and its libraries raise with a message that is made for a reader. Others name their type, too.
 SPEAKING = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError)

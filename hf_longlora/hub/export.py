@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from ..from_hub import reason
+from ..from_hub import adapter_values, reason
 from ..rope import RopeScaling, current_rope, reach, vllm_overrides, write_length, write_rope
 from ..tuner import LongLoraConfig
 from ..tuner.config import check_weights
@@ -95,7 +95,7 @@ def export_adapter(
             f"{base_name} is quantized, and merging would round what was trained to its few bits. Merge into the "
             "model that it was quantized from (base), or export a plain LoRA (form 'lora')."
         )
-    with _new_folder(Path(output_dir)) as out:
+    with new_folder(Path(output_dir)) as out:
         if form == "merged":
             _merge(source, config, base_name, out, dtype, device, revision)
         else:
@@ -126,6 +126,7 @@ def adapter_folder(adapter: str | Path) -> Path:
 
 
 def _config(folder: Path) -> LongLoraConfig:
+    adapter_values(str(folder))  # refuses the original LongLoRA's
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LongLoraConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
@@ -160,7 +161,7 @@ def _rope(config: LongLoraConfig, base_config: Any, base_name: str) -> RopeScali
 
 
 @contextmanager
-def _new_folder(output_dir: Path) -> Iterator[Path]:
+def new_folder(output_dir: Path) -> Iterator[Path]:
     """A folder beside `output_dir` that takes its place when all is written; after an error nothing is left."""
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"{output_dir} exists and is not empty; choose another folder")
