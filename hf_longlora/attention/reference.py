@@ -7,14 +7,20 @@ import torch
 from .segments import Part, Segment
 
 
-def segment_mask(rows: Sequence[Sequence[Segment]], length: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Which query may see which key: a bool tensor `[B, S, S]`, causal and cut at the segments of each row."""
-    mask = torch.zeros(len(rows), length, length, dtype=torch.bool)
+def segment_mask(
+    rows: Sequence[Sequence[Segment]], length: int, before: int = 0, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Which query may see which key: a bool tensor `[B, S, E + S]`, causal and cut at the segments of each row.
+
+    `before` is `E`, how many keys stand before the first query.
+    """
+    mask = torch.zeros(len(rows), length, before + length, dtype=torch.bool)
     for row, cut in enumerate(rows):
         for start, end, seen in cut:
-            mask[row, start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+            within = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+            mask[row, start:end, before + start : before + end] = within
             for first, last in seen:
-                mask[row, start:end, first:last] = True
+                mask[row, start:end, before + first : before + last] = True
     return mask.to(device)
 
 
@@ -35,12 +41,12 @@ def reference_kernel(
     for each head that takes weight and gives nothing (gpt-oss).
     """
     heads, length = query.shape[1], query.shape[2]
-    # Each query head's own keys and values: with one key/value head the parts share it, else the heads divide evenly.
-    key, value = (x.repeat_interleave(heads // key.shape[1], dim=1).float() for x in (key, value))
+    key, value = (_for_each_query_head(x, parts).float() for x in (key, value))
     scores = query.float() @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    masks = [segment_mask(part.rows, length, query.device)[:, None] for part in parts]
+    before = key.shape[2] - length
+    masks = [segment_mask(part.rows, length, before, query.device)[:, None] for part in parts]
     visible = torch.cat([m.expand(-1, b - a, -1, -1) for m, ((a, b), _, _) in zip(masks, parts, strict=True)], dim=1)
     scores = scores.masked_fill(~visible, float("-inf"))
     # A row without a visible key has no softmax; let it see itself, and drop what it gives.
@@ -53,3 +59,9 @@ def reference_kernel(
         weights = scores.softmax(-1)
     weights = torch.nn.functional.dropout(weights.masked_fill(alone, 0.0), dropout_p)
     return (weights @ value).to(query.dtype).transpose(1, 2)
+
+
+def _for_each_query_head(x: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+    """Keys or values, those of each query head: `[B, H_kv, E + S, D]` -> `[B, H, E + S, D]`."""
+    own = (x[:, c:d].repeat_interleave((b - a) // (d - c), dim=1) for (a, b), (c, d), _ in parts)
+    return torch.cat(list(own), dim=1)

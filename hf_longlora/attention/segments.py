@@ -23,7 +23,8 @@ class Segment(NamedTuple):
     Args:
         start: The first of them.
         end: After the last.
-        seen: Spans of tokens before `start` that each of them sees, disjoint.
+        seen: Spans of tokens before `start` that each of them sees, disjoint. Negative numbers are keys that stand
+            before the row's first query: the last of these is -1.
     """
 
     start: int

@@ -1,9 +1,10 @@
 """The kernels, one a file, all of one signature, and the table of what each supports.
 
-A kernel takes `query` `[B, H, S, D]`, `key` and `value` `[B, H_kv, S, D]` (`H` a multiple of `H_kv`; value's `D` may
-differ), the `parts` of `Documents.parts` (which heads are cut where) and `scale`, `dropout_p`, `softcap`,
-`learned_sinks`; it returns `[B, S, H, D_v]`, 0 where a query lies in no segment. To add one: write its file, add its
-row to `KERNELS`, and the tests run over it.
+A kernel takes `query` `[B, H, S, D]`, `key` and `value` `[B, H_kv, E + S, D]` (value's `D` may differ), the `parts` of
+`Documents.parts` (which heads are cut where, and which key/value heads are theirs) and `scale`, `dropout_p`,
+`softcap`, `learned_sinks`; it returns `[B, S, H, D_v]`, 0 where a query lies in no segment. The first `E` keys, mostly
+none, are of tokens whose queries are elsewhere (`hf_longlora.parallel`): segments see them by negative numbers. To add
+a kernel: write its file, add its row to `KERNELS`, and the tests run over it.
 """
 
 from collections.abc import Callable

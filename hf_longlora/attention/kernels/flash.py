@@ -59,7 +59,7 @@ def flash_kernel(
     softcap: float | None = None,
     learned_sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention within segments: `[B, H, S, D]`, `[B, H_kv, S, D]` -> `[B, S, H, D]`, 0 in padding."""
+    """Attention within segments: `[B, H, S, D]`, `[B, H_kv, E + S, D]` -> `[B, S, H, D]`, 0 in padding."""
     if dropout_p or softcap is not None or learned_sinks is not None:
         raise ValueError("The flash kernel has neither dropout nor softcap nor learned sinks.")
     if version() == 4:
@@ -162,8 +162,8 @@ def _by_autograd(
 
 
 def _gathered(plans: Sequence[Sequence[Run]], x: torch.Tensor) -> torch.Tensor:
-    """Keys or values segment by segment: `[B, h, S, D]` -> `[keys, h, D]`, a view where none is seen twice."""
+    """Keys or values segment by segment: `[B, h, E + S, D]` -> `[keys, h, D]`, a view where none is seen twice."""
     if not any(run.seen for plan in plans for run in plan):
-        return x.transpose(1, 2).flatten(0, 1)
+        return x[:, :, x.shape[2] - sum(run.tokens for run in plans[0]) :].transpose(1, 2).flatten(0, 1)
     rows = zip(plans, x.split(1), strict=True)
     return torch.cat([keys[0].flatten(1, 2).transpose(0, 1) for plan, row in rows for keys in keys_of(plan, row)])

@@ -28,7 +28,7 @@ def flex_kernel(
     softcap: float | None = None,
     learned_sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention within segments: `[B, H, S, D]`, `[B, H_kv, S, D]` -> `[B, S, H, D_v]`, 0 in padding.
+    """Attention within segments: `[B, H, S, D]`, `[B, H_kv, E + S, D]` -> `[B, S, H, D_v]`, 0 in padding.
 
     `softcap` and `learned_sinks` as in `hf_longlora.attention.reference`.
     """
@@ -42,7 +42,7 @@ def flex_kernel(
             k,
             v,
             score_mod=None if softcap is None else _capped(softcap),
-            block_mask=block_mask(rows, query.shape[2], query.device),
+            block_mask=block_mask(rows, query.shape[2], key.shape[2] - query.shape[2], query.device),
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
             return_aux=AuxRequest(lse=learned_sinks is not None),
@@ -71,38 +71,43 @@ def _capped(softcap: float) -> Callable[..., torch.Tensor]:
 
 
 @lru_cache(maxsize=16)
-def block_mask(rows: tuple[tuple[Segment, ...], ...], length: int, device: torch.device) -> BlockMask:
-    """The mask of one part: which block of queries meets which blocks of keys, and which of these in full."""
-    blocks = -(-length // BLOCK)
+def block_mask(rows: tuple[tuple[Segment, ...], ...], length: int, before: int, device: torch.device) -> BlockMask:
+    """The mask of one part: which block of queries meets which blocks of keys, and which of these in full.
+
+    `before` keys stand before the first query.
+    """
+    blocks, key_blocks = -(-length // BLOCK), -(-(before + length) // BLOCK)
     first = torch.arange(length).repeat(len(rows), 1)  # where a token's segment begins; padding sees itself ...
     real = torch.zeros(len(rows), length, dtype=torch.bool)  # ... and not even that
     spans = max((len(segment.seen) for row in rows for segment in row), default=0)
     seen = torch.zeros(spans, 2, len(rows), length, dtype=torch.long)  # what else it sees, from where to where
-    met = torch.zeros(len(rows), blocks, blocks, dtype=torch.bool)
+    met = torch.zeros(len(rows), blocks, key_blocks, dtype=torch.bool)
     for row, cut in enumerate(rows):
         for start, end, others in cut:
             first[row, start:end], real[row, start:end] = start, True
             for span, (begin, stop) in enumerate(others):
                 seen[span, 0, row, start:end], seen[span, 1, row, start:end] = begin, stop
-                met[row, start // BLOCK : (end - 1) // BLOCK + 1, begin // BLOCK : (stop - 1) // BLOCK + 1] = True
+                of_keys = slice((before + begin) // BLOCK, (before + stop - 1) // BLOCK + 1)
+                met[row, start // BLOCK : (end - 1) // BLOCK + 1, of_keys] = True
     rest = blocks * BLOCK - length
     lowest = torch.nn.functional.pad(first, (0, rest), value=length).unflatten(1, (blocks, BLOCK)).amin(-1)
     highest = torch.nn.functional.pad(first, (0, rest), value=-1).unflatten(1, (blocks, BLOCK)).amax(-1)
     alone = torch.nn.functional.pad(real, (0, rest), value=False).unflatten(1, (blocks, BLOCK)).all(-1)
-    queries, keys = torch.arange(blocks)[:, None], torch.arange(blocks)
-    met |= (keys >= lowest[..., None] // BLOCK) & (keys <= queries)
-    # In full: blocks before that of the queries, all of one segment that begins no later than the block of keys.
-    full = (keys < queries) & ((lowest == highest) & alone)[..., None] & (keys * BLOCK >= lowest[..., None])
+    query, key = torch.arange(blocks)[:, None] * BLOCK, torch.arange(key_blocks) * BLOCK - before  # the first of each
+    met |= (key + BLOCK > lowest[..., None]) & (key < query + BLOCK)
+    # In full: blocks that end before the queries begin, all of one segment that begins no later than the keys.
+    full = (key + BLOCK <= query) & ((lowest == highest) & alone)[..., None] & (key >= lowest[..., None])
     first, real, seen = first.to(device), real.to(device), seen.to(device)
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        k = k - before
         visible = (k <= q) & (k >= first[b, q])
         for span in range(spans):
             visible = visible | ((k >= seen[span, 0, b, q]) & (k < seen[span, 1, b, q]))
         return visible & real[b, q]
 
     return BlockMask.from_kv_blocks(
-        *_listed(met & ~full, device), *_listed(full, device), BLOCK, mask_mod, (length, length)
+        *_listed(met & ~full, device), *_listed(full, device), BLOCK, mask_mod, (length, before + length)
     )
 
 

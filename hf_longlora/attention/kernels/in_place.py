@@ -95,7 +95,7 @@ def attend_in_place(
     parts: Sequence[Part],
     scale: float | None,
 ) -> torch.Tensor:
-    """Attention by the launches of a plan: `[B, H, S, D]`, `[B, H_kv, S, D]` -> `[B, S, H, D]`, else 0.
+    """Attention by the launches of a plan: `[B, H, S, D]`, `[B, H_kv, E + S, D]` -> `[B, S, H, D]`, else 0.
 
     The plan covers the segments of `parts`; what these see beside that is read off `parts`.
     """
@@ -113,6 +113,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def heads_of(x: torch.Tensor, heads: Span) -> torch.Tensor:
     return x[:, heads[0] : heads[1]]
+
+
+def own_keys(query: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The keys or values of the queries' own tokens, a view: `[B, H_kv, E + S, D]` -> `[B, H_kv, S, D]`."""
+    return x[:, :, x.shape[2] - query.shape[2] :]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -173,7 +178,7 @@ def _forward(
     out = _allocate(query, zeros=not found.cover(plan, query))
     lse = query.new_empty(heads, batch, length, dtype=_wide(query.dtype)).transpose(0, 1)
     with torch.autocast(query.device.type, enabled=False):
-        for launch, call in found.calls(plan, query, key, value, out, lse):
+        for launch, call in found.calls(plan, query, own_keys(query, key), own_keys(query, value), out, lse):
             found.forward(launch, call, scale)
         seen.merge(others, query, key, value, out, lse, scale)
     return out.transpose(1, 2), lse
@@ -202,10 +207,13 @@ def _backward(
     parts = {(launch.heads, launch.kv_heads) for launch in found.launches(plan)}
     add = len(parts) > len({kv_heads for _, kv_heads in parts})
     gaps = not found.cover(plan, query)
-    dq, dk, dv = (_allocate(x, zeros=gaps or adds) for x, adds in ((query, False), (key, add), (value, add)))
+    others_only = key.shape[2] > query.shape[2]  # keys that no launch reaches
+    dq = _allocate(query, zeros=gaps)
+    dk, dv = (_allocate(x, zeros=gaps or add or others_only) for x in (key, value))
+    own_key, own_value, own_dk, own_dv = (own_keys(query, x) for x in (key, value, dk, dv))
     with torch.autocast(query.device.type, enabled=False):
-        for launch, call in found.calls(plan, query, key, value, out, lse):
-            shared = [found.view(launch, x, launch.kv_heads) for x in (dk, dv)]
+        for launch, call in found.calls(plan, query, own_key, own_value, out, lse):
+            shared = [found.view(launch, x, launch.kv_heads) for x in (own_dk, own_dv)]
             own = [torch.empty_like(x) for x in shared] if add else shared
             gradients = found.view(launch, dq, launch.heads), *own
             found.backward(launch, found.view(launch, grad, launch.heads), call, gradients, scale)

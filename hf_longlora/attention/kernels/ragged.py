@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..segments import Part, Segment, Span
-from .in_place import Call, Engine, Tensors, attend_in_place, heads_of, rows_follow
+from .in_place import Call, Engine, Tensors, attend_in_place, heads_of, own_keys, rows_follow
 
 LAUNCH_TOKENS = 32_768
 """Tokens in a launch, or one segment if that is longer: kernels add up the gradients of queries in fp32, which for
@@ -155,5 +155,6 @@ def attend_ragged(
     scale: float | None,
 ) -> torch.Tensor:
     """`attend_in_place` over the launches of `parts`."""
-    launches = plan(tuple(parts), query.shape[2], rows_follow(query, key, value), LAUNCH_TOKENS)
+    follow = rows_follow(query, own_keys(query, key), own_keys(query, value))
+    launches = plan(tuple(parts), query.shape[2], follow, LAUNCH_TOKENS)
     return attend_in_place(name, query, key, value, launches, parts, scale)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from ..segments import Part, Segment, Span
-from .in_place import ENGINES, Call, Engine, Tensors, attend_in_place, heads_of, rows_follow
+from .in_place import ENGINES, Call, Engine, Tensors, attend_in_place, heads_of, own_keys, rows_follow
 from .runs import Run, keys_of, runs
 
 LAUNCH_TOKENS = 32_768
@@ -60,11 +60,12 @@ def sdpa_kernel(
     softcap: float | None = None,
     learned_sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention within segments: `[B, H, S, D]`, `[B, H_kv, S, D]` -> `[B, S, H, D_v]`, 0 in padding."""
+    """Attention within segments: `[B, H, S, D]`, `[B, H_kv, E + S, D]` -> `[B, S, H, D_v]`, 0 in padding."""
     if softcap is not None or learned_sinks is not None:
         raise ValueError("The sdpa kernel has neither softcap nor learned sinks.")
     if dropout_p == 0.0 and _has_operators(query, value):
-        launches = plan(tuple(parts), query.shape[2], rows_follow(query, key, value), LAUNCH_TOKENS)
+        follow = rows_follow(query, own_keys(query, key), own_keys(query, value))
+        launches = plan(tuple(parts), query.shape[2], follow, LAUNCH_TOKENS)
         return attend_in_place("sdpa", query, key, value, launches, parts, scale)
     outs = []
     for heads, kv_heads, rows in parts:

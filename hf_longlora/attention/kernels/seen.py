@@ -28,7 +28,7 @@ from ..segments import Part, Span
 logger = logging.get_logger(__name__)
 
 CHUNK = 2**22
-"""Elements of the queries that the implementation in plain torch takes at a time: 16 MiB in fp32."""
+"""Elements of queries, or of scores if these are more, that are in work at a time: 16 MiB in fp32."""
 
 
 class Piece(NamedTuple):
@@ -40,7 +40,7 @@ class Piece(NamedTuple):
         row: Of the batch.
         start: The first query.
         end: After the last.
-        first: The first key.
+        first: The first key; negative as in a segment's `seen`.
         last: After the last.
     """
 
@@ -98,8 +98,8 @@ def merge(
     Args:
         numbers: A plan.
         query: `[B, H, S, D]`.
-        key: `[B, H_kv, S, D]`.
-        value: `[B, H_kv, S, D_v]`.
+        key: `[B, H_kv, E + S, D]`.
+        value: `[B, H_kv, E + S, D_v]`.
         out: `[B, H, S, D_v]`.
         lse: `[B, H, S]`.
         scale: Factor of the scores.
@@ -109,7 +109,7 @@ def merge(
 
         return seen_triton.merge(numbers, query, key, value, out, lse, scale)
     for piece in pieces(numbers):
-        keys, values = (_keys(piece, x) for x in (key, value))
+        keys, values = (_of_keys(piece, query, x).to(_wide(x)) for x in (key, value))
         for tokens in _chunks(piece, query):
             own, attended = _queries(piece, tokens, lse[..., None]), _queries(piece, tokens, out)
             scores = _queries(piece, tokens, query).to(keys.dtype) @ keys.mT * scale
@@ -136,8 +136,8 @@ def add_gradients(
         numbers: A plan.
         grad: The output's gradient, `[B, H, S, D_v]`.
         query: `[B, H, S, D]`.
-        key: `[B, H_kv, S, D]`.
-        value: `[B, H_kv, S, D_v]`.
+        key: `[B, H_kv, E + S, D]`.
+        value: `[B, H_kv, E + S, D_v]`.
         out: The merged output, `[B, H, S, D_v]`.
         lse: The merged `lse`, `[B, H, S]`.
         gradients: Of `query`, `key` and `value`, of their shapes.
@@ -149,7 +149,7 @@ def add_gradients(
         return seen_triton.add_gradients(numbers, grad, query, key, value, out, lse, gradients, scale)
     dq, dk, dv = gradients
     for piece in pieces(numbers):
-        keys, values = (_keys(piece, x) for x in (key, value))
+        keys, values = (_of_keys(piece, query, x).to(_wide(x)) for x in (key, value))
         for_keys, for_values = torch.zeros_like(keys), torch.zeros_like(values)
         for tokens in _chunks(piece, query):
             queries, given = (_queries(piece, tokens, x).to(keys.dtype) for x in (query, grad))
@@ -160,13 +160,17 @@ def add_gradients(
             for_keys += (scores.mT @ queries).sum(1, keepdim=True)
             for_values += (weights.mT @ given).sum(1, keepdim=True)
         for gradient, sums in ((dk, for_keys), (dv, for_values)):
-            gradient[piece.row, slice(*piece.kv_heads), piece.first : piece.last].add_(sums[:, 0])
+            _of_keys(piece, query, gradient).add_(sums)
 
 
-def _keys(piece: Piece, x: torch.Tensor) -> torch.Tensor:
-    """A piece's keys or values: `[B, H_kv, S, D]` -> `[h_kv, 1, keys, D]`, in fp32 at least."""
-    found = x[piece.row, slice(*piece.kv_heads), piece.first : piece.last, :][:, None]
-    return found.to(torch.promote_types(x.dtype, torch.float32))
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _of_keys(piece: Piece, query: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What lies at the keys of a piece, a view: `[B, H_kv, E + S, D]` -> `[h_kv, 1, keys, D]`."""
+    before = x.shape[2] - query.shape[2]
+    return x[piece.row, slice(*piece.kv_heads), None, before + piece.first : before + piece.last]
 
 
 def _queries(piece: Piece, tokens: slice, x: torch.Tensor) -> torch.Tensor:
@@ -175,6 +179,7 @@ def _queries(piece: Piece, tokens: slice, x: torch.Tensor) -> torch.Tensor:
 
 
 def _chunks(piece: Piece, query: torch.Tensor) -> Iterator[slice]:
-    tokens = max(1, CHUNK // (len(range(*piece.heads)) * query.shape[-1]))
+    width = max(query.shape[-1], piece.last - piece.first)
+    tokens = max(1, CHUNK // (len(range(*piece.heads)) * width))
     for start in range(piece.start, piece.end, tokens):
         yield slice(start, min(start + tokens, piece.end))

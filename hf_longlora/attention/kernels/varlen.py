@@ -24,7 +24,7 @@ def varlen_kernel(
     softcap: float | None = None,
     learned_sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention within segments: `[B, H, S, D]`, `[B, H_kv, S, D]` -> `[B, S, H, D]`, 0 in padding."""
+    """Attention within segments: `[B, H, S, D]`, `[B, H_kv, E + S, D]` -> `[B, S, H, D]`, 0 in padding."""
     if dropout_p or softcap is not None or learned_sinks is not None:
         raise ValueError("The varlen kernel has neither dropout nor softcap nor learned sinks.")
     return attend_ragged("varlen", query, key, value, parts, scale)

@@ -1,0 +1,10 @@
+"""Sequence parallelism: one sequence over several processes, against a `torch.distributed` group.
+
+Sparse steps send what a shard's queries see of earlier shards (halo), dense steps exchange tokens for heads. Knows
+attention, and nothing of a trainer, an engine or a launcher.
+"""
+
+from .attention import ShardedSequence, s2_attention
+from .shards import Shards
+
+__all__ = ["ShardedSequence", "Shards", "s2_attention"]

@@ -1,0 +1,252 @@
+"""Attention over sequences that a group of processes holds in shards, sparse and dense."""
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from ..attention.config import check_group_size, check_sink_tokens
+from ..attention.kernels import select_kernel
+from ..attention.segments import Documents, Part, Span
+from .exchange import Halo, HaloPlan, linked, to_heads, to_tokens
+from .shards import Shards
+
+
+class ShardedSequence:
+    """The rows of a batch over the processes of a group: documents, shards, and attention among them.
+
+    It is made once for each forward (`find`), and `attend` called once for each layer, by every process alike; and so
+    is the backward.
+
+    Args:
+        group: The processes; rank r holds the r-th shard of each row.
+        shards: Where rows are cut.
+        documents: Those of the whole rows.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, shards: Shards, documents: Documents) -> None:
+        self.group = group
+        self.shards = shards
+        self.documents = documents
+        self._plans: dict[tuple[Part, torch.device], HaloPlan] = {}
+
+    @classmethod
+    @torch.compiler.disable
+    def find(
+        cls,
+        group: dist.ProcessGroup,
+        batch_size: int,
+        length: int,
+        *,
+        device: torch.device,
+        cu_seqlens: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> "ShardedSequence":
+        """Gather what tells the documents from all processes; arguments as of `Documents.find`, of the own shard.
+
+        Args:
+            length: Tokens of the own shard; shards may differ.
+            device: Where the group sends from.
+            cu_seqlens: Ends of the documents in the whole row, the same on all processes.
+            attention_mask: `[batch_size, length]`, of the shard.
+            position_ids: `[batch_size or 1, length]`, of the shard, counted from the document's beginning and not from
+                the shard's.
+
+        Raises:
+            ValueError: on shapes that don't fit, and if a process has no token.
+        """
+        told = [] if position_ids is None else [position_ids.expand(batch_size, -1)]
+        told += [] if attention_mask is None else [attention_mask]
+        for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if tensor is not None and tensor.shape[-1] != length:
+                raise ValueError(f"`{name}` must be of the shard's {length} tokens, got {tuple(tensor.shape)}.")
+        lengths = [int(x) for x in _gathered(torch.tensor([length], device=device), group)]
+        shards = Shards.of(lengths, dist.get_rank(group))
+        whole = []
+        for tensor in told:
+            padded = torch.nn.functional.pad(tensor.long(), (0, max(lengths) - length)).to(device)
+            parts = _gathered(padded.contiguous(), group)
+            whole.append(torch.cat([part[:, :size] for part, size in zip(parts, lengths, strict=True)], dim=1))
+        documents = Documents.find(
+            batch_size,
+            shards.edges[-1],
+            cu_seqlens=cu_seqlens,
+            attention_mask=whole.pop() if attention_mask is not None else None,
+            position_ids=whole.pop() if position_ids is not None else None,
+        )
+        return cls(group, shards, documents)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        group_size: int | None,
+        *,
+        kernel: Callable[..., torch.Tensor],
+        shift: Literal["half", "none", "all"] = "half",
+        sink_tokens: int = 0,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        softcap: float | None = None,
+        learned_sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of the shard's queries: `[B, H, S, D]`, `[B, H_kv, S, D]` -> `[B, S, H, D_v]`.
+
+        Args:
+            group_size: Tokens in a group; `None` for dense.
+            kernel: One of `hf_longlora.attention.kernels`.
+            shift: As `Documents.parts` has it.
+            sink_tokens: As there.
+            scale: As all below, as kernels take it.
+        """
+        heads, kv_heads = query.shape[1], key.shape[1]
+        options = {"scale": scale, "dropout_p": dropout_p, "softcap": softcap}
+        if group_size is None:
+            return self._by_heads(query, key, value, kernel, learned_sinks, options)
+        parts = self.documents.parts(heads, kv_heads, group_size, shift, sink_tokens)
+        return self._by_halo(query, key, value, parts, kernel, learned_sinks, options)
+
+    def _by_halo(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        parts: Sequence[Part],
+        kernel: Callable[..., torch.Tensor],
+        learned_sinks: torch.Tensor | None,
+        options: dict[str, float | None],
+    ) -> torch.Tensor:
+        """Each process attends with its own queries, and gets what these see of earlier shards.
+
+        All exchanges set off at once, so that the later parts' tokens are on their way while the first is computed:
+        heads that are not shifted come first, and need nothing but first tokens of documents where shards are of whole
+        groups.
+        """
+        # `split` and not slices: its backward is one concatenation, that of a slice a zero-filled tensor of full size.
+        queries = query.split([b - a for (a, b), _, _ in parts], dim=1)
+        shared = len({part.kv_heads for part in parts}) < len(parts)  # a single key/value head
+        sizes = [b - a for _, (a, b), _ in parts]
+        keys, values = (([x] * len(parts) if shared else x.split(sizes, dim=1)) for x in (key, value))
+        halos = [Halo(self._plan(part, query.device), self.group) for part in parts]
+        for halo, k, v in zip(halos, keys, values, strict=True):
+            halo.start(k, v)
+        outs = []
+        for part, halo, q in zip(parts, halos, queries, strict=True):
+            k, v = halo.finish()
+            own = halo.plan.local.part._replace(heads=(0, q.shape[1]), kv_heads=(0, k.shape[1]))
+            sinks = None if learned_sinks is None else learned_sinks[slice(*part.heads)]
+            outs.append(linked(kernel(q, k, v, (own,), learned_sinks=sinks, **options), q, k, v))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+    def _plan(self, part: Part, device: torch.device) -> HaloPlan:
+        if (part, device) not in self._plans:
+            self._plans[part, device] = HaloPlan.of(part, self.shards, device)
+        return self._plans[part, device]
+
+    def _by_heads(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kernel: Callable[..., torch.Tensor],
+        learned_sinks: torch.Tensor | None,
+        options: dict[str, float | None],
+    ) -> torch.Tensor:
+        """Dense: each process attends over whole rows with some of the heads (DeepSpeed Ulysses, arXiv 2309.14509).
+
+        Where heads don't divide by processes some have one more, and key/value heads go to all whose queries need
+        them. Gathering keys and values instead would leave most of the work to the last shard, whose queries see most.
+        """
+        heads, kv_heads, size = query.shape[1], key.shape[1], self.shards.size
+        each = heads // kv_heads
+        own = tuple((heads * rank // size, heads * (rank + 1) // size) for rank in range(size))
+        own_kv = tuple((a // each, -(-b // each)) if a < b else (0, 0) for a, b in own)
+        query = to_heads(query, own, self.shards, self.group)
+        key, value = (to_heads(x, own_kv, self.shards, self.group) for x in (key, value))
+        first, last = own[self.shards.rank]
+        if first == last:  # more processes than heads
+            out = query.new_zeros(query.shape[0], query.shape[2], 0, value.shape[-1])
+        else:
+            sinks = None if learned_sinks is None else learned_sinks[first:last]
+            parts = tuple(_dense_parts(first, last, each, self.documents))
+            out = kernel(query, key, value, parts, learned_sinks=sinks, **options)
+        out = linked(out, query, key, value)
+        return to_tokens(out.transpose(1, 2), own, self.shards, self.group).transpose(1, 2)
+
+
+def _dense_parts(first: int, last: int, each: int, documents: Documents) -> list[Part]:
+    """Query heads `first` to `last`, of which `each` share a key/value head, as parts of a call with these alone."""
+    found: list[Part] = []
+    at = kv_at = 0
+    owners = [len(list(same)) for _, same in groupby(head // each for head in range(first, last))]
+    for count, alike in groupby(owners):
+        kv_heads = len(list(alike))
+        heads: Span = (at, at + count * kv_heads)
+        found.append(Part(heads, (kv_at, kv_at + kv_heads), documents.segments(None)))
+        at, kv_at = heads[1], kv_at + kv_heads
+    return found
+
+
+def _gathered(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    found = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, tensor, group=group)
+    return found
+
+
+def s2_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    group: dist.ProcessGroup,
+    group_size: int | None,
+    sink_tokens: int = 4,
+    cu_seqlens: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    scale: float | None = None,
+    kernel: str = "auto",
+) -> torch.Tensor:
+    """[`~hf_longlora.s2_attention`] of sequences that the processes of a group hold in shards.
+
+    Outputs and gradients are those of one process with the whole rows. Every process has to call it, and to run the
+    backward. For many layers make a `ShardedSequence` once and call its `attend`.
+
+    Args:
+        query: `[B, H, S, D]`, the r-th shard on rank r, contiguous; shards may differ in length.
+        key: `[B, H_kv, S, D]`, `H` a multiple of `H_kv`.
+        value: `[B, H_kv, S, D_v]`.
+        group: The processes.
+        group_size: Tokens in a group, at least 2; `None` for dense causal attention within the documents.
+        sink_tokens: First tokens of a document that every group sees beside its own; 0 is the paper's pattern.
+        cu_seqlens: `[documents + 1]`, ends of the documents packed into the one whole row (`B` is 1).
+        attention_mask: `[B, S]`, the shard's, 0 where a token is padding.
+        position_ids: `[B or 1, S]`, the shard's, counted from the document's beginning; a document starts where they
+            don't go up by one.
+        scale: Factor of the scores; `D ** -0.5` if `None`.
+        kernel: Name of a kernel, or `"auto"`.
+
+    Returns:
+        `[B, H, S, D_v]`, of the shard; 0 where the query is padding.
+
+    Raises:
+        ValueError: on shapes that don't fit, a group below 2, a kernel that can't serve, or a process without tokens.
+    """
+    check_group_size(group_size)
+    check_sink_tokens(sink_tokens)
+    sequence = ShardedSequence.find(
+        group,
+        query.shape[0],
+        query.shape[2],
+        device=query.device,
+        cu_seqlens=cu_seqlens,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+    )
+    chosen = select_kernel(kernel, query, value)
+    out = sequence.attend(query, key, value, group_size, kernel=chosen, sink_tokens=sink_tokens, scale=scale)
+    return out.transpose(1, 2)
