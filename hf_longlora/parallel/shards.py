@@ -74,9 +74,9 @@ class LocalPart(NamedTuple):
         return max((_tokens(spans) for spans in self.halo), default=0)
 
     def slots(self) -> Iterator[tuple[int, int, Span]]:
-        """Where the halo stands among those keys: row, first key, span of tokens."""
+        """Where the halo stands among those keys, at their end: row, first key, span of tokens."""
         for row, spans in enumerate(self.halo):
-            at = 0
+            at = self.keys - _tokens(spans)
             for span in spans:
                 yield row, at, span
                 at += span[1] - span[0]
@@ -87,15 +87,11 @@ def localize(part: Part, shard: Span) -> LocalPart:
     cut = [tuple(_queries(row, shard)) for row in part.rows]
     before = [[(a, min(b, shard[0])) for s in row for a, b in s.seen if a < shard[0]] for row in cut]
     halo = tuple(_union(spans) for spans in before)
-    local = LocalPart(part, halo)
     rows = tuple(
-        tuple(
-            Segment(s.start - shard[0], s.end - shard[0], tuple(_counted(s.seen, spans, local.keys, shard[0])))
-            for s in row
-        )
+        tuple(Segment(s.start - shard[0], s.end - shard[0], tuple(_counted(s.seen, spans, shard[0]))) for s in row)
         for row, spans in zip(cut, halo, strict=True)
     )
-    return local._replace(part=part._replace(rows=rows))
+    return LocalPart(part._replace(rows=rows), halo)
 
 
 def _queries(row: Sequence[Segment], shard: Span) -> Iterator[Segment]:
@@ -117,10 +113,10 @@ def _union(spans: Sequence[Span]) -> tuple[Span, ...]:
     return tuple(found)
 
 
-def _counted(seen: Sequence[Span], halo: Sequence[Span], keys: int, first: int) -> Iterator[Span]:
-    """Spans that are seen, counted from the shard's `first` token: in the halo by what stands where of `keys`."""
+def _counted(seen: Sequence[Span], halo: Sequence[Span], first: int) -> Iterator[Span]:
+    """Spans that are seen, counted from the shard's `first` token; those in the halo, which ends there, by its own."""
     for start, end in seen:
-        at = -keys
+        at = -_tokens(halo)
         for begin, stop in halo:
             low, high = max(start, begin), min(end, stop)
             if low < high:

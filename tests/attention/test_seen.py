@@ -12,6 +12,7 @@ import torch
 from hf_longlora import s2_attention
 from hf_longlora.attention import Documents
 from hf_longlora.attention.kernels import KERNELS, seen
+from hf_longlora.parallel.shards import localize
 
 from .test_kernels import TOLERANCE, check, draw
 
@@ -66,6 +67,39 @@ def compare_with_plain(triton, monkeypatch, case, dtype, width, keys):
         assert torch.equal(fused, again), name  # sums are made in one order always
         error = (plain.double() - fused.double()).norm() / plain.double().norm()
         assert error < TOLERANCE[dtype], (name, error.item())
+
+
+@(lambda test: test if INTERPRETED else on_gpu(test))
+def test_keys_before_the_queries(monkeypatch):
+    """First tokens that another process has, or a part of which it has, as a shard sees them."""
+    triton = pytest.importorskip("hf_longlora.attention.kernels.seen_triton")
+    monkeypatch.setattr(seen, "_has_triton", lambda: False)
+    documents = Documents((((0, 90), (90, 300)), ((3, 260), (260, 300))), 300)
+    for group_size, sink_tokens, first in ((16, 4, 92), (3, 40, 110), (64, 20, 200)):
+        parts = documents.parts(4, 2, group_size, sink_tokens=sink_tokens)
+        locals_ = [localize(part, (first, 300)) for part in parts]
+        before, length = max(local.keys for local in locals_), 300 - first
+        assert before > 0
+        for local in locals_:
+            plan, _ = seen._by_adjoining(tuple(seen.plan((local.part,))))
+            query, key, value, out, grad, dq, dk, dv = (
+                torch.randn(2, size, n, 24, device=DEVICE).transpose(1, 2)
+                for n, size in zip((4, 2, 2, 4, 4, 4, 2, 2), (0, 1, 1, 0, 0, 0, 1, 1), strict=True)
+                for size in (size * before + length,)
+            )
+            lse = torch.randn(4, 2, length, device=DEVICE).transpose(0, 1)
+            found = []
+            for module in (seen, triton):
+                merged, total, *gradients = (x.clone() for x in (out, lse, dq, dk, dv))
+                shown = (lambda x: x) if module is seen else (lambda x: seen.own_keys(query, x))  # noqa: B023
+                module.merge(plan, query, shown(key), shown(value), merged, total, 0.2)
+                given = found[0][:2] if found else (merged, total)
+                of_keys = [shown(x) for x in gradients[1:]]
+                rest = (*given, (gradients[0], *of_keys), 0.2)
+                module.add_gradients(plan, grad, query, shown(key), shown(value), *rest)
+                found.append((merged, total, *gradients))
+            for plain, fused in zip(*found, strict=True):
+                assert torch.allclose(plain, fused, atol=1e-4)
 
 
 @on_gpu

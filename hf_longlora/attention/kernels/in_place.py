@@ -16,6 +16,7 @@ import torch
 
 from ..segments import Part, Span
 from . import seen
+from .seen import own_keys
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -113,11 +114,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def heads_of(x: torch.Tensor, heads: Span) -> torch.Tensor:
     return x[:, heads[0] : heads[1]]
-
-
-def own_keys(query: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The keys or values of the queries' own tokens, a view: `[B, H_kv, E + S, D]` -> `[B, H_kv, S, D]`."""
-    return x[:, :, x.shape[2] - query.shape[2] :]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ scores of the others, `total = log(exp(own) + sum_j exp(s_j))` and
 
 The launches' backward, run on the merged output and `total`, gives what the own keys give and get; the others' share
 is added to it. Nothing is copied. Neighbouring segments that see the same are one piece of work. Here it is in plain
-torch; on a GPU `seen_triton` does the same.
+torch; on a GPU `seen_triton` does the same for first tokens. What a shard's queries see of earlier shards is more than
+it is made for, up to a group.
 
 These keys are tokens of the text. Sinks that a model has learned (gpt-oss's `s_aux`) are another thing, called
 `learned_sinks` everywhere here.
@@ -52,6 +53,11 @@ class Piece(NamedTuple):
     first: int
     last: int
 
+    @property
+    def adjoins(self) -> bool:
+        """Whether the keys end where the queries begin: those of a group that began in an earlier shard."""
+        return self.last == self.start
+
 
 @lru_cache(maxsize=64)
 def plan(parts: tuple[Part, ...]) -> list[int]:
@@ -72,6 +78,15 @@ def pieces(numbers: Sequence[int]) -> Iterator[Piece]:
     for at in range(0, len(numbers), 9):
         a, b, c, d, *rest = numbers[at : at + 9]
         yield Piece((a, b), (c, d), *rest)
+
+
+@lru_cache(maxsize=64)
+def _by_adjoining(numbers: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """The plans of those pieces that don't adjoin, and of those that do."""
+    found: tuple[list[int], list[int]] = [], []
+    for at, piece in enumerate(pieces(numbers)):
+        found[piece.adjoins].extend(numbers[9 * at : 9 * at + 9])
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -107,7 +122,8 @@ def merge(
     if query.is_cuda and _has_triton():
         from . import seen_triton
 
-        return seen_triton.merge(numbers, query, key, value, out, lse, scale)
+        few, numbers = _by_adjoining(tuple(numbers))
+        seen_triton.merge(few, query, own_keys(query, key), own_keys(query, value), out, lse, scale)
     for piece in pieces(numbers):
         keys, values = (_of_keys(piece, query, x).to(_wide(x)) for x in (key, value))
         for tokens in _chunks(piece, query):
@@ -143,11 +159,13 @@ def add_gradients(
         gradients: Of `query`, `key` and `value`, of their shapes.
         scale: Factor of the scores.
     """
+    dq, dk, dv = gradients
     if query.is_cuda and _has_triton():
         from . import seen_triton
 
-        return seen_triton.add_gradients(numbers, grad, query, key, value, out, lse, gradients, scale)
-    dq, dk, dv = gradients
+        few, numbers = _by_adjoining(tuple(numbers))
+        keys, values, own_dk, own_dv = (own_keys(query, x) for x in (key, value, dk, dv))
+        seen_triton.add_gradients(few, grad, query, keys, values, out, lse, (dq, own_dk, own_dv), scale)
     for piece in pieces(numbers):
         keys, values = (_of_keys(piece, query, x).to(_wide(x)) for x in (key, value))
         for_keys, for_values = torch.zeros_like(keys), torch.zeros_like(values)
@@ -161,6 +179,11 @@ def add_gradients(
             for_values += (weights.mT @ given).sum(1, keepdim=True)
         for gradient, sums in ((dk, for_keys), (dv, for_values)):
             _of_keys(piece, query, gradient).add_(sums)
+
+
+def own_keys(query: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The keys or values of the queries' own tokens, a view: `[B, H_kv, E + S, D]` -> `[B, H_kv, S, D]`."""
+    return x[:, :, x.shape[2] - query.shape[2] :]
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:

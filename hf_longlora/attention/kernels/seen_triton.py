@@ -55,7 +55,7 @@ class Launch(NamedTuple):
 def _launches(numbers: tuple[int, ...], device: torch.device) -> tuple[Launch, ...]:
     found = []
     for (heads, kv_heads), part in groupby(pieces(numbers), key=lambda piece: piece[:2]):
-        own = list(part)
+        own = sorted(part, key=lambda piece: (piece.row, piece.first))  # what sees the same keys, together
         for skipped in range(0, max(piece.last - piece.first for piece in own), KEYS):
             some = [
                 piece._replace(first=piece.first + skipped, last=min(piece.last, piece.first + skipped + KEYS))
@@ -103,7 +103,8 @@ def merge(
     lse: torch.Tensor,
     scale: float,
 ) -> None:
-    """`seen.merge`; values are as wide as keys, and widths lie without gaps."""
+    """`seen.merge`; values are as wide as keys, and widths lie without gaps. `key` and `value` begin with the queries'
+    own tokens; what stands before these has negative numbers."""
     width = query.shape[-1]
     with _on(query):
         for launch in _launches(tuple(numbers), query.device):
