@@ -115,9 +115,12 @@ def fits(total: float, gpu: Gpu) -> bool:
 
 
 def in_windows(shape: Shape, settings: RunSettings, length: int) -> tuple[RunSettings, int]:
-    """A PoSE step over sequences of `length` tokens, as the forwards of a window that it runs one after the other."""
+    """A PoSE step over sequences of `length` tokens, as the forwards of a window that it runs one after the other.
+
+    It does in a run that has no dense steps.
+    """
     window = shape.native_window
-    if window is None or length <= window or not shape.adds_up:
+    if settings.dense_every > 0 or window is None or length <= window or not shape.adds_up:
         return settings, length
     forwards = settings.gradient_accumulation_steps * math.ceil(settings.batch_size * length / window)
     return replace(settings, batch_size=1, gradient_accumulation_steps=forwards), window
@@ -125,9 +128,7 @@ def in_windows(shape: Shape, settings: RunSettings, length: int) -> tuple[RunSet
 
 def largest_step(shape: Shape, settings: RunSettings, length: int) -> tuple[RunSettings, int]:
     """Settings and length of the step that takes the most memory of a run over sequences of `length` tokens."""
-    if settings.sparse == "pose" and settings.dense_every == 0:
-        return in_windows(shape, settings, length)
-    return settings, length
+    return in_windows(shape, settings, length) if settings.sparse == "pose" else (settings, length)
 
 
 def longest(shape: Shape, settings: RunSettings, gpu: Gpu) -> int | None:

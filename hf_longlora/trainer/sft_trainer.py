@@ -316,14 +316,16 @@ class LongLoraSFTTrainer(SFTTrainer):
     def _in_pieces(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """TRL's step, of a PoSE step a part after the other, each of up to a window's tokens.
+        """TRL's step; in a stage that has PoSE steps alone a part after the other, each of up to a window's tokens.
 
         The loss is a sum over tokens, and no token sees another window: losses and gradients of the parts add up to
-        the whole's, and activations are those of one part.
+        the whole's, and activations are those of one part. Where dense steps have room for the whole, nothing is
+        gained by parts, and a small model is slower in them (135 M on an H200, 65,536 tokens: 1.6 s against 0.4).
         """
         step = super().training_step
         plan = self.schedule.step(self.state.global_step)
-        if plan.mode != "pose" or num_items_in_batch is None or not self._adds_up:
+        alone = plan.mode == "pose" and self.schedule.dense_each(plan.stage) == 0
+        if not alone or num_items_in_batch is None or not self._adds_up:
             return step(model, inputs, num_items_in_batch, *args, **kwargs)
         ends = inputs["cu_seq_lens_q"].tolist()
         spans, fillers, all_fillers = pieces(ends, self._window), 0, 0
