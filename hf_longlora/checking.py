@@ -34,7 +34,7 @@ from .attention.kernels import KERNELS
 from .attention.mask import READS_MASK, S2Mask, s2_mask
 from .families import Family, find_family
 from .from_hub import adapter_values, read_config
-from .rope import AUTO, RopeScaling, current_rope, native_window, reach, rotary_modules
+from .rope import AUTO, RopeScaling, current_rope, native_window, reach, readings, rotary_modules, type_over
 from .tuner import LongLoraConfig
 from .tuner.modules import is_norm, language_modules, walk
 
@@ -81,6 +81,8 @@ class ModelCheck:
     length: int | None = None
     rope: tuple[RopeScaling, RopeScaling] | None = None
     """Before and after; `None` without RoPE."""
+    reaches: tuple[list[tuple[int, int]], ...] = ()
+    """Of both, the original length and that reached: two readings where the config leaves it open."""
     targets: list[str] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
     embeddings: list[str] = field(default_factory=list)
@@ -103,6 +105,7 @@ def check_model(
     *,
     target_length: int | None = None,
     rope_type: str = AUTO,
+    base_length: int | None = None,
     attention: S2AttentionConfig | None = None,
     trust_remote_code: bool = False,
 ) -> ModelCheck:
@@ -111,7 +114,7 @@ def check_model(
     Args:
         model: A name on the Hub, a folder, or a config. A LONGLORA adapter's: its base is checked, with that adapter.
         target_length: Tokens to extend RoPE to; `None` leaves RoPE as it is.
-        rope_type: As in `LongLoraConfig`.
+        rope_type, base_length: As in `LongLoraConfig`.
         attention: Group size, sink tokens and kernel; if not given, those the adapter was trained with, or the
             default.
         trust_remote_code: Run the code that comes with a model whose class transformers has not.
@@ -126,7 +129,7 @@ def check_model(
     adapter, source, revision = None, model, None
     if isinstance(model, str) and (adapter := _adapter(model)) is not None:
         source, revision = str(adapter.base_model_name_or_path), adapter.revision
-        if target_length is not None or rope_type != AUTO:
+        if target_length is not None or rope_type != AUTO or base_length is not None:
             raise ValueError(f"{model} is an adapter and has its RoPE. For another one check its base, {source}.")
         attention = attention or adapter.trained_attention
     if isinstance(source, str):
@@ -147,13 +150,15 @@ def check_model(
     except ValueError as error:
         found.refused.append(str(error))
         return found
+    wanted = adapter or LongLoraConfig(target_length=target_length, rope_type=rope_type, base_length=base_length)
+    native = native_window(built, wanted.base_length)
     try:
         check_skipping(type(built), config)
-        found.window = native_window(built)
+        found.window = native
     except ValueError as error:
         found.notes.append(f"No PoSE steps: {error}")
-    _put_adapter(built, found, adapter or LongLoraConfig(target_length=target_length, rope_type=rope_type))
-    _group_size(found, built, target_length, attention or S2AttentionConfig())
+    _put_adapter(built, found, wanted)
+    _group_size(found, built.config, native, target_length, attention or S2AttentionConfig())
     _run(built, found)
     _judge(found, built.config)
     return found
@@ -235,7 +240,13 @@ def _put_adapter(model: PreTrainedModel, found: ModelCheck, wanted: LongLoraConf
             if str(error) not in found.refused:
                 found.refused.append(str(error))
     if before is not None:
-        found.rope = before, current_rope(model.config)
+        after = current_rope(model.config)
+        found.rope = before, after
+        # What has been scaled here is clear.
+        found.reaches = (
+            readings(model.config, before, wanted.base_length),
+            readings(model.config, after, wanted.base_length) if after == before else [reach(after)],
+        )
     if tuned is None:
         return
     adapter = tuned.peft_config["default"]
@@ -248,14 +259,16 @@ def _put_adapter(model: PreTrainedModel, found: ModelCheck, wanted: LongLoraConf
 
 
 def _group_size(
-    found: ModelCheck, model: PreTrainedModel, target_length: int | None, attention: S2AttentionConfig
+    found: ModelCheck, config: Any, native: int | None, target_length: int | None, attention: S2AttentionConfig
 ) -> None:
-    text_config = model.config.get_text_config()
-    reached = reach(found.rope[1])[1] if found.rope else getattr(text_config, "max_position_embeddings", None)
+    if found.reaches:
+        reached = found.reaches[1][0][1] if len(found.reaches[1]) == 1 else None
+    else:
+        reached = getattr(config.get_text_config(), "max_position_embeddings", None)
     found.length = target_length or reached
     if found.length is not None:
         found.sink_tokens = attention.sink_tokens
-        found.group_size = attention.resolve_group_size(found.length, native_window(model))
+        found.group_size = attention.resolve_group_size(found.length, native)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -370,6 +383,13 @@ def _judge(found: ModelCheck, config: Any) -> None:
     if found.rope is None:
         return
     before, after = found.rope
+    if len(found.reaches[0]) > 1:
+        first, second = (original for original, _ in found.reaches[0])
+        found.notes.append(
+            "the config doesn't say whether its max_position_embeddings counts the factor of its linear RoPE; its "
+            f"publisher does. To extend it, and to have groups of its native window, pass base_length: {first} or "
+            f"{second}."
+        )
     if before != after and after.rope_type == "dynamic":
         found.notes.append(
             "dynamic RoPE: vLLM doesn't scale it by itself; `merge` says what --hf-overrides it needs, by which short "
@@ -413,8 +433,9 @@ def _lines(found: ModelCheck) -> Iterator[str]:
         yield f"            {found.parameters[0]:,} of {found.parameters[1]:,} parameters ({share:.2%})"
     if found.rope is not None:
         before, after = found.rope
-        yield f"RoPE        {_rope(before)}"
-        yield f"            -> {_rope(after)}" if before != after else "            unchanged"
+        of_before, of_after = found.reaches
+        yield f"RoPE        {_rope(before, before, of_before)}"
+        yield f"            -> {_rope(after, before, of_after)}" if before != after else "            unchanged"
     elif found.layers:
         yield "RoPE        none that can be scaled"
     if found.family is not None and found.family.note:
@@ -425,13 +446,13 @@ def _lines(found: ModelCheck) -> Iterator[str]:
         yield f"REFUSED     {reason}"
 
 
-def _rope(scaling: RopeScaling) -> str:
-    original, longest = reach(scaling)
+def _rope(scaling: RopeScaling, base: RopeScaling, reaches: list[tuple[int, int]]) -> str:
     shown = {k: v for k, v in scaling.parameters.items() if k != "rope_type" and not isinstance(v, list)}
     values = ", ".join(
         f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
     )
-    return f"{scaling.rope_type}, {longest:,} tokens of originally {original:,} ({values})"
+    lengths = " or ".join(f"{longest:,} tokens of originally {original:,}" for original, longest in reaches)
+    return f"{type_over(scaling, base)}, {lengths} ({values})"
 
 
 def _count(number: int, what: str) -> str:

@@ -7,7 +7,7 @@ rules, and `hf-longlora check` says what they find. It has not been tested, that
 from dataclasses import dataclass
 from typing import Any
 
-from .rope import ROPE_TYPES
+from .rope import ABF, ROPE_TYPES
 
 ATTENTION_ONLY: tuple[str, ...] = ()
 _SOFTCAP = "softcap in its scores: dense attention is its own eager one; train with a kernel that has softcap"
@@ -44,24 +44,29 @@ FAMILIES: tuple[Family, ...] = (
     Family("Qwen3", "qwen3"),
     Family("Qwen3-MoE", "qwen3_moe"),
     Family("Qwen3-Next", "qwen3_next", note=_HYBRID),
-    Family("Qwen3.5 (text)", "qwen3_5_text", ("yarn",), f"{_HYBRID}; vLLM keeps its position axes under YaRN only"),
+    Family(
+        "Qwen3.5 (text)",
+        "qwen3_5_text",
+        ("yarn", ABF),
+        f"{_HYBRID}; of the scaled types vLLM keeps its position axes under YaRN only",
+    ),
     Family("Gemma", "gemma"),
     Family("Gemma 2", "gemma2", note=_SOFTCAP),
     Family(
         "Gemma 3 (text)",
         "gemma3_text",
-        ("linear", "yarn", "llama3", "longrope"),
+        ("linear", "yarn", "llama3", "longrope", ABF),
         "sliding layers and their RoPE are left alone; its readers take max_position_embeddings for the extended "
         "length, which dynamic RoPE takes for the original one",
     ),
     Family("Phi", "phi"),
-    Family("Phi-3", "phi3", ("longrope",), "Phi-4 too; its config takes no other RoPE type"),
+    Family("Phi-3", "phi3", ("longrope", ABF), "Phi-4 too; its config takes no other scaled RoPE type"),
     Family("OLMo", "olmo"),
     Family("OLMo 2", "olmo2"),
     Family(
         "OLMo 3",
         "olmo3",
-        ("yarn", "llama3", "longrope"),
+        ("yarn", "llama3", "longrope", ABF),
         "sliding layers and their RoPE are left alone; vLLM sizes the sliding layers' table by "
         "max_position_embeddings, which is the original length under linear and dynamic RoPE",
     ),
@@ -87,7 +92,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("ERNIE 4.5 MoE", "ernie4_5_moe"),
     Family("Arcee", "arcee"),
     Family("Apertus", "apertus", ("llama3",), "comes with llama3 RoPE and is extended by it"),
-    Family("DeepSeek-V3", "deepseek_v3", ("yarn",), "vLLM takes any scaled RoPE of this family for YaRN"),
+    Family("DeepSeek-V3", "deepseek_v3", ("yarn", ABF), "vLLM takes any scaled RoPE of this family for YaRN"),
     Family("gpt-oss", "gpt_oss", ("yarn",), f"{_SINKS}; it comes with YaRN and is extended by it"),
     Family("Bamba", "bamba", note=_HYBRID),
     Family("Falcon-H1", "falcon_h1", note=_HYBRID),

@@ -13,7 +13,7 @@ from hf_longlora.attention.switch import attention_modules
 from hf_longlora.checking import check_model
 from hf_longlora.cli import main
 from hf_longlora.families import FAMILIES, find_family
-from hf_longlora.rope import ROPE_TYPES, current_rope, reach
+from hf_longlora.rope import ROPE_TYPES, current_rope, reach, type_over
 
 from .attention.test_skipping import STATEFUL, UNTOLD
 from .test_families import COMMON, EVERY, HALF_SLIDING, OUTSIDE, SHARED, TINY, build, vision_language
@@ -141,7 +141,9 @@ def test_a_decoder_layer_named_after_its_attention_is_none():
 @pytest.mark.parametrize("rope_type", ROPE_TYPES)
 def test_layers_are_found_under_every_rope_type(rope_type):
     found = check_model(LlamaConfig(**COMMON), target_length=256, rope_type=rope_type)
-    assert len(found.sparse) == 2 and found.rope is not None and found.rope[1].rope_type == rope_type
+    assert len(found.sparse) == 2 and found.rope is not None
+    assert type_over(found.rope[1], found.rope[0]) == rope_type
+    assert f"-> {rope_type}, 256 tokens" in str(found)
     assert ("vLLM doesn't scale it by itself" in str(found)) == (rope_type == "dynamic")
 
 
@@ -291,3 +293,22 @@ def test_sink_tokens_are_said(tmp_path, capsys):
     ):
         assert main(["check", str(tmp_path), "--target-length", "256", *options]) == 0
         assert words in capsys.readouterr().out
+
+
+def test_a_linear_config_that_may_be_read_in_two_ways_is_shown_in_both(tmp_path, capsys):
+    """DeepSeek-Coder's: trained at 4,096, a factor of 4, and 16,384 max_position_embeddings."""
+    linear = {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0}
+    LlamaConfig(**COMMON | {"max_position_embeddings": 16384}, rope_parameters=linear).save_pretrained(tmp_path)
+    both = "RoPE        linear, 65,536 tokens of originally 16,384 or 16,384 tokens of originally 4,096"
+    assert main(["check", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert both in said and "groups  " not in said and "pass base_length: 16384 or 4096" in said
+    assert main(["check", str(tmp_path), "--target-length", "131072"]) == 1
+    said = capsys.readouterr().out
+    assert both in said and "REFUSED     this base has linear RoPE of factor 4" in said
+    for length, factor, group in ((4096, 32, "4,096"), (16384, 8, "16,384")):
+        assert main(["check", str(tmp_path), "--target-length", "131072", "--base-length", str(length)]) == 0
+        said = capsys.readouterr().out
+        assert f"RoPE        linear, {4 * length:,} tokens of originally {length:,}" in said
+        assert f"-> linear, 131,072 tokens of originally {length:,} (factor {factor}, rope_theta 100000)" in said
+        assert f"groups      {group} tokens and the first 4 of a document, at 131,072" in said

@@ -19,7 +19,7 @@ from hf_longlora import LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
 from hf_longlora.cli import main
 from hf_longlora.cli.train import make_parser
 from hf_longlora.rope import current_rope, reach
-from hf_longlora.trainer.checks import stage_ropes
+from hf_longlora.trainer.checks import Start, stage_ropes
 
 from .vllm_rules import lengths as served_lengths
 
@@ -245,7 +245,7 @@ def test_a_runs_options_are_known_and_its_stages_extend_its_model(name):
     assert not values.keys() - known
     _, _, args = parser.parse_dict({**values, "use_cpu": True, "bf16": False})
     config = CONFIGS[values["model_name_or_path"]]
-    _, ropes = stage_ropes(values["model_name_or_path"], config, None, args.schedule)
+    ropes = stage_ropes(Start.of(values["model_name_or_path"], config, None), args.schedule)
     assert [reach(rope)[1] for rope in ropes] == [stage["max_length"] for stage in values["stages"]]
 
 

@@ -397,3 +397,15 @@ def test_sink_tokens_are_counted():
     few, many = (plan_run(LLAMA_8B, [131072], gpu="H200", sink_tokens=n).lengths[0] for n in (0, 2048))
     assert 1.01 * few.seconds_sparse < many.seconds_sparse < 1.2 * few.seconds_sparse
     assert many.seconds_dense == few.seconds_dense and many.total == few.total
+
+
+def test_a_native_window_that_is_not_known_is_said():
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    config = LlamaConfig(**SHAPE, num_key_value_heads=2, rope_parameters=linear)
+    (note,) = plan_run(config, [1024], gpu="H200").notes
+    assert note.startswith("Groups without a size or a ratio are a quarter of the length: the config doesn't say")
+    with pytest.raises(ValueError, match="PoSE steps can't be planned"):
+        plan_run(config, [1024], gpu="H200", sparse="pose")
+    known = LongLoraConfig(base_length=SHAPE["max_position_embeddings"] // 4)
+    assert plan_run(config, [1024], gpu="H200", adapter=known).notes == ()
+    assert plan_run(config, [1024], gpu="H200", adapter=known, sparse="pose").lengths

@@ -74,10 +74,20 @@ def build(cls, config):
 MODELS = {
     "llama": (LlamaForCausalLM, llama, ROPE_TYPES),
     "gpt_neox": (GPTNeoXForCausalLM, lambda: GPTNeoXConfig(**SHAPE), ROPE_TYPES),  # rotates a quarter of the head
-    "phi3": (Phi3ForCausalLM, lambda: Phi3Config(**SHAPE, num_key_value_heads=2), ("longrope",)),
-    "gemma3": (Gemma3ForCausalLM, gemma3, ("linear", "yarn", "llama3", "longrope")),  # nested by layer type
+    "phi3": (Phi3ForCausalLM, lambda: Phi3Config(**SHAPE, num_key_value_heads=2), ("longrope", "abf")),
+    "gemma3": (Gemma3ForCausalLM, gemma3, ("linear", "yarn", "llama3", "longrope", "abf")),  # nested by layer type
 }
 CASES = [(name, rope_type) for name, (_, _, types) in MODELS.items() for rope_type in types]
+
+
+def frequencies(rope_type, config, length, layer_type=None):
+    """What transformers computes from a config at a length, and its attention factor."""
+    if rope_type == "abf":
+        parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+        dim = rope.scale._rotary_dim(config, parameters)
+        return parameters["rope_theta"] ** -(torch.arange(0, dim, 2) / dim), 1.0
+    layer = {} if layer_type is None else {"layer_type": layer_type}
+    return ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", seq_len=length, **layer)
 
 
 def buffers(model):
@@ -93,7 +103,7 @@ def test_apply_equals_reload_and_undo_equals_the_original(name, rope_type, tmp_p
     base, before, base_buffers = current_rope(model.config), model(ids).logits, buffers(model)
 
     scaling = scaled_rope(model.config, 256, rope_type)
-    assert rope_factor(scaling) == 4.0
+    assert rope_factor(scaling, base) == 4.0
     apply_rope(model, scaling)
     fresh = buffers(model)
     after = model(ids).logits
@@ -141,7 +151,8 @@ SCALED = {
 def scaled_llama(kind):
     """A base that reaches 128 tokens by a RoPE type of its own, as its publisher would have written it."""
     longest = 64 if kind in ("linear", "dynamic") else 128
-    return llama(max_position_embeddings=longest, rope_parameters={**THETA, "rope_type": kind, **SCALED[kind]})
+    said = {"original_max_position_embeddings": 64} if kind == "linear" else {}
+    return llama(max_position_embeddings=longest, rope_parameters={**THETA, "rope_type": kind, **SCALED[kind]}, **said)
 
 
 def cohere():
@@ -194,15 +205,15 @@ MINI = {"partial_rotary_factor": 0.75, "short_factor": [1.0] * 6, "long_factor":
 READ: dict[str, tuple] = {
     "llama": (llama, 64, ROPE_TYPES),
     "gpt_neox": (lambda: GPTNeoXConfig(**SHAPE | {"hidden_size": 128}), 64, ROPE_TYPES),  # a quarter of the head
-    "gemma3": (gemma3, 64, ("linear", "yarn", "llama3", "longrope")),  # nested, counts its factor
-    "olmo3": (olmo3, 64, ("yarn", "llama3", "longrope")),  # nested
+    "gemma3": (gemma3, 64, ("linear", "yarn", "llama3", "longrope", "abf")),  # nested, counts its factor
+    "olmo3": (olmo3, 64, ("yarn", "llama3", "longrope", "abf")),  # nested
     "cohere": (cohere, 128, ROPE_TYPES),  # vLLM reads its model_max_length first
     "deepseek_v3": (deepseek, 64, ("yarn",)),
     # The class's default original length is 4,096, whatever the model's: a model that is not scaled has its own.
-    "phi3": (lambda: phi3(64), 64, ("longrope",)),
+    "phi3": (lambda: phi3(64), 64, ("longrope", "abf")),
     "phi3 scaled": (lambda: phi3(128, 64, **LONG), 64, ("longrope",)),
     "phi4 mini": (lambda: phi3(128, 64, **LONG | MINI), 64, ("longrope",)),  # three quarters of the head
-    **{f"llama with {kind}": (lambda kind=kind: scaled_llama(kind), 64, (kind,)) for kind in ROPE_TYPES},
+    **{f"llama with {kind}": (lambda kind=kind: scaled_llama(kind), 64, (kind,)) for kind in SCALED},
 }
 
 
@@ -227,17 +238,18 @@ def test_transformers_and_vllm_derive_the_same_from_the_saved_file(name, rope_ty
         apply_rope(model, scaled_rope(model.config, 512, rope_type))
     scaling = scaled_rope(model.config, target, rope_type)
     apply_rope(model, scaling)
-    assert reach(scaling) == (original, target)
-    assert rope_factor(scaling) == pytest.approx(target / original)
+    # What a larger theta has reached is all that it says; beside its base it says its factor.
+    assert reach(scaling) == (target if rope_type == "abf" else original, target)
+    assert rope_factor(scaling, base) == pytest.approx(target / original)
     model.config.save_pretrained(tmp_path)
 
     config = AutoConfig.from_pretrained(tmp_path)
     served = vllm_rules.served(config)
     assert served.longest == target
-    assert served.default_length == (original if name.startswith("phi") else target)
+    assert served.default_length == (original if rope_type == "longrope" and name.startswith("phi") else target)
     parameters = vllm_rules.is_nested(config.rope_parameters)
     layer = {"layer_type": "full_attention"} if parameters else {}
-    inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", seq_len=target, **layer)
+    inv_freq, attention_factor = frequencies(rope_type, config, target, **layer)
     assert_served_alike(served, rope_type, target, inv_freq, attention_factor, rtol=1e-5)
     # the live model, at the length it was made for, is what the file says
     rotary = rope.rotary_modules(model)[0]
@@ -289,7 +301,7 @@ def test_readers_agree_at_any_length_width_and_base(rope_type, tmp_path):
         config = AutoConfig.from_pretrained(tmp_path / str(case))
         served = vllm_rules.served(config)
         assert served.longest == target, (original, target)
-        inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", seq_len=target)
+        inv_freq, attention_factor = frequencies(rope_type, config, target)
         assert_served_alike(served, rope_type, target, inv_freq, attention_factor, rtol=1e-4)
 
 
@@ -300,12 +312,15 @@ def test_frequencies_are_those_of_the_formula(rope_type):
     factor, half = 16.0, 16
     model = LlamaForCausalLM(config)
     apply_rope(model, scaled_rope(config, int(64 * factor), rope_type))
-    inv_freq, _ = ROPE_INIT_FUNCTIONS[rope_type](model.config, "cpu", seq_len=1024)
+    inv_freq, _ = frequencies(rope_type, model.config, 1024)
+    if rope_type not in rope.WITH_HISTORY:
+        assert torch.allclose(model.model.rotary_emb.inv_freq, inv_freq)
     fast, slow = 1.0, 10000.0 ** (-2 * (half - 1) / 32)
     expected = {
         "linear": (fast / factor, slow / factor),
         # NTK: the slowest dimension is what it would be interpolated by factor^2 - factor + 1
         "dynamic": (fast, (10000.0 * (factor * factor - (factor - 1)) ** (32 / 30)) ** (-2 * (half - 1) / 32)),
+        "abf": (fast, (10000.0 * factor**1.5) ** (-2 * (half - 1) / 32)),
     }
     for value, wanted in zip((inv_freq[0], inv_freq[-1]), expected.get(rope_type, (fast, slow / factor)), strict=True):
         assert value.item() == pytest.approx(wanted, rel=1e-4)
@@ -339,10 +354,11 @@ def test_what_vllm_would_serve_as_another_type_is_refused():
         scaled_rope(config, 1024, "llama3")
     axes = llama(rope_parameters={**THETA, "rope_type": "default", "mrope_section": [2, 3, 3]})
     for kind in ROPE_TYPES:
-        if kind != "yarn":
+        if kind not in ("yarn", "abf"):
             with pytest.raises(ValueError, match="mrope_section"):
                 scaled_rope(axes, 256, kind)
     assert scaled_rope(axes, 256).parameters["mrope_section"] == [2, 3, 3]
+    assert scaled_rope(axes, 256, "abf").parameters["mrope_section"] == [2, 3, 3]
     explicit = scaled_rope(axes, rope_parameters={"rope_type": "yarn", "factor": 4.0})
     assert explicit.parameters["mrope_section"] == [2, 3, 3]
     for kind in ("linear", "dynamic"):
@@ -393,10 +409,12 @@ def test_stages_compose_exactly(rope_type, length):
     model = LlamaForCausalLM(config)
     apply_rope(model, scaled_rope(config, length * 8, rope_type))
     in_steps = scaled_rope(model.config, length * 16, rope_type)
-    assert rope_factor(in_steps) == 16.0
-    if rope_type == "longrope":  # its ramp is applied twice: equal at both ends, close between
-        assert in_steps.parameters["long_factor"][0] == 1.0
-        assert in_steps.parameters["long_factor"][-1] == pytest.approx(16.0)
+    assert rope_factor(in_steps, current_rope(llama(max_position_embeddings=length))) == 16.0
+    if rope_type in ("longrope", "abf"):  # to rounding
+        assert in_steps.max_position_embeddings == at_once.max_position_embeddings
+        assert in_steps.parameters.keys() == at_once.parameters.keys()
+        for key, value in at_once.parameters.items():
+            assert in_steps.parameters[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-12))
     else:
         assert in_steps == at_once
 
@@ -405,9 +423,140 @@ def test_cumulative_factor_of_a_scaled_base():
     theta = {"rope_theta": 10000.0}
     config = llama(max_position_embeddings=4096, rope_parameters={**theta, "rope_type": "linear", "factor": 8.0})
     assert reach(current_rope(config)) == (4096, 32768)
-    scaling = scaled_rope(config, 65536)
+    scaling = scaled_rope(config, 65536, base_length=4096)
     assert scaling.parameters["factor"] == 16.0
     assert scaling.max_position_embeddings == 4096
+
+
+# name: what the config says beside a factor of 4 and 16,384 positions, original length, reached
+EVIDENCE = {
+    "of the original": ({"original_max_position_embeddings": 16384}, 16384, 65536),
+    "of the extended": ({"original_max_position_embeddings": 4096}, 4096, 16384),
+    "among the parameters": ({"rope_parameters": {"original_max_position_embeddings": 4096}}, 4096, 16384),
+    "as Vicuna": ({"max_sequence_length": 65536}, 16384, 65536),
+}
+
+
+def linear16k(**said):
+    parameters = {**THETA, "rope_type": "linear", "factor": 4.0, **said.pop("rope_parameters", {})}
+    return llama(max_position_embeddings=16384, rope_parameters=parameters, **said)
+
+
+@pytest.mark.parametrize(("said", "original", "reached"), EVIDENCE.values(), ids=EVIDENCE)
+def test_whether_a_linear_config_counts_its_factor_is_read_where_it_is_said(said, original, reached, tmp_path):
+    config = linear16k(**said)
+    assert rope.readings(config) == [(original, reached)]
+    assert rope.native_window(config) == original
+    scaling = scaled_rope(config, 131072)
+    assert scaling.parameters["factor"] == 131072 / original
+    assert scaling.max_position_embeddings == original  # as vLLM takes it
+    rope.write_rope(config, scaling)
+    config.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert rope.readings(config) == [(original, 131072)]  # what is written here is said, too
+    assert vllm_rules.served(config).longest == 131072
+
+
+def test_whether_a_linear_config_counts_its_factor_is_asked_where_it_is_not_said():
+    config = linear16k()
+    assert rope.readings(config) == [(16384, 65536), (4096, 16384)]
+    assert rope.native_window(config) is None
+    both = (
+        r"65,536 tokens, from originally 16,384, or 16,384 tokens, from originally 4,096.*base_length=16384 or .*4096"
+    )
+    for asked in ({}, {"rope_type": "linear"}, {"rope_parameters": {"rope_type": "linear", "factor": 32.0}}):
+        with pytest.raises(ValueError, match=both):
+            scaled_rope(config, 131072, **asked)
+    assert scaled_rope(config, 131072, base_length=4096).parameters["factor"] == 32.0
+    assert scaled_rope(config, 131072, base_length=16384).parameters["factor"] == 8.0
+    with pytest.raises(ValueError, match="reaches 65536 tokens already"):
+        scaled_rope(config, 65536, base_length=16384)
+    assert scaled_rope(config, 65536, base_length=4096).parameters["factor"] == 16.0
+    explicit = {"rope_type": "yarn", "original_max_position_embeddings": 4096}
+    assert scaled_rope(config, 131072, rope_parameters=explicit).parameters["factor"] == 32.0
+
+
+def test_the_original_length_that_is_written_goes_with_the_rope():
+    model = build(LlamaForCausalLM, llama())
+    base = current_rope(model.config)
+    apply_rope(model, scaled_rope(model.config, 256, "linear"))
+    assert model.config.original_max_position_embeddings == 64
+    apply_rope(model, base)
+    assert not hasattr(model.config, "original_max_position_embeddings")
+    assert current_rope(model.config) == base
+
+
+def test_longrope_s_end_depends_on_the_target_alone():
+    """Direct, by steps, and from divisors of the base's own, which are kept in proportion."""
+    config = llama(head_dim=8)
+
+    def divisors(*targets):
+        scaling = None
+        for target in targets:
+            scaling = scaled_rope(config, target, "longrope", base=scaling)
+        return scaling.parameters["long_factor"]
+
+    assert divisors(512) == pytest.approx([1.0, 16 / 9, 8.0, 8.0])
+    assert divisors(256, 512) == pytest.approx(divisors(512), rel=1e-12)
+    assert divisors(100, 200, 300, 512) == pytest.approx(divisors(512), rel=1e-12)
+    own = RopeScaling({**THETA, "rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 64,
+                       "short_factor": [1.0] * 4, "long_factor": [1.0, 1.1, 1.5, 2.5]}, 128)  # fmt: skip
+    at_once = scaled_rope(config, 1024, base=own).parameters["long_factor"]
+    in_steps = scaled_rope(config, 1024, base=scaled_rope(config, 256, base=own)).parameters["long_factor"]
+    assert in_steps == pytest.approx(at_once, rel=1e-12)
+    assert at_once[0] == 1.0 and at_once[-1] == pytest.approx(2.5 * 8)
+
+
+def test_a_larger_theta():
+    scaling = scaled_rope(llama(), 512, "abf")
+    assert scaling.rope_parameters == {"rope_type": "default", "rope_theta": pytest.approx(10000.0 * 8**1.5)}
+    assert scaling.max_position_embeddings == 512 and scaling.original_max_position_embeddings is None
+    assert rope.type_over(scaling, current_rope(llama())) == "abf"
+    assert rope.type_over(current_rope(llama()), current_rope(llama())) == "default"
+    # A base that was trained at less than its config says: in steps, too, each of which starts at what is reached.
+    half = scaled_rope(llama(), 256, "abf", base_length=32)
+    assert half.parameters["rope_theta"] == pytest.approx(10000.0 * 8**1.5)
+    assert reach(half) == (256, 256)
+    config = llama()
+    rope.write_rope(config, half)
+    again = scaled_rope(config, 512, "abf")
+    direct = scaled_rope(llama(), 512, "abf", base_length=32)
+    assert again.parameters["rope_theta"] == pytest.approx(direct.parameters["rope_theta"], rel=1e-12)
+    assert rope_factor(direct, current_rope(llama()), 32) == 16.0
+    with pytest.raises(ValueError, match="reaches 64 tokens already"):
+        scaled_rope(llama(), 64, "abf")
+
+
+def test_a_larger_theta_of_one_s_own():
+    own = {"rope_type": "default", "rope_theta": 5e5}
+    scaling = scaled_rope(llama(), 512, rope_parameters=own)
+    assert scaling.parameters == own and reach(scaling) == (512, 512)
+    assert rope.type_over(scaling, current_rope(llama())) == "abf"
+    with pytest.raises(ValueError, match=r'pass rope_type=.abf. alone.*"rope_type": "default"'):
+        scaled_rope(llama(), 512, rope_parameters={"rope_type": "abf"})
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_a_larger_theta_is_for_bases_that_are_not_scaled(kind):
+    with pytest.raises(ValueError, match=f'Pass rope_type="{kind}"'):
+        scaled_rope(scaled_llama(kind), 512, "abf")
+
+
+def test_a_larger_theta_is_that_of_the_global_layers_and_of_the_part_that_turns():
+    scaling = scaled_rope(gemma3(), 256, "abf")
+    assert scaling.rope_parameters["sliding_attention"] == gemma3().rope_parameters["sliding_attention"]
+    before = gemma3().rope_parameters["full_attention"]["rope_theta"]
+    assert scaling.parameters["rope_theta"] == pytest.approx(before * 8)
+    part = scaled_rope(GPTNeoXConfig(**SHAPE), 256, "abf")
+    assert part.parameters["partial_rotary_factor"] == 0.25
+    # Latent attention takes the default type as it is, and so do its readers.
+    latent = deepseek()
+    latent.rope_parameters = {**THETA, "rope_type": "default"}
+    rope.write_rope(latent, scaled_rope(latent, 1024, "abf"))
+    served = vllm_rules.served(latent)
+    assert served.positions == served.longest == 1024
+    inv_freq = (10000.0 * 8**1.5) ** -(torch.arange(0, 16, 2) / 16)
+    assert_served_alike(served, "abf", 1024, inv_freq, 1.0, rtol=1e-5)
 
 
 def test_native_llama3_is_extended_in_its_own_type():
@@ -494,7 +643,7 @@ def test_base_length_overrides_the_guess():
 
 def test_auto_is_yarn_or_the_type_the_base_has():
     assert scaled_rope(llama(), 256).rope_type == "yarn"
-    for kind in ROPE_TYPES:
+    for kind in SCALED:
         model = LlamaForCausalLM(llama())
         apply_rope(model, scaled_rope(model.config, 256, kind))
         assert scaled_rope(model.config, 512) == scaled_rope(model.config, 512, kind)

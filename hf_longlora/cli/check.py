@@ -20,6 +20,12 @@ def add(commands: Any) -> None:
     check.add_argument("--target-length", type=int, metavar="N", help="tokens to extend the context to")
     check.add_argument("--rope-type", default=AUTO, choices=(AUTO, *ROPE_TYPES), help="default: %(default)s")
     check.add_argument(
+        "--base-length",
+        type=int,
+        metavar="N",
+        help="tokens that the base was trained at before any scaling, where its config doesn't say",
+    )
+    check.add_argument(
         "--group-size",
         type=int,
         metavar="N",
@@ -45,6 +51,7 @@ def run(options: argparse.Namespace) -> None:
         options.model,
         target_length=options.target_length,
         rope_type=options.rope_type,
+        base_length=options.base_length,
         attention=S2AttentionConfig(**given) if given else None,
         trust_remote_code=options.trust_remote_code,
     )

@@ -160,7 +160,7 @@ def _extension(model: Any) -> dict[str, int]:
     if not isinstance(config, LongLoraConfig) or config.rope is None or config.base_rope is None:
         return {}
     return {
-        "base_length": reach(RopeScaling.from_dict(config.base_rope))[1],
+        "base_length": reach(RopeScaling.from_dict(config.base_rope), config.base_length)[1],
         "train_length": reach(RopeScaling.from_dict(config.rope))[1],
     }
 

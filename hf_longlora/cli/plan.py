@@ -53,6 +53,12 @@ def add(commands: Any) -> None:
     plan.add_argument("--fused", action="store_true", help="with use_liger_kernel or compile_layers")
     plan.add_argument("--mlp-tile", type=int, metavar="N", help="tokens that an MLP takes at a time; default: all")
     plan.add_argument("--no-chunked-loss", action="store_true", help="all logits at once, as TRL before 1.16")
+    plan.add_argument(
+        "--base-length",
+        type=int,
+        metavar="N",
+        help="tokens that the base was trained at before any scaling; default: as its config says",
+    )
     plan.add_argument("--group-size", type=int, help="tokens in a group; default: by the ratio")
     plan.add_argument(
         "--group-size-ratio",
@@ -86,6 +92,7 @@ def run(options: argparse.Namespace) -> None:
         target_modules=options.lora_target_modules,
         train_embeddings=not options.no_train_embeddings,
         train_norms=not options.no_train_norms,
+        base_length=options.base_length,
     )
     settings = RunSettings(
         adapter=None if options.no_use_peft else adapter,

@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.utils import cached_file, logging
 
 from ..evaluation.tables import Records, Table, basis, perplexity_table, retrieval_table
-from ..rope import RopeScaling, reach, rope_factor
+from ..rope import ABF, RopeScaling, reach, rope_factor, type_over
 from ..tuner import LongLoraConfig
 from .run import read_facts
 
@@ -239,9 +239,11 @@ def _summary(config: LongLoraConfig, base_model: str | None) -> str:
     lines = [f"A [LongLoRA](https://arxiv.org/abs/2309.12307) adapter{of}."]
     if config.rope is not None and config.base_rope is not None:
         scaling, base = RopeScaling.from_dict(config.rope), RopeScaling.from_dict(config.base_rope)
+        kind, factor = type_over(scaling, base), rope_factor(scaling, base, config.base_length)
+        theta = f" (`rope_theta` {scaling.parameters['rope_theta']:.6g})" if kind == ABF else ""
         lines.append(
-            f"It extends the context from {reach(base)[1]:,} to {reach(scaling)[1]:,} tokens: RoPE type "
-            f"`{scaling.rope_type}`, factor {rope_factor(scaling):g} over the length the base was first trained at. "
+            f"It extends the context from {reach(base, config.base_length)[1]:,} to {reach(scaling)[1]:,} tokens: "
+            f"RoPE type `{kind}`{theta}, factor {factor:g} over the length the base was first trained at. "
             "The scaling is part of the adapter and comes back when it is loaded."
         )
     lines.append(f"Trained: {', '.join(trained)}.")

@@ -210,8 +210,10 @@ def _plain_lora(
         weights[f"{PREFIX}{name}.weight"] = weight
         plain |= {"ensure_weight_tying": False, "modules_to_save": [*plain["modules_to_save"], name]}
     overrides = _overrides(base_config, rope)
-    generated = None if rope is None else _generated_length(base_name, reach(base_config)[1], reach(rope)[1], revision)
+    generated = None
     if rope is not None:
+        before, after = reach(base_config, config.base_length)[1], reach(rope)[1]
+        generated = _generated_length(base_name, before, after, revision)
         write_rope(base_config, rope)
     base_config.save_pretrained(out / BASE_FOLDER)
     (out / CONFIG_NAME).write_text(json.dumps(plain, indent=2))

@@ -17,6 +17,11 @@ from .seconds import step_seconds
 from .settings import RunSettings
 from .shape import Shape
 
+UNKNOWN = (
+    "the config doesn't say which length the base was trained at first. If you know, give an adapter with base_length "
+    "(--base-length)."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LengthPlan:
@@ -92,6 +97,8 @@ def plan_run(
     else:
         name, config = model.name_or_path or model.model_type, model
     shape = Shape.of(config, settings)
+    if shape.native_window is None and settings.sparse == "pose":
+        raise ValueError(f"PoSE steps can't be planned: {UNKNOWN}")
     rows = tuple(_plan_length(shape, settings, card, length) for length in lengths)
     return RunPlan(
         model=name,
@@ -113,6 +120,8 @@ def _notes(config: Any, shape: Shape, gpu: Gpu) -> tuple[str, ...]:
         )
     if any(window is not None for window in shape.windows):
         notes.append("Layers with a sliding window are planned without their masks, a byte for each pair of tokens.")
+    if shape.native_window is None:
+        notes.append(f"Groups without a size or a ratio are a quarter of the length: {UNKNOWN}")
     if not gpu.measured:
         notes.append(f"No step on this card has been measured: the {gpu.name}'s seconds are from its data sheet.")
     return tuple(notes)

@@ -6,8 +6,9 @@ product of the steps that led there.
 """
 
 from .live import apply_rope, forget_lengths, restore_frequencies, rotary_modules
-from .scale import AUTO, natural_type, scaled_rope, vllm_overrides
+from .scale import AUTO, natural_type, only_reading, scaled_rope, vllm_overrides
 from .state import (
+    ABF,
     CARRY_ORIGINAL,
     GLOBAL_LAYERS,
     NATIVE_WINDOW,
@@ -18,12 +19,15 @@ from .state import (
     find_rope,
     native_window,
     reach,
+    readings,
     rope_factor,
+    type_over,
     write_length,
     write_rope,
 )
 
 __all__ = [
+    "ABF",
     "AUTO",
     "CARRY_ORIGINAL",
     "GLOBAL_LAYERS",
@@ -37,11 +41,14 @@ __all__ = [
     "forget_lengths",
     "native_window",
     "natural_type",
+    "only_reading",
     "reach",
+    "readings",
     "restore_frequencies",
     "rope_factor",
     "rotary_modules",
     "scaled_rope",
+    "type_over",
     "vllm_overrides",
     "write_length",
     "write_rope",

@@ -7,6 +7,10 @@ What is written follows what readers of `config.json` derive (vLLM's rule beside
 | linear, dynamic  | the original length       | -                                  | original x factor         |
 | yarn, llama3,    | the target length         | the original length                | `max_position_embeddings` |
 | longrope         |                           |                                    |                           |
+| abf ("default")  | the target length         | -                                  | `max_position_embeddings` |
+
+A linear RoPE's original length is in the config as `original_max_position_embeddings` too, which these readers don't
+look at: it says to this module which of the two a linear config's `max_position_embeddings` is.
 
 Gemma 3 is the exception: its `max_position_embeddings` counts the factor already, and vLLM knows that family by
 name. Command R's `model_max_length` overrides `max_position_embeddings` in vLLM, so that both are written.
@@ -20,11 +24,13 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 from transformers.utils import logging
 
 from .state import (
+    ABF,
     CARRY_ORIGINAL,
     GLOBAL_LAYERS,
     ROPE_TYPES,
@@ -32,6 +38,7 @@ from .state import (
     current_rope,
     is_nested,
     reach,
+    readings,
     text_config,
     write,
 )
@@ -40,6 +47,9 @@ logger = logging.get_logger(__name__)
 
 AUTO = "auto"
 """The base's own type where it is scaled already, else YaRN (`natural_type`)."""
+ABF_EXPONENT = 1.5
+"""The ratio of thetas is the ratio of lengths to this power, so that two extensions are one. SmolLM2-135M, 8,192 ->
+32,768 tokens by theta 100,000 -> 800,000, trained densely: perplexity 25.31 on books, 25.39 by YaRN."""
 # What a RoPE has besides its scaling, and keeps under any.
 _LASTING = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 
@@ -71,20 +81,23 @@ def scaled_rope(
         config: the model's config (its dimensions are needed for longrope and for validation).
         target_length: the length to reach, in tokens. May be left out if `rope_parameters` has a factor.
         rope_type: one of `ROPE_TYPES`, or "auto" for `natural_type`. A base that is scaled already is extended in its
-            own type only.
+            own type only; "abf" raises `rope_theta` by the ratio of lengths to the power of `ABF_EXPONENT`.
         rope_parameters: explicit parameters (with `rope_type`), merged over the base's `rope_theta` and
             `partial_rotary_factor`. They may name a type other than the base's.
-        base_length: overrides the original length read from the config.
+        base_length: overrides the original length read from the config: the length that the RoPE of the config, its
+            scaling aside, was trained at. A base that was extended by a larger theta was trained at what it reaches.
         base: the state to start from, if it is not the config's present one.
 
     Raises:
-        ValueError: a target within reach already, another type than a scaled base's, incomplete parameters.
+        ValueError: a target within reach already, another type than a scaled base's, incomplete parameters, or a
+            linear base whose original length its config leaves open.
     """
     config = text_config(config)
     base = base if base is not None else current_rope(config)
-    original, reached = reach(base, base_length)
+    given = _flat(base, rope_parameters) if rope_parameters is not None else {}
+    original, reached = only_reading(config, base, base_length or given.get("original_max_position_embeddings"))
     if rope_parameters is not None:
-        return _explicit(config, base, original, target_length, rope_parameters)
+        return _explicit(config, base, original, target_length, given)
 
     if target_length is None:
         raise ValueError("RoPE scaling needs a target_length, or rope_parameters with a factor.")
@@ -110,8 +123,11 @@ def scaled_rope(
             "dynamic RoPE computes from max_position_embeddings as the original length, and this family's readers "
             "take it for the extended one: no config says both. Pass another rope_type."
         )
-    factor = _factor(target_length, original)
     parameters = {k: v for k, v in base.parameters.items() if v is not None}
+    if rope_type == ABF:
+        parameters["rope_theta"] = parameters["rope_theta"] * (target_length / original) ** ABF_EXPONENT
+        return _validated(config, base.with_parameters(parameters, target_length))
+    factor = _factor(target_length, original)
     if base.rope_type != "default":
         parameters.pop("attention_factor", None)  # belonged to the old length; readers derive the new one
     parameters |= {"rope_type": rope_type, "factor": factor}
@@ -120,12 +136,32 @@ def scaled_rope(
     if rope_type == "llama3":
         parameters = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | parameters
     if rope_type == "longrope":
-        extended = base.rope_type == "longrope"
-        ramp = _longrope_ramp(config, parameters, original, target_length / reached if extended else factor)
-        old = parameters.get("long_factor") if extended else None
-        parameters["long_factor"] = [a * b for a, b in zip(old, ramp, strict=True)] if old else ramp
-        parameters.setdefault("short_factor", [1.0] * len(ramp))
-    return _validated(config, base.with_parameters(parameters, _longest(base, rope_type, original, target_length)))
+        # From what a base has to what the target needs by the ratio of the ramps of both lengths, in which the lengths
+        # between them cancel: the way to a length doesn't matter.
+        before = _longrope_ramp(config, parameters, original, reached / original)
+        after = _longrope_ramp(config, parameters, original, target_length / original)
+        old = parameters.get("long_factor") or before
+        parameters["long_factor"] = [a * c / b for a, b, c in zip(old, before, after, strict=True)]
+        parameters.setdefault("short_factor", [1.0] * len(after))
+    return _validated(config, _written(base, parameters, original, target_length))
+
+
+def only_reading(config: Any, base: RopeScaling, base_length: int | None = None) -> tuple[int, int]:
+    """The original length and the length reached by now, where a config says which they are (`readings`).
+
+    Raises:
+        ValueError: it leaves that open.
+    """
+    found = readings(config, base, base_length)
+    if len(found) > 1:
+        either = ", or ".join(f"{reached:,} tokens, from originally {original:,}" for original, reached in found)
+        raise ValueError(
+            f"this base has linear RoPE of factor {base.parameters['factor']:g} and {base.max_position_embeddings:,} "
+            f"max_position_embeddings, and its config doesn't say whether they count the factor: it reaches {either}. "
+            f"Its publisher does: pass base_length={found[0][0]} or base_length={found[1][0]}, or write that into its "
+            "config as original_max_position_embeddings."
+        )
+    return found[0]
 
 
 def _check_type(config: Any, base: RopeScaling, rope_type: str) -> None:
@@ -141,7 +177,7 @@ def _check_type(config: Any, base: RopeScaling, rope_type: str) -> None:
             "this base is scaled by a fixed NTK `alpha`, which readers take before any factor: it can't be extended "
             "by one. Leave target_length unset, or set alpha yourself in config.json."
         )
-    if rope_type == "yarn":
+    if rope_type in ("yarn", ABF):
         return
     kept = f'{rope_type!r} RoPE would be served wrong by vLLM: it %s. Pass rope_type="yarn".'
     if is_nested(base.rope_parameters) and not base.counts_factor and rope_type in ("linear", "dynamic"):
@@ -161,23 +197,38 @@ def _factor(target_length: int, original: int) -> float:
     return factor if int(original * factor) >= target_length else math.nextafter(factor, math.inf)
 
 
-def _longest(base: RopeScaling, rope_type: str, original: int, target_length: int) -> int:
-    """The `max_position_embeddings` to write: the module's table."""
-    keeps_original = rope_type in ("linear", "dynamic", "default") and not base.counts_factor
-    return original if keeps_original else target_length
+def _written(base: RopeScaling, parameters: dict[str, Any], original: int, target_length: int) -> RopeScaling:
+    """The state with these parameters, and the lengths as the module's table has them."""
+    rope_type = parameters["rope_type"]
+    keeps_original = rope_type in ("linear", "dynamic") and not base.counts_factor
+    scaling = base.with_parameters(parameters, original if keeps_original else target_length)
+    if rope_type == "linear" and keeps_original:
+        scaling = replace(scaling, original_max_position_embeddings=original)  # evidence for `readings`
+    return scaling
 
 
-def _explicit(
-    config: Any, base: RopeScaling, original: int, target_length: int | None, rope_parameters: dict[str, Any]
-) -> RopeScaling:
+def _flat(base: RopeScaling, rope_parameters: dict[str, Any]) -> dict[str, Any]:
+    """Explicit parameters, those of the layers that are scaled."""
     given = copy.deepcopy(dict(rope_parameters))
     if is_nested(given):
         others = {k for k, v in given.items() if k != GLOBAL_LAYERS and v != base.rope_parameters.get(k)}
         if others or GLOBAL_LAYERS not in given:
             raise ValueError(f"only {GLOBAL_LAYERS!r} layers can be scaled; got {', '.join(sorted(given))}.")
         given = given[GLOBAL_LAYERS]
+    return given
+
+
+def _explicit(
+    config: Any, base: RopeScaling, original: int, target_length: int | None, given: dict[str, Any]
+) -> RopeScaling:
+    known = [kind for kind in ("default", *ROPE_TYPES) if kind != ABF]
+    if given.get("rope_type") == ABF:
+        raise ValueError(
+            f"{ABF!r} is no type of transformers' rope_parameters: pass rope_type={ABF!r} alone, or a theta of your "
+            'own by rope_parameters={"rope_type": "default", "rope_theta": ...}.'
+        )
     if "rope_type" not in given:
-        raise ValueError(f"rope_parameters needs a rope_type (one of default, {', '.join(ROPE_TYPES)}).")
+        raise ValueError(f"rope_parameters needs a rope_type (one of {', '.join(known)}).")
     rope_type = given["rope_type"]
     kept: dict[str, Any] = {k: base.parameters[k] for k in _LASTING if k in base.parameters}
     parameters = {**kept, **given}
@@ -213,9 +264,7 @@ def _explicit(
             )
         if parameters.get("attention_factor") is not None:
             raise ValueError("vLLM does not read longrope's attention_factor. Leave it out: both derive it alike.")
-    if rope_type == "default":
-        return _validated(config, base.with_parameters(parameters, target_length))
-    return _validated(config, base.with_parameters(parameters, _longest(base, rope_type, original, target_length)))
+    return _validated(config, _written(base, parameters, original, target_length))
 
 
 def _rotary_dim(config: Any, parameters: dict[str, Any]) -> int:

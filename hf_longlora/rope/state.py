@@ -6,7 +6,10 @@ import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
-ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3", "longrope")
+ABF = "abf"
+"""A larger `rope_theta` and nothing else (adjusted base frequency): in a config it is the type "default"."""
+ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3", "longrope", ABF)
+"""The names of the ways to scale; all but `ABF` are transformers' `rope_type`, too."""
 # Types whose parameters carry the original length; max_position_embeddings is then the extended one.
 CARRY_ORIGINAL = ("yarn", "llama3", "longrope")
 # Types whose rotary modules change their frequencies with the lengths they have seen.
@@ -23,7 +26,8 @@ class RopeScaling:
     """As `config.rope_parameters`: flat, or nested by layer type where the base's is."""
     max_position_embeddings: int
     original_max_position_embeddings: int | None = None
-    """The config attribute of that name (Phi-3 has it, and it overrides the parameters'); None where there is none."""
+    """The config attribute of that name (Phi-3 has it, and it overrides the parameters'), which says of a linear RoPE
+    that `max_position_embeddings` does not count the factor, or that it does; None where there is none."""
     counts_factor: bool = False
     """Whether `max_position_embeddings` includes a linear factor already (the Gemma 3 convention)."""
     model_max_length: int | None = None
@@ -125,24 +129,49 @@ def _as_scaling(config_or_scaling: Any) -> RopeScaling:
 def reach(config_or_scaling: Any, base_length: int | None = None) -> tuple[int, int]:
     """The original length and the length reached by now, both in tokens.
 
-    The original length is `original_max_position_embeddings` for yarn, llama3 and longrope (the config's attribute
-    first, as transformers does), `max_position_embeddings` (or a larger `model_max_length`) for default, linear and
-    dynamic. `base_length` overrides.
+    The original length is `original_max_position_embeddings` for yarn, llama3, longrope and linear (the config's
+    attribute first, as transformers does), `max_position_embeddings` (or a larger `model_max_length`) for default and
+    dynamic, and for linear without the other. `base_length` overrides. Where a linear RoPE leaves it open, `readings`
+    has both.
     """
     scaling = _as_scaling(config_or_scaling)
     parameters, longest = scaling.parameters, max(scaling.max_position_embeddings, scaling.model_max_length or 0)
+    stated = scaling.original_max_position_embeddings or parameters.get("original_max_position_embeddings")
     if scaling.rope_type in CARRY_ORIGINAL:
-        original = scaling.original_max_position_embeddings or parameters.get("original_max_position_embeddings")
-        original = int(base_length or original or longest)
+        original = int(base_length or stated or longest)
         if scaling.rope_type == "yarn":
             longest = round(original * (parameters.get("factor") or longest / original))
         return original, longest
     factor = parameters.get("factor") or 1.0
-    original = longest
+    original = stated if scaling.rope_type == "linear" and stated else longest
     if scaling.counts_factor:
         original = round(longest / factor)
     original = int(base_length or original)
     return original, longest if scaling.counts_factor else round(original * factor)
+
+
+def readings(config: Any, scaling: RopeScaling | None = None, base_length: int | None = None) -> list[tuple[int, int]]:
+    """What `reach` may be: one pair, or two where a config leaves open which it is.
+
+    A linear RoPE of factor 4 beside 16,384 positions may reach 65,536 tokens (as LongLoRA's own models and Vicuna are
+    written) or 16,384 (DeepSeek-Coder): transformers computes nothing from that number, so publishers write either. A
+    number that the factor divides is no evidence. `original_max_position_embeddings` is, and so is a
+    `max_sequence_length` of the product. Of the other types transformers or the family's convention says what it is.
+
+    Args:
+        config: The model's, which may hold evidence beside its RoPE.
+        scaling: The RoPE; the config's by default.
+        base_length: As for `reach`; it decides.
+    """
+    config = text_config(config)
+    scaling = scaling if scaling is not None else current_rope(config)
+    found = reach(scaling, base_length)
+    factor = scaling.parameters.get("factor") or 1.0
+    clear = base_length is not None or scaling.rope_type != "linear" or factor == 1 or scaling.counts_factor
+    stated = scaling.original_max_position_embeddings or scaling.parameters.get("original_max_position_embeddings")
+    if clear or stated or getattr(config, "max_sequence_length", None) == found[1]:
+        return [found]
+    return [found, (round(found[0] / factor), found[0])]
 
 
 NATIVE_WINDOW = "_longlora_native_window"
@@ -161,13 +190,26 @@ def native_window(model_or_config: Any, base_length: int | None = None) -> int |
         return base_length
     config = text_config(getattr(model_or_config, "config", model_or_config))
     rope = find_rope(config)
-    return getattr(config, "max_position_embeddings", None) if rope is None else reach(rope)[0]
+    if rope is None:
+        return getattr(config, "max_position_embeddings", None)
+    found = readings(config, rope)
+    return found[0][0] if len(found) == 1 else None
 
 
-def rope_factor(scaling: RopeScaling) -> float:
-    """The total factor by which the original length is stretched, for logs; 1.0 for an unscaled RoPE."""
+def type_over(scaling: RopeScaling, base: RopeScaling) -> str:
+    """The name among `ROPE_TYPES` of a RoPE made from another; "default" if it is unscaled."""
+    theta, before = (each.parameters.get("rope_theta") for each in (scaling, base))
+    return ABF if scaling.rope_type == base.rope_type == "default" and theta != before else scaling.rope_type
+
+
+def rope_factor(scaling: RopeScaling, base: RopeScaling | None = None, base_length: int | None = None) -> float:
+    """The total factor by which the original length is stretched, for logs; 1.0 for an unscaled RoPE.
+
+    A larger theta (`ABF`) is told by the `base` that it was made from, and is a factor over that one's length.
+    """
     if scaling.rope_type == "default":
-        return 1.0
+        extended = base is not None and type_over(scaling, base) == ABF
+        return reach(scaling)[1] / reach(base, base_length)[0] if extended else 1.0
     factor = scaling.parameters.get("factor")
     original, longest = reach(scaling)
     return float(factor) if factor else longest / original
@@ -179,6 +221,8 @@ def write(config: Any, scaling: RopeScaling) -> None:
     config.max_position_embeddings = scaling.max_position_embeddings
     if scaling.original_max_position_embeddings is not None:
         config.original_max_position_embeddings = scaling.original_max_position_embeddings
+    else:
+        vars(config).pop("original_max_position_embeddings", None)
     if scaling.model_max_length is not None:
         config.model_max_length = scaling.model_max_length
     # For these types transformers multiplies by `head_dim`, set or not (Mixtral's is None): say it outright.

@@ -1,6 +1,7 @@
 """What can be refused before a run starts, each with one error that says what to change."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.compute as pc
@@ -15,11 +16,21 @@ from ..attention import check_skipping, check_supported
 from ..attention.config import dense_by_size
 from ..attention.kernels import check_kernel
 from ..from_hub import refuse_adapter
-from ..rope import AUTO, RopeScaling, current_rope, find_rope, native_window, reach, scaled_rope
+from ..rope import (
+    AUTO,
+    RopeScaling,
+    current_rope,
+    find_rope,
+    native_window,
+    only_reading,
+    reach,
+    scaled_rope,
+    type_over,
+)
 from ..tuner import LongLoraConfig, LongLoraModel
 from .callbacks import longlora_tuner
 from .config import LongLoraSFTConfig
-from .stages import Schedule
+from .stages import ContextStage, Schedule
 
 logger = logging.get_logger(__name__)
 
@@ -257,6 +268,8 @@ def check_pose(
     """
     if not any(schedule.has_pose(number) for number in range(len(schedule.stages))):
         return
+    if schedule.native_window is None:  # of a linear RoPE that may be read in two ways: windows would be of either
+        only_reading(config, current_rope(config))
     if model_class is not None:
         check_skipping(model_class, config)
     completions = args.completion_only_loss
@@ -278,61 +291,113 @@ def check_unmasked(view: Dataset) -> None:
         raise ValueError(ANSWERS)
 
 
-def known_length(config: PreTrainedConfig) -> int:
-    """Tokens that a model reaches as it is; 0 if it has no RoPE to scale."""
-    rope = find_rope(config)
-    return reach(rope)[1] if rope is not None else 0
-
-
 def base_window(model: Any, config: PreTrainedConfig, peft_config: PeftConfig | None) -> int | None:
-    """The native window of a model or of the base of one, as far as it is known (`hf_longlora.rope.native_window`)."""
+    """The native window of a model or of its base, where something says it (`hf_longlora.rope.native_window`)."""
     if isinstance(model, PeftModel):
         peft_config, model = model.active_peft_config, model.get_base_model()
     return native_window(config if isinstance(model, str) else model, getattr(peft_config, "base_length", None))
 
 
-def stage_ropes(
-    model: Any, config: PreTrainedConfig, peft_config: PeftConfig | None, schedule: Schedule
-) -> tuple[RopeScaling | None, list[RopeScaling | None]]:
-    """The RoPE of the base and of each stage; `None` where it is the one the model comes with.
+@dataclass(frozen=True)
+class Start:
+    """The RoPE that a run starts from, and what of it is known.
+
+    Args:
+        config: The model's.
+        base: The model's own, whatever an adapter has made of it; `None` if it has none that can be read.
+        now: A loaded adapter's, where it has one.
+        base_length: The adapter's.
+    """
+
+    config: PreTrainedConfig
+    base: RopeScaling | None
+    now: RopeScaling | None
+    base_length: int | None
+
+    @classmethod
+    def of(cls, model: Any, config: PreTrainedConfig, peft_config: PeftConfig | None) -> "Start":
+        base, now = find_rope(config), None
+        tuner = longlora_tuner(model)
+        if tuner is not None:
+            peft_config = model.active_peft_config
+            base, stored = tuner.base_rope, getattr(peft_config, "rope", None)
+            now = RopeScaling.from_dict(stored) if stored is not None else None
+        return cls(config, base, now, getattr(peft_config, "base_length", None))
+
+    @property
+    def known(self) -> int:
+        """Tokens that the model reaches as it is; 0 if it has no RoPE to scale.
+
+        Raises:
+            ValueError: its config leaves that open.
+        """
+        if self.now is not None:
+            return reach(self.now)[1]
+        return 0 if self.base is None else only_reading(self.config, self.base, self.base_length)[1]
+
+
+def stage_ropes(start: Start, schedule: Schedule) -> list[RopeScaling | None]:
+    """The RoPE of each stage; `None` where it is the one the model comes with.
+
+    A stage extends what is there, be it the base's, a loaded adapter's or the stage's before: in its type, and never
+    to less than it reaches. So one run and several are held to the same, and end in the same RoPE.
 
     Raises:
-        ValueError: if a stage's length is one that the base reaches already, or it has no RoPE to scale.
+        ValueError: if a stage's length is one that the base reaches already, less than what was reached since or in
+            another type, or the model has no RoPE to scale.
     """
-    base = None
-    if isinstance(model, PeftModel):
-        tuner = longlora_tuner(model)
-        base = tuner.base_rope if tuner is not None else None
-        peft_config = model.active_peft_config
-    base_length = getattr(peft_config, "base_length", None)
     ropes: list[RopeScaling | None] = []
+    now = start.now
     for number, stage in enumerate(schedule.stages, start=1):
         if stage.rope_type is None and stage.rope_parameters is None:
             # As the stage before left it, said outright: a run resumed here has not been through that stage.
             ropes.append(ropes[-1] if ropes else None)
             continue
-        base = base or current_rope(config)
-        kind, explicit = stage.rope_type or AUTO, stage.rope_parameters
         try:
-            ropes.append(scaled_rope(config, stage.max_length, kind, explicit, base_length, base=base))
+            now = _extended(start, now, stage)
         except ValueError as error:
             raise ValueError(
                 f"Stage {number}: {error} (A stage with rope_type=None trains at a length the model reaches already.)"
             ) from error
-    return base, ropes
+        ropes.append(now)
+    return ropes
+
+
+def _extended(start: Start, now: RopeScaling | None, stage: ContextStage) -> RopeScaling:
+    """The RoPE of a stage after `now`, that of the stage or the adapter before it, if there is one."""
+    base = start.base or current_rope(start.config)
+    kind, explicit = stage.rope_type or AUTO, stage.rope_parameters
+    if now is None or now == base:
+        return scaled_rope(start.config, stage.max_length, kind, explicit, start.base_length, base=base)
+    original, reached = reach(now)
+    own = type_over(now, base)
+    if stage.max_length < reached:
+        raise ValueError(
+            f"max_length={stage.max_length} is less than the {reached} tokens that RoPE was stretched to before, and "
+            "it only grows."
+        )
+    if explicit is None and kind not in (AUTO, own):
+        raise ValueError(
+            f"RoPE was stretched by {own!r} before, and {kind!r} would replace the frequencies that the adapter has "
+            f'been trained with. Pass rope_type="{own}" or "auto", or explicit rope_parameters.'
+        )
+    if explicit is None and stage.max_length == reached:
+        return now
+    return scaled_rope(start.config, stage.max_length, own, explicit, original, base=now)
 
 
 def check_lengths(
-    schedule: Schedule, base: RopeScaling | None, ropes: Sequence[RopeScaling | None], longest: Sequence[int]
+    start: Start, schedule: Schedule, ropes: Sequence[RopeScaling | None], longest: Sequence[int]
 ) -> None:
     """Refuse a stage that stretches RoPE and would train no distance that is new to the model.
 
     Args:
+        start: Of the run.
         schedule: The stages.
-        base, ropes: What `stage_ropes` gave for them.
+        ropes: What `stage_ropes` gave for them.
         longest: Tokens in the longest document that each stage sees.
     """
-    known = reach(base)[1] if base is not None else 0
+    known = start.known if any(rope is not None for rope in ropes) else 0
     for number, (stage, rope, tokens) in enumerate(zip(schedule.stages, ropes, longest, strict=True), start=1):
         stretches = rope is not None and stage.rope_type is not None and stage.max_length > known
         if tokens == 0:

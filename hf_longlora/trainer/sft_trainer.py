@@ -33,6 +33,7 @@ from ..tuner.stored import rope_seen_to
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
 from .checkpoints import begin_checkpoint, check_signature, last_checkpoint, optimizer_states, write_signature
 from .checks import (
+    Start,
     base_window,
     check_adapter,
     check_arguments,
@@ -45,7 +46,6 @@ from .checks import (
     check_trainable,
     check_unmasked,
     checked_config,
-    known_length,
     stage_ropes,
 )
 from .config import LongLoraSFTConfig
@@ -120,14 +120,16 @@ class LongLoraSFTTrainer(SFTTrainer):
         check_arguments(args)
         check_dataset(train_dataset, args, kwargs.get("formatting_func"))
         config, model_class = checked_config(model, args)
-        args.resolve_stages(known_length(config))
+        start = Start.of(model, config, peft_config)
+        if isinstance(args.stages, str):
+            args.resolve_stages(start.known)
         self.schedule: Schedule = replace(args.schedule, native_window=base_window(model, config, peft_config))
         check_attention(args, self.schedule)
         check_adapter(model, peft_config, self.schedule)
         check_trainable(model, peft_config)
         columns, own_collator = train_dataset.column_names, kwargs.get("data_collator") is not None
         check_pose(args, self.schedule, config, model_class, columns, own_collator)
-        self._base_rope, self._ropes = stage_ropes(model, config, peft_config, self.schedule)
+        self._start, self._ropes = start, stage_ropes(start, self.schedule)
         self._stage_callback = ContextStageCallback(self.schedule, self._ropes)
         if isinstance(model, str):
             given: Any = args.model_init_kwargs
@@ -207,7 +209,7 @@ class LongLoraSFTTrainer(SFTTrainer):
                 served.append(
                     view.select(order(len(view), stage.max_steps * batch, args.order_seed + number, shuffle))
                 )
-        check_lengths(self.schedule, self._base_rope, self._ropes, longest)
+        check_lengths(self._start, self.schedule, self._ropes, longest)
         return concatenate_datasets(served)
 
     @property
@@ -439,7 +441,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         logs["stage"] = plan.stage + 1
         logs["context_length"] = stage.max_length
         rope = find_rope(self.model.config)
-        logs["rope_factor"] = rope_factor(rope) if rope is not None else 1.0
+        base, length = self._start.base, self._start.base_length
+        logs["rope_factor"] = rope_factor(rope, base, length) if rope is not None else 1.0
         logs["peak_memory_gib"] = peak_memory(self.args.device)
         super().log(logs, start_time)
         last: dict[str, Any] = self.state.log_history[-1]

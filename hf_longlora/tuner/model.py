@@ -207,8 +207,9 @@ class LongLoraModel(LoraModel):
             raise
         # What a person reads in adapter_config.json says the same.
         config.target_length = None if stored is None else rope.reach(scaling)[1]
-        if scaling.rope_type in rope.ROPE_TYPES:
-            config.rope_type = scaling.rope_type
+        named = rope.type_over(scaling, base)
+        if named in rope.ROPE_TYPES:
+            config.rope_type = named
         if rope.current_rope(self.model.config) == before:
             rope.forget_lengths(self.model)
         return scaling

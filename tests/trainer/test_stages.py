@@ -5,11 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer, S2AttentionConfig
+from hf_longlora import (
+    ContextStage,
+    LongLoraConfig,
+    LongLoraSFTConfig,
+    LongLoraSFTTrainer,
+    S2AttentionConfig,
+    set_s2_attention,
+)
+from hf_longlora.attention import get_s2_attention
+from hf_longlora.rope import current_rope, reach, rope_factor
 from hf_longlora.trainer.callbacks import ContextStageCallback
-from hf_longlora.trainer.checks import check_lengths
+from hf_longlora.trainer.checks import Start, check_lengths, stage_ropes
 from hf_longlora.trainer.stages import Schedule, auto_stages
 
 from .helpers import Stop, texts, weights
@@ -263,9 +273,10 @@ def test_checkpointing_goes_by_the_name_that_transformers_has(tmp_path):
 
 def test_a_stage_that_would_see_nothing_says_why():
     plan = schedule(ContextStage(64, 2), ContextStage(128, 2))
-    check_lengths(plan, None, [None, None], [64, 128])
+    start = Start(None, None, None, None)
+    check_lengths(start, plan, [None, None], [64, 128])
     with pytest.raises(ValueError, match=r"Stage 2 .* would see nothing: no example is left"):
-        check_lengths(plan, None, [None, None], [64, 0])
+        check_lengths(start, plan, [None, None], [64, 0])
 
 
 def test_a_stage_gives_back_what_the_allocators_keep(monkeypatch, tmp_path):
@@ -309,7 +320,7 @@ def test_a_stored_schedule_means_what_it_meant():
 @pytest.mark.parametrize("adapter", [True, False])
 def test_the_trainer_goes_by_the_base_s_native_window(make, tiny_llama, adapter):
     """Whatever the base has been stretched to, as its config, or the adapter's base_length, says."""
-    scaled = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    scaled = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     stages = [ContextStage(256, 1), ContextStage(512, 1)]
     options = {"model": tiny_llama(rope_parameters=scaled), "stages": stages}
     trainer = make(**options, peft_config=LongLoraConfig(r=2) if adapter else None)
@@ -353,3 +364,130 @@ def test_a_run_of_before_there_were_sink_tokens_goes_on_as_it_was(make, tmp_path
         ValueError, match=r"another run.*attention was .*'sink_tokens': 0.*sink_tokens was \[0, 0\], is \[4, 4\]"
     ):
         make(output="old", dense_every=2).train(resume_from_checkpoint=str(checkpoint))
+
+
+# -- RoPE from stage to stage, and from run to run -------------------------------------------------------------------
+
+
+def ropes(model, *stages, peft_config=None):
+    return stage_ropes(Start.of(model, model.config, peft_config), schedule(*stages))
+
+
+def trained(tiny_llama, length, rope_type="auto", **options):
+    """An adapter as a run leaves it: loaded, it reaches `length` tokens."""
+    return get_peft_model(tiny_llama(), LongLoraConfig(r=2, target_length=length, rope_type=rope_type, **options))
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "llama3", "longrope", "abf"])
+def test_one_run_and_several_end_in_the_same_rope(tiny_llama, rope_type):
+    """Stages of one run; an adapter that is trained on; a model that an adapter was merged into; all at once."""
+    last = ContextStage(512, 1, rope_type=rope_type)
+    once = ropes(tiny_llama(), last)[-1]
+    one_run = ropes(tiny_llama(), ContextStage(128, 1, rope_type=rope_type), last)[-1]
+    by_auto = ropes(tiny_llama(), ContextStage(128, 1, rope_type=rope_type), ContextStage(512, 1))[-1]
+    loaded = ropes(trained(tiny_llama, 128, rope_type), ContextStage(512, 1))[-1]
+    merged = ropes(trained(tiny_llama, 128, rope_type).merge_and_unload(), last)[-1]
+    assert reach(once)[1] == 512
+    for other in (one_run, by_auto, loaded, merged):
+        assert other.rope_type == once.rope_type
+        assert other.max_position_embeddings == once.max_position_embeddings
+        for key, value in once.parameters.items():
+            assert other.parameters[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-12)), key
+
+
+def test_a_stage_does_not_shrink_what_a_loaded_adapter_reaches(tiny_llama, make):
+    model = trained(tiny_llama, 128)
+    stored = dict(model.active_peft_config.rope)
+    for stage in (ContextStage(100, 1), ContextStage(64, 1, rope_parameters={"rope_type": "yarn"})):
+        with pytest.raises(
+            ValueError, match=r"Stage 1: max_length=\d+ is less than the 128 tokens.*rope_type=None trains"
+        ):
+            make(model=model, stages=[stage], peft_config=None)
+    assert model.active_peft_config.rope == stored and reach(current_rope(model.config))[1] == 128
+    kept = make(model=model, stages=[ContextStage(64, 1, rope_type=None)], peft_config=None)
+    kept.train()
+    assert model.active_peft_config.rope == stored and reach(current_rope(model.config))[1] == 128
+    again = make(model=model, stages=[ContextStage(128, 1), ContextStage(256, 1)], peft_config=None)
+    again.train()  # at what it reaches, and beyond
+    assert reach(current_rope(model.config)) == (64, 256)
+
+
+@pytest.mark.parametrize("second", ["linear", "llama3", "abf"])
+def test_a_stage_does_not_change_the_rope_type(tiny_llama, second):
+    """Neither midway nor of an adapter that was trained before, nor of a model that it was merged into."""
+    stage = ContextStage(256, 1, rope_type=second)
+    with pytest.raises(ValueError, match=r"Stage 2: RoPE was stretched by 'yarn' before.*rope_type=\"yarn\""):
+        ropes(tiny_llama(), ContextStage(128, 1, rope_type="yarn"), stage)
+    with pytest.raises(ValueError, match="Stage 1: RoPE was stretched by 'yarn' before"):
+        ropes(trained(tiny_llama, 128, "yarn"), stage)
+    with pytest.raises(ValueError, match="Stage 1: this base is scaled by 'yarn' RoPE"):
+        ropes(trained(tiny_llama, 128, "yarn").merge_and_unload(), stage)
+    with pytest.raises(ValueError, match="Stage 2: RoPE was stretched by 'abf' before"):
+        ropes(tiny_llama(), ContextStage(128, 1, rope_type="abf"), ContextStage(256, 1, rope_type="yarn"))
+
+
+def test_settings_of_a_stage_go_on_into_the_next(tiny_llama):
+    own = {"rope_type": "yarn", "beta_fast": 8.0, "beta_slow": 2.0}
+    first, second = ropes(tiny_llama(), ContextStage(128, 1, rope_parameters=own), ContextStage(256, 1))
+    assert second.parameters["beta_fast"] == 8.0 and second.parameters["factor"] == 4.0
+    same, dense = ropes(tiny_llama(), ContextStage(128, 1), ContextStage(128, 1, attention="dense"))
+    assert same == dense and first.parameters["factor"] == 2.0
+    other = {"rope_type": "linear", "factor": 8.0}  # explicit ones may change the type
+    assert (
+        ropes(tiny_llama(), ContextStage(128, 1), ContextStage(256, 1, rope_parameters=other))[1].rope_type == "linear"
+    )
+
+
+def test_base_length_holds_for_the_base_and_not_for_what_is_stretched(tiny_llama):
+    for kind, value in (("linear", 16.0), ("yarn", 16.0)):
+        options = dict(peft_config=LongLoraConfig(base_length=32, rope_type=kind))
+        stages = ContextStage(128, 1, rope_type=kind), ContextStage(512, 1, rope_type=kind)
+        assert ropes(tiny_llama(), *stages, **options)[1].parameters["factor"] == value
+    stages = ContextStage(128, 1, rope_type="abf"), ContextStage(512, 1, rope_type="abf")
+    config = LongLoraConfig(base_length=32)
+    theta = ropes(tiny_llama(), *stages, peft_config=config)[1].parameters["rope_theta"]
+    assert theta == pytest.approx(10000.0 * 16**1.5, rel=1e-12)
+
+
+def test_a_run_by_a_larger_theta(make, tiny_llama, tmp_path):
+    trainer = make(stages=[ContextStage(128, 2, rope_type="abf"), ContextStage(512, 2, rope_type="abf")])
+    trainer.train()
+    trainer.save_model()
+    assert [log["rope_factor"] for log in trainer.state.log_history if "stage" in log] == [2.0, 2.0, 8.0, 8.0]
+    assert [trainer.schedule.attention_config(i).group_size for i in range(2)] == [32, 64]
+    stored = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    theta = pytest.approx(10000.0 * 8**1.5)
+    assert (stored["rope_type"], stored["target_length"]) == ("abf", 512)
+    assert stored["rope"]["rope_parameters"] == {"rope_type": "default", "rope_theta": theta}
+    assert stored["base_rope"]["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "from 64 to 512 tokens: RoPE type `abf` (`rope_theta` 226274), factor 8 over" in card
+    loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "out"), is_trainable=True)
+    set_s2_attention(loaded)  # groups go by the base that the adapter knows of, not by the length it reaches
+    assert get_s2_attention(loaded).native_window == 64
+    again = make(model=loaded, stages=[ContextStage(1024, 1)], peft_config=None)
+    assert again.schedule.native_window == 64
+    assert rope_factor(again._ropes[0], again._start.base) == 16.0
+    merged = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "out")).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    written = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert written["rope_parameters"] == {"rope_type": "default", "rope_theta": theta}
+    assert written["max_position_embeddings"] == 512
+
+
+def test_a_base_whose_config_leaves_its_length_open_is_asked_for_it(make, tiny_llama):
+    def base():
+        return tiny_llama(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})
+
+    for options in ({}, {"stages": "auto", "max_length": 512, "max_steps": 2}, {"sparse": "pose"}):
+        options = {"stages": [ContextStage(256, 1)], **options}
+        with pytest.raises(ValueError, match="128 tokens, from originally 64, or 64 tokens, from originally 32"):
+            make(model=base(), **options)
+    # Nothing depends on it where RoPE stays, but for groups, which are a quarter then.
+    trainer = make(model=base(), stages=[ContextStage(64, 1, rope_type=None)])
+    assert trainer.schedule.native_window is None and trainer.schedule.attention_config(0).group_size == 16
+    config = LongLoraConfig(r=2, base_length=32)
+    trainer = make(model=base(), stages="auto", max_length=512, max_steps=10, peft_config=config)
+    assert trainer.schedule.native_window == 32
+    assert [stage.max_length for stage in trainer.schedule.stages] == [128, 512]  # 128 is beyond the 64 it reaches
+    assert trainer._ropes[-1].parameters["factor"] == 16.0

@@ -263,7 +263,7 @@ def test_adapter_config_is_complete_json(saved):
     assert config.to_dict() | {"target_modules": 0} == LongLoraConfig(**stored).to_dict() | {"target_modules": 0}
 
 
-@pytest.mark.parametrize("rope_type", ["dynamic", "yarn", "llama3", "longrope"])
+@pytest.mark.parametrize("rope_type", ["dynamic", "yarn", "llama3", "longrope", "abf"])
 def test_every_rope_type_survives(rope_type, tmp_path):
     model = perturbed(llama(), LongLoraConfig(target_length=TARGET, rope_type=rope_type))
     adapted = logits(model)
