@@ -287,7 +287,9 @@ def test_inference(family):
         assert torch.equal(logits(s2, x, attention_mask=mask)[real], expected[real])
         assert torch.equal(logits(s2, x), logits(stock, x))
     options = dict(attention_mask=mask, max_new_tokens=4, do_sample=False)
-    assert torch.equal(s2.generate(x, **options), stock.generate(x, **options))
+    expected = stock.generate(x, **options)
+    assert torch.equal(s2.generate(x, **options), expected)
+    assert torch.equal(s2.train().generate(x, **options), stock.train().generate(x, **options))
 
 
 @pytest.mark.parametrize("family", EVERY)

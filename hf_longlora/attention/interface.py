@@ -23,6 +23,7 @@ from .segments import Documents
 logger = logging.get_logger(__name__)
 
 NAME = "s2attn"
+TOLD = "s2_kv_cache"  # the keyword of `tell_cache`
 STATE = "s2_attention_state"  # plain attributes of modules survive PEFT's wrapping and stay out of config.json
 
 
@@ -73,13 +74,16 @@ def s2_attention_forward(
     state: S2State | None = getattr(module, STATE, None)
     if state is None:  # a model that was loaded with "s2attn" and has not been through `set_s2_attention`
         state = S2State(native_window=native_window(module.config))
+        refuse_untold_cache(module, kwargs)
     learned_sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     alone = left_alone(module, query, key, attention_mask, causal, kwargs.get("sliding_window"))
-    skipping = module.training and state.mode == "pose"
+    training = module.training and not infers(kwargs)
+    kwargs.pop(TOLD, None)
+    skipping = training and state.mode == "pose"
     if skipping:
         refuse_untold(module, attention_mask, causal, alone is not None, kwargs)
-    if alone is not None or not (module.training or state.mode == "s2"):
+    if alone is not None or not (training or state.mode == "s2"):
         if isinstance(attention_mask, S2Mask):
             attention_mask.check_keys(module, key)
             dense: torch.Tensor | None
@@ -124,6 +128,34 @@ def s2_attention_forward(
         learned_sinks=learned_sinks,
     )
     return out.contiguous(), None
+
+
+def tell_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A forward pre-hook of attention modules: tells their attention function whether there is a KV cache.
+
+    What a module doesn't know it passes on. Most families pass `use_cache`, too, but not all (Gemma 3, OLMo 3).
+    """
+    cached = any(kwargs.get(name) is not None for name in ("cache", "past_key_values", "layer_past"))
+    return args, {**kwargs, TOLD: cached}
+
+
+def infers(kwargs: dict[str, Any]) -> bool:
+    """Whether a layer that may be in training mode generates: it fills a cache, and keeps nothing for a backward.
+
+    Either alone says nothing: a training forward fills a cache if `config.use_cache` is left on, and checkpointing may
+    run the first of its two forwards without gradients.
+    """
+    return bool(kwargs.get(TOLD, kwargs.get("use_cache"))) and not torch.is_grad_enabled()
+
+
+def refuse_untold_cache(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` if a forward in training mode may be generation or not, and nothing says which."""
+    if module.training and "use_cache" not in kwargs and not torch.is_grad_enabled():
+        raise ValueError(
+            f"{type(module).__name__} does not tell its attention whether there is a KV cache: without gradients and "
+            "in training mode this may be generation, which is dense, or a checkpointed layer, which is sparse. Call "
+            "hf_longlora.set_s2_attention(model) first."
+        )
 
 
 def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:

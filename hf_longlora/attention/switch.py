@@ -1,5 +1,6 @@
 """Giving a model shifted sparse attention, and saying when its layers are sparse."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import get_args
@@ -10,7 +11,7 @@ from transformers.utils import logging
 
 from ..rope import find_rope, native_window
 from .config import AttentionMode, S2AttentionConfig
-from .interface import NAME, STATE, S2State
+from .interface import NAME, STATE, S2State, tell_cache
 
 logger = logging.get_logger(__name__)
 
@@ -101,6 +102,10 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) 
     state = S2State(config or S2AttentionConfig(), mode, native_window(inner))
     for module in modules:
         setattr(module, STATE, state)
+        takes = inspect.signature(type(module).forward).parameters.values()
+        passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes)
+        if passes_on and tell_cache not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(tell_cache, with_kwargs=True)
 
 
 def _window_everywhere(config: PreTrainedConfig) -> int | None:
@@ -162,9 +167,12 @@ def s2_attention_mode(model: nn.Module, mode: AttentionMode) -> Iterator[None]:
     `with s2_attention_mode(model, "s2"):` around an evaluation gives the first column of the paper's Table 6, a model
     tested with the pattern that it was trained with.
     """
-    before = get_s2_attention(model).mode
+    get_s2_attention(model)
+    modules = [module for _, module in attention_modules(_transformers_model(model))]
+    before = [getattr(module, STATE).mode for module in modules]  # layers may have been given states of their own
     set_attention_mode(model, mode)
     try:
         yield
     finally:
-        set_attention_mode(model, before)
+        for module, own in zip(modules, before, strict=True):
+            getattr(module, STATE).mode = own

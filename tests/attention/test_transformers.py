@@ -1,6 +1,7 @@
 """`attn_implementation="s2attn"` in models of transformers."""
 
 import copy
+import dataclasses
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
     FalconForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     MistralConfig,
@@ -146,10 +149,85 @@ def test_generation_is_that_of_sdpa(models, cache):
     x, mask = ids(), left_padded()
     options = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, cache_implementation=cache)
     for training in (False, True):
-        outputs = [m.train(training).generate(x, **options) for m in models]
-        if not training:
-            assert torch.equal(*outputs)
-        assert outputs[0].shape == outputs[1].shape
+        assert torch.equal(*(m.train(training).generate(x, **options) for m in models))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_what_is_generated_in_training_mode_is_what_dense_attention_thinks(models, cache):
+    """As GRPO's rollouts are: the log-probabilities of the tokens when they were drawn, and when they are scored."""
+    model = models[0].train()
+    x, mask = ids(), left_padded()
+    options = dict(max_new_tokens=12, do_sample=False, cache_implementation=cache, return_dict_in_generate=True)
+    drawn = model.generate(x, attention_mask=mask, output_logits=True, **options)
+    assert torch.equal(drawn.sequences, models[0].eval().generate(x, attention_mask=mask, **options).sequences)
+    with_answer = torch.cat([mask, torch.ones(2, 12, dtype=torch.long)], 1)
+    logits = torch.stack(drawn.logits, 1).log_softmax(-1)
+
+    def scored(**kwargs):
+        found = model(drawn.sequences, attention_mask=with_answer, **kwargs).logits[:, x.shape[1] - 1 : -1]
+        return found.log_softmax(-1)
+
+    assert torch.allclose(scored(), logits, atol=1e-5)
+    model.train()
+    with s2_attention_mode(model, "dense"):
+        assert torch.allclose(scored(use_cache=False), logits, atol=1e-5)
+    assert not torch.allclose(scored(use_cache=False), logits, atol=1e-3)  # the pattern
+
+
+def test_a_cache_alone_or_no_gradients_alone_is_training(models, monkeypatch):
+    """A training forward with the config's `use_cache` left on; a loss in training mode; a checkpointed layer."""
+    model = models[0].train()
+    x = ids()
+    with_cache = model(x, use_cache=True)
+    assert with_cache.past_key_values is not None
+    calls = spy(monkeypatch)
+    model(x, use_cache=True).logits.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(model(x, use_cache=False).logits, with_cache.logits)
+    assert [group for _, group in calls] == [GROUP] * 4
+    with torch.no_grad():
+        model(x, use_cache=True)
+    assert len(calls) == 4
+    with s2_attention_mode(model, "s2"), torch.no_grad():  # asked for by name
+        model(x, use_cache=True)
+    assert len(calls) == 6
+
+
+def test_a_family_that_does_not_tell_of_its_cache(monkeypatch):
+    config = Gemma3TextConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        layer_types=["full_attention"] * 2,
+    )
+    config._attn_implementation = "s2attn"
+    model = Gemma3ForCausalLM(config).train()
+    x = ids(1)
+    with pytest.raises(ValueError, match=r"set_s2_attention\(model\) first"):
+        model.generate(x, max_new_tokens=1)
+    set_s2_attention(model, S2AttentionConfig(group_size=GROUP))
+    set_s2_attention(model, S2AttentionConfig(group_size=GROUP))
+    calls = spy(monkeypatch)
+    expected = copy.deepcopy(model).eval().generate(x, max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(x, max_new_tokens=8, do_sample=False), expected) and not calls
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    model(x).logits.sum().backward()
+    assert [group for _, group in calls] == [GROUP] * 4  # forward without gradients, and again with
+
+
+def test_modes_of_layers_with_states_of_their_own_are_restored(models):
+    model = models[0]
+    first, second = (module for _, module in attention_modules(model))
+    second.s2_attention_state = dataclasses.replace(second.s2_attention_state, mode="s2")
+    first.s2_attention_state.mode = "dense"
+    with s2_attention_mode(model, "auto"):
+        assert {first.s2_attention_state.mode, second.s2_attention_state.mode} == {"auto"}
+    assert (first.s2_attention_state.mode, second.s2_attention_state.mode) == ("dense", "s2")
 
 
 def test_cached_steps_are_dense_even_in_training_mode(models):
