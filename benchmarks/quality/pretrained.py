@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ class Method:
         trained: Whether anything is trained; else RoPE is scaled and that is all.
         scaled: Whether RoPE is scaled.
         cut: Share of the steps that are run, for dense training of equal time.
+        scatter: Whether the native windows of all sparse steps are shuffled among these, so that the windows of a step
+            are of different documents.
         stage: Further fields of the stage.
         args: Further fields of the configuration.
         adapter: Fields of the adapter that differ.
@@ -75,6 +77,7 @@ class Method:
     trained: bool = True
     scaled: bool = True
     cut: float = 1.0
+    scatter: bool = False
     stage: dict[str, Any] = field(default_factory=dict)
     args: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
@@ -108,13 +111,19 @@ METHODS: dict[str, Method] = {
     "s2 1/4 linear (the paper)": Method(rope_type="linear", stage=_s2(0, 0, group_size_ratio=1 / 4)),
     "s2 1/4": Method(stage=_s2(0, 0, group_size_ratio=1 / 4)),
 }
+for _nth, _every in {"2nd": 2, "3rd": 3, "4th": 4}.items():
+    METHODS[f"native windows, {_nth} dense"] = Method(stage=_s2(_every, 0), args={"attention_shift": "none"})
+    METHODS[f"s2 native + sinks, {_nth} dense"] = Method(stage=_s2(_every))
+    METHODS[f"pose, {_nth} dense"] = Method(stage=_pose(_every))
+for _name in ("native windows", "native windows, 3rd dense", "native windows, 4th dense"):
+    METHODS[f"{_name}, scattered"] = replace(METHODS[_name], scatter=True)
 for _sinks in (1, 16, 64):
     METHODS[f"s2 native + {_sinks} sinks, 4th dense"] = Method(stage=_s2(4, _sinks))
 for _exponent in (1.0, 1.5, 2.0):
     METHODS[f"abf {_exponent} alone"] = Method(exponent=_exponent, trained=False)
-    for _name in ("dense", "native windows", "pose", "pose, 4th dense", "s2 native + sinks, 4th dense"):
-        _like = METHODS[_name]
-        METHODS[f"{_name}, abf {_exponent}"] = Method(exponent=_exponent, stage=_like.stage, args=_like.args)
+    for _name, _like in list(METHODS.items()):
+        if _like.trained and _like.exponent is None and _like.rope_type == "yarn":
+            METHODS[f"{_name}, abf {_exponent}"] = replace(_like, exponent=_exponent)
 METHODS["default"] = Method(rope_type="auto")
 
 
@@ -176,6 +185,11 @@ def train(run: Run, folder: Path) -> tuple[Any, dict[str, Any]]:
         return model, {}
     steps = max(1, round(STEPS[run.length] * method.cut))
     rows = train_rows(folder, run.corpus, run.length, STEPS[run.length], run.seed, source.end)[:steps]
+    if method.scatter:
+        every = method.stage["dense_every"]
+        sparse = [i for i in range(steps) if not every or (i + 1) % every]
+        windows = rows[sparse].reshape(-1, source.native)
+        rows[sparse] = windows[np.random.default_rng(run.seed).permutation(len(windows))].reshape(-1, run.length)
     with tempfile.TemporaryDirectory() as output:
         args = LongLoraSFTConfig(
             **{
