@@ -1,6 +1,7 @@
 """Attention alone, forward and backward: ours, its ceiling, dense attention, and what the published code copies.
 
     python -m benchmarks.attention [--lengths 8192 32768 131072] [--results FILE]
+    python -m benchmarks.attention --preset sinks   # what sink tokens cost at 131,072: about a minute
 
 One row per method and shape, appended as it is measured. Every method gets queries, keys and values as a transformers
 model hands them over: `[B, S, H, D]` in memory, seen as `[B, H, S, D]`. Times are of CUDA events around one forward
@@ -39,6 +40,7 @@ class Method(NamedTuple):
     backend: str
     group: int
     call: Call
+    sink_tokens: int = 0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -113,28 +115,37 @@ def _causal(varlen_attn: Callable[..., Any]) -> dict[str, Any]:
     return {"window_size": (-1, 0)}
 
 
-def methods(length: int, groups: list[int], launches: Sequence[int] = ()) -> Iterator[Method]:
+def methods(groups: list[int], launches: Sequence[int] = (), sinks: Sequence[int] = (0, 4)) -> Iterator[Method]:
     plain = {backend: dense for backend in BACKENDS} | ({"flash4": dense_flash4} if flash.version() == 4 else {})
     for backend, call in plain.items():
         yield Method(f"dense {backend}", "dense", backend, 0, call)
     for group in groups:
         for backend, call in plain.items():
             yield Method(f"contiguous batch {backend}", "ceiling", backend, group, call)
-        for backend in BACKENDS:
-            yield Method(f"s2 sdpa {backend}", "s2", backend, group, _ours(group, "sdpa"))
-        for kernel in ("auto", *KERNELS):
-            if kernel not in ("sdpa", "reference") and (kernel == "auto" or KERNELS[kernel].missing() is None):
-                backend = {"varlen": "flash", "flash": f"flash{flash.version()}"}.get(kernel, "")
-                yield Method(f"s2 {kernel}", "s2", backend, group, _ours(group, kernel))
-        for tokens in launches:
-            yield Method(f"s2 sdpa cudnn, launches {tokens}", "s2", "cudnn", group, _ours(group, "sdpa", tokens))
-            if flash.version() == 4:
-                yield Method(f"s2 flash, launches {tokens}", "s2", "flash4", group, _ours(group, "flash", tokens))
+        for sink_tokens in sinks:
+            yield from _s2(group, launches, sink_tokens)
         yield Method("published flash layout", "published", "flash", group, published_flash(group))
         yield Method("published roll layout", "published", "flash", group, published_roll(group))
 
 
-def _ours(group: int, kernel: str, launch: int | None = None) -> Call:
+def _s2(group: int, launches: Sequence[int], sink_tokens: int) -> Iterator[Method]:
+    """Our kernels, each backend of `sdpa` for itself."""
+
+    def method(name: str, backend: str, kernel: str, launch: int | None = None) -> Method:
+        return Method(f"s2 {name}", "s2", backend, group, _ours(group, kernel, sink_tokens, launch), sink_tokens)
+
+    for backend in BACKENDS:
+        yield method(f"sdpa {backend}", backend, "sdpa")
+    for kernel in ("auto", *KERNELS):
+        if kernel not in ("sdpa", "reference") and (kernel == "auto" or KERNELS[kernel].missing() is None):
+            yield method(kernel, {"varlen": "flash", "flash": f"flash{flash.version()}"}.get(kernel, ""), kernel)
+    for tokens in launches:
+        yield method(f"sdpa cudnn, launches {tokens}", "cudnn", "sdpa", tokens)
+        if flash.version() == 4:
+            yield method(f"flash, launches {tokens}", "flash4", "flash", tokens)
+
+
+def _ours(group: int, kernel: str, sink_tokens: int, launch: int | None) -> Call:
     """Ours, in launches of so many tokens instead of the kernels' own number."""
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -142,7 +153,7 @@ def _ours(group: int, kernel: str, launch: int | None = None) -> Call:
             mock.patch.object(sdpa, "LAUNCH_TOKENS", launch or sdpa.LAUNCH_TOKENS),
             mock.patch.object(ragged, "LAUNCH_TOKENS", launch or ragged.LAUNCH_TOKENS),
         ):
-            return s2_attention(query, key, value, group_size=group, kernel=kernel)
+            return s2_attention(query, key, value, group_size=group, sink_tokens=sink_tokens, kernel=kernel)
 
     return call
 
@@ -158,7 +169,7 @@ def pairs(method: Method, length: int) -> int:
     elif method.kind == "ceiling":
         cuts = [segments([(0, length)], method.group)]
     else:
-        cuts = [segments([(0, length)], method.group, shift) for shift in (0, method.group // 2)]
+        cuts = [segments([(0, length)], method.group, shift, method.sink_tokens) for shift in (0, method.group // 2)]
     return sum(segment.pairs for cut in cuts for segment in cut) // len(cuts)
 
 
@@ -216,38 +227,46 @@ def _backend(name: str) -> AbstractContextManager[Any]:
     return sdpa_kernel(BACKENDS[name]) if name in BACKENDS else nullcontext()
 
 
-def check(wanted: Callable[[str], bool], length: int = 2048, group: int = 512) -> None:
+def check(wanted: Callable[[str], bool], sinks: Sequence[int], length: int = 2048, group: int = 512) -> None:
     """Refuse to time what is wrong: each wanted method that computes the pattern against the reference kernel.
 
     The rolled layout is left out: its first half group sees the end of the sequence.
     """
     query, key, value, gradient = inputs(length, None)
-    expected = s2_attention(query, key, value, group_size=group, kernel="reference")
-    right = [expected, *torch.autograd.grad(expected, (query, key, value), gradient)]
-    for method in methods(length, [group]):
+    right = {}
+    for sink_tokens in {0, *sinks}:
+        expected = s2_attention(query, key, value, group_size=group, sink_tokens=sink_tokens, kernel="reference")
+        right[sink_tokens] = [expected, *torch.autograd.grad(expected, (query, key, value), gradient)]
+    for method in methods([group], (), sinks):
         if wanted(method.name) and (method.kind == "s2" or method.name == "published flash layout"):
             with _backend(method.backend):
                 out = method.call(query, key, value)
                 got = [out, *torch.autograd.grad(out, (query, key, value), gradient)]
             errors = [
-                ((g.float() - w.float()).norm() / w.float().norm()).item() for g, w in zip(got, right, strict=True)
+                ((g.float() - w.float()).norm() / w.float().norm()).item()
+                for g, w in zip(got, right[method.sink_tokens], strict=True)
             ]
-            print(f"{method.name}: relative errors {', '.join(f'{e:.1e}' for e in errors)}", flush=True)
+            said = ", ".join(f"{error:.1e}" for error in errors)
+            print(f"{method.name}, {method.sink_tokens} sink tokens: relative errors {said}", flush=True)
             if not max(errors) < 2e-2:
                 raise SystemExit(f"{method.name} is wrong.")
 
 
 def ratios(rows: list[dict[str, Any]]) -> None:
     """Print what the rows of one length say."""
-    times = {(row["method"], row["group"]): row["ms_p50"] for row in rows}
-    best_dense = min((t for (_, group), t in times.items() if group == 0), default=float("nan"))
+    times = {(row["method"], row["group"], row["sink_tokens"]): row["ms_p50"] for row in rows}
+    best_dense = min((t for (_, group, _), t in times.items() if group == 0), default=float("nan"))
     for row in rows:
-        text = f"n {row['length']:7} G {row['group']:6} {row['method']:26} {row['ms_p50']:9.2f} ms"
+        text = f"n {row['length']:7} G {row['group']:6} sinks {row['sink_tokens']:2} {row['method']:26}"
+        text += f" {row['ms_p50']:9.2f} ms"
         text += f" {row['tflops']:5.0f} TFLOP/s  memory {row['peak_over_least']:.2f}"
-        same = times.get((f"contiguous batch {row['backend']}", row["group"]))
+        same = times.get((f"contiguous batch {row['backend']}", row["group"], 0))
         best = min(
-            (t for (name, group), t in times.items() if "contiguous" in name and group == row["group"]), default=0
+            (t for (name, group, _), t in times.items() if "contiguous" in name and group == row["group"]), default=0
         )
+        without = times.get((row["method"], row["group"], 0))
+        if row["sink_tokens"] and without:
+            text += f"  / without {row['ms_p50'] / without:.3f}"
         if row["kind"] == "s2" and same:
             text += f"  / ceiling {row['ms_p50'] / same:.3f}"
         if row["kind"] == "s2" and best:
@@ -265,19 +284,26 @@ def main() -> None:
     parser.add_argument(
         "--launches", type=int, nargs="*", default=[], help="our kernels in launches of so many tokens, too"
     )
+    parser.add_argument("--sinks", type=int, nargs="*", default=[0, 4], help="our kernels with so many sink tokens")
+    parser.add_argument("--groups", type=int, nargs="*", help="tokens in a group; default: 2,048 and a quarter")
+    parser.add_argument("--preset", choices=["sinks"], help="ours alone, with sink tokens and without, at 131,072")
     parser.add_argument("--results", type=Path, default=RESULTS / "attention.csv")
     args = parser.parse_args()
+    if args.preset:
+        args.lengths, args.groups, args.seconds = [131072], [2048, 8192, 32768], 0.3
+        args.only = args.only or ["s2 sdpa cudnn", "s2 auto"]
     if not torch.cuda.is_available():
         raise SystemExit("This benchmark needs a CUDA device.")
 
     def wanted(name: str) -> bool:
         return not args.only or any(word in name for word in args.only)
 
-    check(wanted)
+    check(wanted, args.sinks)
     origin = provenance()
     for length in args.lengths:
         rows = []
-        for method in methods(length, sorted({length // 4, 2048}, reverse=True), args.launches):
+        groups = sorted(set(args.groups or (length // 4, 2048)), reverse=True)
+        for method in methods(groups, args.launches, args.sinks):
             if not wanted(method.name):
                 continue
             try:
@@ -287,6 +313,7 @@ def main() -> None:
                 continue
             shape = {"length": length, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "dtype": "bfloat16"}
             row = {"method": method.name, "kind": method.kind, "backend": method.backend, "group": method.group}
+            row |= {"sink_tokens": method.sink_tokens}
             rows.append({**row, **shape, **measured})
             append_row(args.results, {**rows[-1], **origin})
             torch.cuda.empty_cache()

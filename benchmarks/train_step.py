@@ -1,6 +1,6 @@
 """One optimizer step of a Llama-3 shape: stock TRL + PEFT, ours, and the floor without attention.
 
-    python -m benchmarks.train_step --preset targets|lengths|fused|longest|tiny
+    python -m benchmarks.train_step --preset targets|lengths|fused|longest|sinks|tiny
     python -m benchmarks.train_step --model 8b --methods stock stock+cudnn ours-2048 floor --lengths 8192 131072
 
 A randomly initialised model takes real steps of `trainer.train()`: LoRA r=8 on q, k, v, o, embeddings and norms
@@ -18,7 +18,8 @@ and each `+NAME` behind it switches on: `cudnn` or `flash` (the backend of scale
 `fa4` (transformers' flash_attention_3 and _4; stock only), `liger` (use_liger_kernel), `compile` (compile_layers),
 `tile` (mlp_tile=8192, or a quarter of a shorter length), `selective` (checkpoints keep attention's output), `offload`
 (activations to the host), `qlora` (4 bits),
-`kernel=NAME` (attention_kernel), `casts` (adapters' inputs to fp32 and back, as PEFT does it and our trainer did).
+`kernel=NAME` (attention_kernel), `sinks=N` (sink_tokens, else 4), `casts` (adapters' inputs to fp32 and back, as PEFT
+does it and our trainer did).
 
 Each method runs in a process of its own, through its lengths in order. A row is appended when a length is done; a
 length that does not fit gets a row that says so, and ends its method. Steps are timed from on_step_begin to
@@ -106,13 +107,13 @@ class Method:
     def parse(cls, name: str) -> "Method":
         base, *options = name.split("+")
         found = re.fullmatch(r"stock|floor|floor-qk|ours-dense|ours-(n/\d+|\d+)", base)
-        unknown = {name for name in options if name not in OPTIONS and not name.startswith("kernel=")}
+        unknown = {name for name in options if name not in OPTIONS and not re.fullmatch(r"kernel=.+|sinks=\d+", name)}
         if found is None or unknown:
             raise SystemExit(
                 f"There is no method {name!r}: stock, floor, floor-qk, ours-dense, ours-n/4 or ours-2048, and after "
                 f"each + one of {', '.join(OPTIONS)}."
             )
-        ours = {name for name in options if name in OURS or name.startswith("kernel=")}
+        ours = {name for name in options if name in OURS or "=" in name}
         wrong = ours if base == "stock" else set(options) & {"fa3", "fa4"}
         if wrong:
             raise SystemExit(f"{name!r}: {base} has no {', '.join(sorted(wrong))}.")
@@ -141,6 +142,13 @@ class Method:
         if self.group.startswith("n/"):
             return math.ceil(length / int(self.group[2:]))
         return int(self.group or 0)
+
+    @property
+    def sink_tokens(self) -> int:
+        """First tokens of the document that all groups see; 0 where there are no groups."""
+        if not self.group:
+            return 0
+        return next((int(option[6:]) for option in self.options if option.startswith("sinks=")), 4)
 
     def backend(self) -> AbstractContextManager[Any]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -273,7 +281,7 @@ def build_trainer(method: Method, model: Any, plan: Sequence[int], clock: Any, f
         group = method.group_at(length)
         if group == 0:
             return ContextStage(length, steps, rope_type=None, attention="dense")
-        return ContextStage(length, steps, rope_type=None, group_size=group)
+        return ContextStage(length, steps, rope_type=None, group_size=group, sink_tokens=method.sink_tokens)
 
     kernel = next((name[7:] for name in method.options if name.startswith("kernel=")), "auto")
     if method.base.startswith("floor"):
@@ -386,6 +394,7 @@ def run_method(run: Run, model_name: str, results: Path, progress: Path) -> None
             "model": model_name,
             "length": length,
             "group": method.group_at(length),
+            "sink_tokens": method.sink_tokens,
             "kernel": method.kernel,
             "status": status,
             **dict.fromkeys(("s_p20", "s_p50", "s_p80", "steps", "tokens_per_s", "loss"), ""),
@@ -464,6 +473,8 @@ def preset(name: str) -> tuple[str, list[Run]]:
         names = ["floor+casts", "floor", "floor+compile", "floor+liger", "floor+compile+liger"]
         names += ["ours-2048+compile", "ours-2048", "ours-2048+liger"]
         return "8b", [Run(method, [32768]) for method in names]
+    if name == "sinks":  # about 80 s on an H200
+        return "8b", [Run(method, [longest_dense()], 1, 0) for method in ("ours-2048", "ours-2048+sinks=0")]
     assert name == "longest"
     return "8b", [
         Run("ours-2048+liger+tile", [131072, 262144], 1, 0),
@@ -519,7 +530,7 @@ def summarize(rows: Iterator[dict[str, str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=["tiny", "targets", "lengths", "fused", "longest"])
+    parser.add_argument("--preset", choices=["tiny", "targets", "lengths", "fused", "longest", "sinks"])
     parser.add_argument("--model", choices=list(SHAPES), help="default: the preset's, or tiny without a GPU, else 8b")
     parser.add_argument("--methods", nargs="*", help="instead of a preset, or those of a preset to run")
     parser.add_argument("--lengths", type=int, nargs="*", help="tokens, ascending; instead of the preset's")

@@ -9,7 +9,7 @@ from benchmarks.train_step import Method, Run, preset, run_method
 from hf_longlora.attention.kernels import KERNELS
 
 
-@pytest.mark.parametrize("method", ["stock", "ours-64+tile", "floor", "floor-qk"])
+@pytest.mark.parametrize("method", ["stock", "ours-64+tile", "ours-32+sinks=0", "floor", "floor-qk"])
 def test_a_row_for_each_length(method, tmp_path, monkeypatch):
     calls = []
     for name in ("floor", "floor-qk"):  # put there by a run, and taken away again
@@ -24,16 +24,19 @@ def test_a_row_for_each_length(method, tmp_path, monkeypatch):
         (method, "128", "ok", "1"),
     ]
     assert all(float(row["s_p50"]) > 0 and 5 < float(row["loss"]) < 8 for row in rows)
+    assert {row["sink_tokens"] for row in rows} == {"4" if method == "ours-64+tile" else "0"}
     assert bool(calls) == method.startswith("floor")  # no stage has put attention back
 
 
-@pytest.mark.parametrize("name", ["theirs", "stock+tile", "ours-2048+fa4", "stock+kernel=varlen", "ours-2048+nothing"])
+@pytest.mark.parametrize(
+    "name", ["theirs", "stock+tile", "ours-2048+fa4", "stock+kernel=varlen", "stock+sinks=4", "ours-2048+nothing"]
+)
 def test_unknown_methods_are_refused(name):
     with pytest.raises(SystemExit):
         Method.parse(name)
 
 
-@pytest.mark.parametrize("name", ["tiny", "targets", "lengths", "fused", "longest"])
+@pytest.mark.parametrize("name", ["tiny", "targets", "lengths", "fused", "longest", "sinks"])
 def test_presets_name_methods(name):
     assert all(Method.parse(run.method) for run in preset(name)[1])
 
