@@ -89,12 +89,15 @@ def import_original(
             "other weights."
         )
     known = {field.name for field in fields(LoraConfig)} - set(OURS)
+    rope = _rope(base_config, target_length)
     config = LongLoraConfig(
         **{key: value for key, value in values.items() if key in known},
         train_norms=bool(parts & norms),
         train_embeddings=bool(parts & embeddings),
         modules_to_save=[head] if head in parts else None,
-        rope_parameters=_rope(base_config, target_length),
+        rope_parameters=rope,
+        # The scripts take a base's max_position_embeddings for its first length, whatever its publisher meant by it.
+        base_length=None if rope is None else current_rope(base_config).max_position_embeddings,
     )
     with torch.device("meta"):
         tuned: Any = get_peft_model(model, config)
