@@ -66,6 +66,19 @@ def test_evaluate(adapter, tiny_tokenizer, capsys):
     assert f"{results['perplexity']['dense'][1]['perplexity']:.2f}" in printed and "as trained" in printed
 
 
+def test_an_adapter_trained_in_windows_is_evaluated_densely(adapter, capsys):
+    """Unless groups are asked for: within its windows, attention was dense."""
+    model, folder = adapter
+    model.active_peft_config.schedule["windows"] = [None, 64]
+    model.save_pretrained(folder / "adapter")
+    arguments = ["evaluate", str(folder / "adapter"), "--documents", str(folder / "one.txt"), "--lengths", "256"]
+    for options, columns in (([], ["dense"]), (["--group-size", "32"], ["dense", "as trained"])):
+        assert main([*arguments, *options, "--output-dir", str(folder / "out"), "--device", "cpu"]) == 0
+        assert list(json.loads((folder / "out" / "evaluation.json").read_text())["perplexity"]) == columns
+        said = "was trained by PoSE, in windows of 64 tokens: dense is as it was trained"
+        assert (said in " ".join(capsys.readouterr().out.split())) == (not options)
+
+
 def test_a_card_has_the_numbers_of_its_adapter_alone(adapter, capsys, caplog):
     model, folder = adapter
     out = folder / "adapter"
@@ -401,6 +414,7 @@ def test_trains_usage(run, capsys, monkeypatch):
     assert stopped.value.code == 0
     assert "accelerate launch -m hf_longlora train" in printed
     assert all(option in printed for option in ("--stages", "--train_norms", "--resume", "--learning_rate"))
+    assert "--sparse {s2,pose}" in printed
     assert main(["train", "--config", "missing.yaml"]) == 1
     monkeypatch.setenv("HF_LONGLORA_DEBUG", "1")
     with pytest.raises(FileNotFoundError):

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..attention.segments import Span
+from .stages import Schedule
 
 SEED = "pose_seed"
 """Of an example: what its windows are drawn by. Examples of other steps have none."""
@@ -109,11 +110,12 @@ class Served(Dataset[dict[str, Any]]):
     Args:
         rows: As the trainer serves them, step after step.
         seed: The run's.
-        is_pose: Whether an example is one of a PoSE step, by its place.
+        schedule: The stages.
+        batch: Examples of an optimizer step, of all processes.
     """
 
-    def __init__(self, rows: Any, seed: int, is_pose: Callable[[int], bool]) -> None:
-        self.rows, self.seed, self.is_pose = rows, seed, is_pose
+    def __init__(self, rows: Any, seed: int, schedule: Schedule, batch: int) -> None:
+        self.rows, self.seed, self.schedule, self.batch = rows, seed, schedule, batch
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -123,7 +125,7 @@ class Served(Dataset[dict[str, Any]]):
 
     def __getitems__(self, places: list[int]) -> list[dict[str, Any]]:
         return [
-            row | {SEED: f"{self.seed}/{place}"} if self.is_pose(place) else row
+            row | {SEED: f"{self.seed}/{place}"} if self.schedule.step(place // self.batch).mode == "pose" else row
             for place, row in zip(places, self.rows.__getitems__(places), strict=True)
         ]
 

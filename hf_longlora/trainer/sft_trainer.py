@@ -232,9 +232,8 @@ class LongLoraSFTTrainer(SFTTrainer):
     def _get_dataloader(self, **kwargs: Any) -> DataLoader:  # type: ignore[override]  # Trainer calls it by names
         if kwargs.get("is_training") and self._any_pose:
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            kwargs["dataset"] = Served(
-                kwargs["dataset"], self.args.order_seed, lambda at: self.schedule.step(at // batch).mode == "pose"
-            )
+            rows = self._remove_unused_columns(kwargs["dataset"], description="training")
+            kwargs["dataset"] = Served(rows, self.args.order_seed, self.schedule, batch)
         return super()._get_dataloader(**kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:

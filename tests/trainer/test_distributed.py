@@ -26,12 +26,13 @@ CONFIGS = ROOT / "examples" / "accelerate_configs"
 BY = {"ddp": "MULTI_", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 OPTIONS = [(), ("tied",), ("bf16",), ("tied", "bf16")]
 STEPS = [(1, "s2attn"), (1, "dense"), (1, "s2attn"), (2, "dense"), (2, "s2attn"), (2, "dense")]
+POSE = [(1, "s2attn"), (1, "s2attn"), (1, "dense"), (2, "pose"), (2, "pose"), (2, "dense")]
 
 slow = pytest.mark.slow
 deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed (pip install deepspeed)"
 )
-CASES = [pytest.param("ddp", (), id="ddp"), pytest.param("ddp", ("pose",), id="ddp-pose")]
+CASES = [pytest.param("ddp", (), id="ddp", marks=slow), pytest.param("ddp", ("pose",), id="ddp-pose")]
 RESUMED = [pytest.param("ddp", (), id="ddp")]
 for kind, marks in (("fsdp2", [slow]), ("zero2", [slow, deepspeed]), ("zero3", [slow, deepspeed])):
     CASES += [pytest.param(kind, o, id="-".join((kind, *o)), marks=marks) for o in OPTIONS]
@@ -71,15 +72,15 @@ def test_two_processes_are_one_of_twice_the_batch(name, options, tmp_path):
     assert BY[name] in two_run["by"]
     if name == "fsdp2":
         assert two_run["parameters"] == ["DTensor"]  # all of them sharded
-    sparse = "pose" if "pose" in options else "s2attn"
-    assert [(log["stage"], log["attention"].replace(sparse, "s2attn")) for log in one_run["logs"]] == STEPS
+    assert [(log["stage"], log["attention"]) for log in one_run["logs"]] == (POSE if "pose" in options else STEPS)
     for log, other in zip(one_run["logs"], two_run["logs"], strict=True):
         assert log == other | {"loss": pytest.approx(other["loss"], abs=0.02 if "bf16" in options else 1e-4)}
     assert one.keys() == two.keys()
     if "bf16" in options:  # each step rounds, and Adam turns a gradient near zero into a whole step of 0.01
         assert max((one[k].float() - two[k].float()).abs().mean() for k in one) < 1e-3
     else:
-        assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
+        # Windows add up in another order: 1 of 9,000 elements is off by 2.5e-5, of steps of 0.01.
+        assert all(torch.allclose(one[k], two[k], atol=1e-4 if "pose" in options else 1e-5) for k in one)
     loaded = PeftModel.from_pretrained(tiny_model(*options), tmp_path / "two")
     assert loaded.config.max_position_embeddings == 256
     assert loaded.get_parameter("base_model.model.model.norm.modules_to_save.default.weight").ne(1).any()

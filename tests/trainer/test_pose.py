@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import random
 from itertools import pairwise
 
@@ -13,12 +14,13 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hf_longlora import ContextStage, LongLoraSFTTrainer
+from hf_longlora import ContextStage, LongLoraSFTTrainer, S2AttentionConfig
 from hf_longlora.attention import interface
 from hf_longlora.attention.reference import reference_kernel
 from hf_longlora.evaluation import compare_attention
 from hf_longlora.trainer.pose import SEED, PoseCollator, Served, piece, pieces, windows
 from hf_longlora.trainer.report import write_report
+from hf_longlora.trainer.stages import Schedule
 
 from ..test_families import build
 from .helpers import STAGES, TEXT, Spy, Stop, texts, weights
@@ -101,10 +103,13 @@ def test_other_examples_go_to_the_collator_that_is_wrapped():
 
 
 def test_windows_follow_from_the_place_alone():
-    served = Served(Dataset.from_dict({"input_ids": [[i] for i in range(8)]}), 3, lambda place: place % 2 == 0)
+    schedule = Schedule((ContextStage(128, 4),), S2AttentionConfig(), dense_every=2, native_window=64, sparse="pose")
+    rows = Dataset.from_dict({"input_ids": [[i] for i in range(8)]})
+    served = pickle.loads(pickle.dumps(Served(rows, 3, schedule, batch=2)))  # as a worker gets it
     assert len(served) == 8 and served.__getitems__([4, 5]) == [served[4], served[5]]
-    assert served[5] == {"input_ids": [5]} and served[4] == {"input_ids": [4], SEED: "3/4"}
-    assert len({served[place][SEED] for place in range(0, 8, 2)}) == 4
+    assert served[4] == {"input_ids": [4], SEED: "3/4"}
+    assert [SEED in served[place] for place in range(8)] == [True, True, False, False] * 2
+    assert len({served[place][SEED] for place in (0, 1, 4, 5)}) == 4
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=12), st.integers(1, 64), st.integers(1, 16))

@@ -128,12 +128,16 @@ def test_stages_come_through_a_yaml_file(tmp_path):
 
     file = tmp_path / "run.yaml"
     file.write_text(
-        f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\ndense_every: 4\n"
-        "stages:\n  - {max_length: 64, max_steps: 3}\n  - {max_length: 128, max_steps: 4, rope_type: yarn}\n"
+        f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\ndense_every: 4\nsparse: pose\n"
+        "stages:\n  - {max_length: 64, max_steps: 3, sparse: s2}\n"
+        "  - {max_length: 128, max_steps: 4, rope_type: yarn}\n"
     )
     (args,) = TrlParser(LongLoraSFTConfig).parse_args_and_config(["--config", str(file), "--learning_rate", "1e-3"])
-    assert args.stages == [ContextStage(64, 3), ContextStage(128, 4, rope_type="yarn")]
+    assert args.stages == [ContextStage(64, 3, sparse="s2"), ContextStage(128, 4, rope_type="yarn")]
     assert args.dense_every == 4 and args.learning_rate == 1e-3
+    assert [args.schedule.step(step).mode for step in range(7)] == ["auto"] * 3 + ["dense"] + ["pose"] * 3
+    with pytest.raises(ValueError, match="`sparse` must be one of"):
+        LongLoraSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, stages=args.stages, sparse="dense")
 
 
 SPELLINGS = {
