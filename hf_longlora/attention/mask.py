@@ -20,6 +20,10 @@ READS_MASK = (
 )
 
 
+ROWS = 1024
+"""Rows of a mask that are made at a time."""
+
+
 class S2Mask:
     """What a forward knows about its mask, before anyone asks for one.
 
@@ -96,10 +100,15 @@ class S2Mask:
         if self.window is None:
             raise ValueError("Positions that skip need layers with as many keys as queries.")
         if self._by_position is None:
-            position, index = position_ids[0], torch.arange(position_ids.shape[1], device=position_ids.device)
-            owner = torch.searchsorted(cu_seqlens[1:], index, right=True)
-            distance = position[:, None] - position[None, :]
-            seen = (owner[:, None] == owner[None, :]) & (distance >= 0) & (distance < self.window)
+            position, length = position_ids[0].int(), position_ids.shape[1]
+            index = torch.arange(length, device=position.device)
+            owner = torch.searchsorted(cu_seqlens[1:], index, right=True, out_int32=True)
+            seen = torch.empty(length, length, dtype=torch.bool, device=position.device)
+            for at in range(0, length, ROWS):  # beside the mask itself, which takes a byte a pair
+                rows = slice(at, at + ROWS)
+                distance = position[rows, None] - position[None, :]
+                torch.eq(owner[rows, None], owner[None, :], out=seen[rows])
+                seen[rows] &= (distance >= 0) & (distance < self.window)
             self._by_position = seen[None, None]
         return self._by_position
 

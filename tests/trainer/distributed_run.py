@@ -53,8 +53,11 @@ def main(output: str, batch_size: int, *options: str) -> None:
     rows = [[3 + (i * 7 + j * j) % 100 for j in range(lengths[i % len(lengths)])] for i in range(40)]
     args = LongLoraSFTConfig(
         output_dir=output,
-        stages=[ContextStage(128, 3), ContextStage(256, 3, sparse="pose" if "pose" in options else None)],
-        dense_every=3 if "pose" in options else 2,
+        stages=[
+            ContextStage(128, 3),
+            ContextStage(256, 3, **({"sparse": "pose", "dense_every": 0} if "pose" in options else {})),
+        ],
+        dense_every=2,
         use_cpu=not torch.cuda.is_available(),
         bf16="bf16" in options,
         report_to="none",
