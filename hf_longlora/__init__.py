@@ -1,20 +1,22 @@
 """Extend a model's context cheaply: LongLoRA (arXiv 2309.12307) for transformers, PEFT and TRL.
 
-Importing it registers `attn_implementation="s2attn"` with transformers and the adapter type LONGLORA with PEFT.
+Importing it registers `attn_implementation="s2attn"` with transformers and the adapter type LONGLORA with PEFT. What
+needs more than these two (TRL, datasets, rich) is imported when its name is first used.
 """
 
-from . import attention, tuner
-from .attention import S2AttentionConfig, s2_attention, s2_attention_mode, set_s2_attention
-from .evaluation import loss_by_position, passkey_accuracy, perplexity_by_length
-from .hub import PushAdapterCallback, export_adapter
-from .planning import plan_run
-from .trainer import ContextStage, LongLoraSFTConfig, LongLoraSFTTrainer
-from .tuner import LongLoraConfig, LongLoraModel
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attention import S2AttentionConfig, s2_attention, s2_attention_mode, set_s2_attention
+    from .evaluation import loss_by_position, passkey_accuracy, perplexity_by_length
+    from .hub import PushAdapterCallback, export_adapter
+    from .planning import plan_run
+    from .trainer import ContextStage, LongLoraSFTConfig, LongLoraSFTTrainer
+    from .tuner import LongLoraConfig, LongLoraModel
 
 __version__ = "0.1.0"
-
-attention.register()
-tuner.register()
 
 __all__ = [
     "ContextStage",
@@ -33,3 +35,32 @@ __all__ = [
     "s2_attention_mode",
     "set_s2_attention",
 ]
+
+ROOMS = ("attention", "tuner", "planning", "evaluation", "hub", "trainer")
+"""Where public names live, those first that load least."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in ROOMS:
+        return import_module(f".{name}", __name__)
+    if name in __all__:
+        for room in ROOMS:
+            if name in (module := import_module(f".{room}", __name__)).__all__:
+                return globals().setdefault(name, getattr(module, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *ROOMS})
+
+
+def register() -> None:
+    """Make "s2attn" and LONGLORA known to transformers and PEFT, as the import does. Idempotent."""
+    from . import attention, tuner
+
+    attention.register()
+    tuner.register()
+
+
+if "hf_longlora_command" not in sys.modules:  # which registers before a command runs, and not to show its help
+    register()

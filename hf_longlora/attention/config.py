@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from .kernels import KERNELS
+
 AttentionMode = Literal["auto", "s2", "dense", "pose"]
 """`"auto"`: sparse in training, dense otherwise. `"s2"` and `"dense"`: always the one named. `"pose"`: dense, and in
 training the documents are those of `cu_seq_lens_q`, whose positions may skip (PoSE, arXiv 2309.10400)."""
@@ -48,8 +50,6 @@ class S2AttentionConfig:
         if self.shift not in get_args(Shift):
             raise ValueError(f"`shift` must be one of {get_args(Shift)}, got {self.shift!r}.")
         check_sink_tokens(self.sink_tokens)
-        from .kernels import KERNELS  # the table imports torch kernels; the config alone should stay light
-
         if self.kernel != "auto" and self.kernel not in KERNELS:
             raise ValueError(f"Unknown attention kernel {self.kernel!r}; choose 'auto' or one of {sorted(KERNELS)}.")
 

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from .. import __version__
+from .. import __version__, register
 from . import check, demo, evaluate, export, import_, plan, push, train
 
 DEBUG = "HF_LONGLORA_DEBUG"
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("is_gradient_checkpointing", "gradient_checkpointing_enable"):
         warnings.filterwarnings("ignore", f"`{name}` is deprecated", FutureWarning)
     try:
+        register()
         options.run(options)
     except KeyboardInterrupt:
         print(f"\nInterrupted. {options.after_interruption}", file=sys.stderr)

@@ -5,8 +5,6 @@ from typing import Any
 
 
 def add(commands: Any) -> None:
-    from ..rope import AUTO, ROPE_TYPES
-
     check = commands.add_parser(
         "check",
         help="say what would be done to a model, from its config alone",
@@ -18,7 +16,11 @@ def add(commands: Any) -> None:
     )
     check.add_argument("model", help="a model's name or path, or an adapter's: its base with that adapter")
     check.add_argument("--target-length", type=int, metavar="N", help="tokens to extend the context to")
-    check.add_argument("--rope-type", default=AUTO, choices=(AUTO, *ROPE_TYPES), help="default: %(default)s")
+    check.add_argument(
+        "--rope-type",
+        metavar="TYPE",
+        help="linear, dynamic, yarn, llama3 or longrope; default: the base's own type where it is scaled, else yarn",
+    )
     check.add_argument(
         "--base-length",
         type=int,
@@ -47,13 +49,14 @@ def run(options: argparse.Namespace) -> None:
 
     given = {name: getattr(options, name) for name in ("group_size", "sink_tokens")}
     given = {name: value for name, value in given.items() if value is not None}
+    rope_type = {} if options.rope_type is None else {"rope_type": options.rope_type}
     found = check_model(
         options.model,
         target_length=options.target_length,
-        rope_type=options.rope_type,
         base_length=options.base_length,
         attention=S2AttentionConfig(**given) if given else None,
         trust_remote_code=options.trust_remote_code,
+        **rope_type,
     )
     print(found)
     if found.refused:

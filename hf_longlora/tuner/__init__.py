@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from aenum import extend_enum
-from peft.utils import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType, register_peft_method
 
 # The config class names its type when it is built, so the enum has to know it before the modules below are used.
 if "LONGLORA" not in PeftType.__members__:
@@ -20,9 +21,6 @@ def register() -> None:
     The prefix is LoRA's, as AdaLoRA's is: the layers are LoRA's layers. Not for `PeftMixedModel`, which can't hold
     adapters that train whole modules or change the RoPE.
     """
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-    from peft.utils import register_peft_method
-
     longlora = PeftType["LONGLORA"]
     if PEFT_TYPE_TO_TUNER_MAPPING.get(longlora) is LongLoraModel:
         return
