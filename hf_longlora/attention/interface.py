@@ -3,6 +3,7 @@
 Two functions are registered with transformers: one that answers attention, here, and one that makes masks, in `mask`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,6 +36,8 @@ class S2State:
     mode: AttentionMode = "auto"
     native_window: int | None = None
     """Tokens that the model was trained at before any scaling: what groups are of where `config` doesn't say."""
+    find_sequence: Callable[..., Any] | None = None
+    """Where processes hold shards of each row, what finds the whole (`hf_longlora.parallel.shard_sequences`)."""
 
 
 # What changes the attention of some families (sparse indices, sinks that depend on the query) and sdpa ignores.
@@ -81,9 +84,12 @@ def s2_attention_forward(
     training = module.training and not infers(kwargs)
     kwargs.pop(TOLD, None)
     skipping = training and state.mode == "pose"
-    if skipping:
+    sparse = training or state.mode == "s2"
+    if state.find_sequence is not None:
+        refuse_sharded(module, alone, skipping)
+    elif skipping:
         refuse_untold(module, attention_mask, causal, alone is not None, kwargs)
-    if alone is not None or not (training or state.mode == "s2"):
+    if state.find_sequence is None and (alone is not None or not sparse):
         if isinstance(attention_mask, S2Mask):
             attention_mask.check_keys(module, key)
             dense: torch.Tensor | None
@@ -102,9 +108,9 @@ def s2_attention_forward(
         return eager_attention(module, query, key, value, dense, causal=causal and query.shape[2] > 1, **options), None
 
     refuse_sparse(module, kwargs)
-    documents = _documents(module, query, attention_mask, kwargs)
+    documents, sequence = _documents(module, query, attention_mask, state.find_sequence, kwargs)
     group_size = None
-    if state.mode not in ("dense", "pose"):
+    if sparse and state.mode not in ("dense", "pose"):
         group_size = state.config.resolve_group_size(documents.longest, state.native_window)
     kernel = select_kernel(
         state.config.kernel,
@@ -114,19 +120,17 @@ def s2_attention_forward(
         softcap=softcap is not None,
         learned_sinks=learned_sinks is not None,
     )
-    parts = documents.parts(
-        query.shape[1], key.shape[1], group_size, _shift(state.config.shift, module), state.config.sink_tokens
-    )
-    out = kernel(
-        query,
-        key,
-        value,
-        parts,
-        scale=scaling,
-        dropout_p=dropout if module.training else 0.0,
-        softcap=softcap,
-        learned_sinks=learned_sinks,
-    )
+    pattern: Any = (group_size, _shift(state.config.shift, module), state.config.sink_tokens)
+    options = {
+        "scale": scaling,
+        "dropout_p": dropout if module.training else 0.0,
+        "softcap": softcap,
+        "learned_sinks": learned_sinks,
+    }
+    if sequence is not None:
+        out = sequence.attend(query, key, value, *pattern, kernel=kernel, **options)
+    else:
+        out = kernel(query, key, value, documents.parts(query.shape[1], key.shape[1], *pattern), **options)
     return out.contiguous(), None
 
 
@@ -187,6 +191,16 @@ def refuse_untold(
         )
 
 
+def refuse_sharded(module: nn.Module, alone: str | None, skipping: bool) -> None:
+    """Raise a `ValueError` if a layer can't attend over sequences that processes hold in shards."""
+    if alone is not None or skipping:
+        why = "positions that skip" if alone is None else alone
+        raise ValueError(
+            f"{type(module).__name__} has {why}: sequence parallelism is for causal attention over the whole length. "
+            "Train without it; to hold a large model FSDP2 or ZeRO-3 spread the weights."
+        )
+
+
 def refuse_sparse(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raise a `ValueError` if a layer that would be sparse asks for what the pattern excludes."""
     if kwargs.get("position_bias") is not None:
@@ -236,16 +250,24 @@ def _shift(shift: Shift, module: nn.Module) -> Literal["half", "none", "all"]:
 
 
 def _documents(
-    module: nn.Module, query: torch.Tensor, mask: S2Mask | torch.Tensor | None, kwargs: dict[str, Any]
-) -> Documents:
-    """The documents of the batch that a layer is in the middle of."""
-    cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    module: nn.Module,
+    query: torch.Tensor,
+    mask: S2Mask | torch.Tensor | None,
+    find_sequence: Callable[..., Any] | None,
+    kwargs: dict[str, Any],
+) -> tuple[Documents, Any]:
+    """The documents of the batch that a layer is in the middle of, and the sequence where it is in shards."""
+    told = {"cu_seqlens": kwargs.get("cu_seq_lens_q"), "position_ids": kwargs.get("position_ids")}
     if isinstance(mask, S2Mask):
-        documents = mask.documents(cu_seqlens, position_ids)
+        found = mask.documents(**told, find_sequence=find_sequence), mask.sequence
         if mask.causal:
-            return documents
+            return found
     elif mask is None:
-        return Documents.find(query.shape[0], query.shape[2], cu_seqlens=cu_seqlens, position_ids=position_ids)
+        size = query.shape[0], query.shape[2]
+        if find_sequence is None:
+            return Documents.find(*size, **told), None
+        sequence = find_sequence(*size, **told, device=query.device)
+        return sequence.documents, sequence
     raise ValueError(
         f"{type(module).__name__} has a custom attention mask (4-D, bidirectional blocks, a prefix). Shifted sparse "
         'attention is causal: pass a 2-D padding mask, or train with attn_implementation="sdpa".'

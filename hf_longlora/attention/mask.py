@@ -36,6 +36,7 @@ class S2Mask:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
         self._documents: Documents | None = None
+        self.sequence: Any = None  # where the batch is in shards, once its documents have been asked for
         self._told = False  # by `cu_seq_lens`
         self._dense: tuple[torch.Tensor | None] | None = None
         self._by_position: torch.Tensor | None = None
@@ -112,17 +113,22 @@ class S2Mask:
             self._by_position = seen[None, None]
         return self._by_position
 
-    def documents(self, cu_seqlens: torch.Tensor | None, position_ids: torch.Tensor | None) -> Documents:
-        """The documents of the batch."""
+    def documents(
+        self,
+        cu_seqlens: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        find_sequence: Callable[..., Any] | None = None,
+    ) -> Documents:
+        """The documents of the batch; of whole rows where it is in shards, by `find_sequence`."""
         if self._documents is None:
             self._told = cu_seqlens is not None
-            self._documents = Documents.find(
-                self.arguments["batch_size"],
-                self.arguments["q_length"],
-                cu_seqlens=cu_seqlens,
-                attention_mask=self.padding,
-                position_ids=position_ids,
-            )
+            size = self.arguments["batch_size"], self.arguments["q_length"]
+            told = {"cu_seqlens": cu_seqlens, "attention_mask": self.padding, "position_ids": position_ids}
+            if find_sequence is None:
+                self._documents = Documents.find(*size, **told)
+            else:
+                self.sequence = find_sequence(*size, **told, device=self.arguments["device"])
+                self._documents = self.sequence.documents
         return self._documents
 
 

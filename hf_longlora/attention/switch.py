@@ -24,7 +24,7 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _transformers_model(model: nn.Module) -> PreTrainedModel:
+def transformers_model(model: nn.Module) -> PreTrainedModel:
     """`model`, or the transformers model in it (a `PeftModel` wraps one)."""
     get_base_model = getattr(model, "get_base_model", None)
     inner = model if get_base_model is None else get_base_model()
@@ -77,7 +77,7 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) 
         ValueError: if the model is not from transformers, its attention does not go through `AttentionInterface`, or
             none of it is causal.
     """
-    inner = _transformers_model(model)
+    inner = transformers_model(model)
     check_supported(type(inner), inner.config)
     modules = [module for _, module in attention_modules(inner)]
     if not modules:
@@ -99,7 +99,8 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) 
     if inner.config._attn_implementation != NAME:
         inner.set_attn_implementation(NAME)
     mode: AttentionMode = state.mode if state is not None else "auto"
-    state = S2State(config or S2AttentionConfig(), mode, native_window(inner))
+    find_sequence = state.find_sequence if state is not None else None
+    state = S2State(config or S2AttentionConfig(), mode, native_window(inner), find_sequence)
     for module in modules:
         setattr(module, STATE, state)
         takes = inspect.signature(type(module).forward).parameters.values()
@@ -127,7 +128,7 @@ def get_s2_attention(model: nn.Module) -> S2State:
     Raises:
         ValueError: if the model does not use `"s2attn"`.
     """
-    inner = _transformers_model(model)
+    inner = transformers_model(model)
     if inner.config._attn_implementation != NAME:
         raise ValueError(
             f"{type(inner).__name__} uses attn_implementation={inner.config._attn_implementation!r}, not {NAME!r}: "
@@ -153,7 +154,7 @@ def set_attention_mode(model: nn.Module, mode: AttentionMode) -> None:
     if mode not in get_args(AttentionMode):
         raise ValueError(f"`mode` must be one of {get_args(AttentionMode)}, got {mode!r}.")
     get_s2_attention(model)
-    inner = _transformers_model(model)
+    inner = transformers_model(model)
     if mode == "pose":
         check_skipping(type(inner), inner.config)
     for _, module in attention_modules(inner):

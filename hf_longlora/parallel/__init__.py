@@ -5,6 +5,7 @@ attention, and nothing of a trainer, an engine or a launcher.
 """
 
 from .attention import ShardedSequence, s2_attention
+from .model import check_shardable, shard_sequences
 from .shards import Shards
 
-__all__ = ["ShardedSequence", "Shards", "s2_attention"]
+__all__ = ["ShardedSequence", "Shards", "check_shardable", "s2_attention", "shard_sequences"]

@@ -58,37 +58,39 @@ class ShardedSequence:
         Raises:
             ValueError: on shapes that don't fit, and if a process has no token.
         """
-        told = [] if position_ids is None else [position_ids.expand(batch_size, -1)]
-        told += [] if attention_mask is None else [attention_mask]
-        for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+        told = {"attention_mask": attention_mask, "position_ids": position_ids}
+        for name, tensor in told.items():
             if tensor is not None and tensor.shape[-1] != length:
                 raise ValueError(f"`{name}` must be of the shard's {length} tokens, got {tuple(tensor.shape)}.")
-        lengths = [int(x) for x in _gathered(torch.tensor([length], device=device), group)]
+        # First what each process has to say: all have to take part in what follows, and some may see no padding.
+        own = torch.tensor([batch_size, length, attention_mask is not None, position_ids is not None], device=device)
+        sizes, lengths, masks, positions = zip(*torch.stack(_gathered(own, group)).tolist(), strict=True)
+        if len(set(sizes)) > 1 or len(set(positions)) > 1:
+            raise ValueError(
+                f"Processes of a group hold the same rows, and all or none of them say positions: they have {sizes} "
+                f"rows, and {sum(positions)} of {len(positions)} have position_ids."
+            )
         shards = Shards.of(lengths, dist.get_rank(group))
-        whole = []
-        for tensor in told:
-            padded = torch.nn.functional.pad(tensor.long(), (0, max(lengths) - length)).to(device)
-            parts = _gathered(padded.contiguous(), group)
-            whole.append(torch.cat([part[:, :size] for part, size in zip(parts, lengths, strict=True)], dim=1))
-        documents = Documents.find(
-            batch_size,
-            shards.edges[-1],
-            cu_seqlens=cu_seqlens,
-            attention_mask=whole.pop() if attention_mask is not None else None,
-            position_ids=whole.pop() if position_ids is not None else None,
-        )
-        return cls(group, shards, documents)
+        whole: dict[str, torch.Tensor | None] = dict.fromkeys(told)
+        for name in [name for name, some in (("attention_mask", masks), ("position_ids", positions)) if any(some)]:
+            tensor = told[name]
+            tensor = torch.ones(1, length) if tensor is None else tensor
+            padded = torch.nn.functional.pad(tensor.long().to(device), (0, max(lengths) - length))
+            parts = _gathered(padded.expand(batch_size, -1).contiguous(), group)
+            whole[name] = torch.cat([part[:, :size] for part, size in zip(parts, lengths, strict=True)], dim=1)
+        return cls(group, shards, Documents.find(batch_size, shards.edges[-1], cu_seqlens=cu_seqlens, **whole))
 
+    @torch.compiler.disable
     def attend(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         group_size: int | None,
-        *,
-        kernel: Callable[..., torch.Tensor],
         shift: Literal["half", "none", "all"] = "half",
         sink_tokens: int = 0,
+        *,
+        kernel: Callable[..., torch.Tensor],
         scale: float | None = None,
         dropout_p: float = 0.0,
         softcap: float | None = None,
@@ -98,9 +100,9 @@ class ShardedSequence:
 
         Args:
             group_size: Tokens in a group; `None` for dense.
-            kernel: One of `hf_longlora.attention.kernels`.
             shift: As `Documents.parts` has it.
             sink_tokens: As there.
+            kernel: One of `hf_longlora.attention.kernels`.
             scale: As all below, as kernels take it.
         """
         heads, kv_heads = query.shape[1], key.shape[1]
@@ -248,5 +250,5 @@ def s2_attention(
         position_ids=position_ids,
     )
     chosen = select_kernel(kernel, query, value)
-    out = sequence.attend(query, key, value, group_size, kernel=chosen, sink_tokens=sink_tokens, scale=scale)
+    out = sequence.attend(query, key, value, group_size, sink_tokens=sink_tokens, kernel=chosen, scale=scale)
     return out.transpose(1, 2)

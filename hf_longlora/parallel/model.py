@@ -1,0 +1,54 @@
+"""Sequence parallelism in a transformers model with `attn_implementation="s2attn"`."""
+
+from functools import partial
+
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedConfig
+
+from ..attention.interface import STATE
+from ..attention.switch import attention_modules, get_s2_attention, transformers_model
+from .attention import ShardedSequence
+
+
+def check_shardable(model_class: type, config: PreTrainedConfig) -> None:
+    """Raise a `ValueError` if a model can't be given shards of its sequences, saying why.
+
+    Its layers have to attend to the whole length, or not look at other tokens at all.
+    """
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    window, reach = getattr(text, "sliding_window", None), getattr(text, "max_position_embeddings", None)
+    # Without types of layers, or a switch that is off, a window is in each.
+    everywhere = not getattr(text, "layer_types", None) and getattr(text, "use_sliding_window", True)
+    if window is not None and everywhere and (reach is None or window < reach):
+        kinds.add(f"a window of {window:,} tokens")
+    if getattr(model_class, "_is_stateful", False):
+        kinds.add("a state from token to token")
+    if kinds:
+        raise ValueError(
+            f"{model_class.__name__} has layers with {', '.join(sorted(kinds))}, which see no further than a shard of "
+            "the sequence: sequence parallelism is for causal attention over the whole length. Train without it; to "
+            "hold a large model FSDP2 or ZeRO-3 spread the weights."
+        )
+
+
+def shard_sequences(model: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Tell the layers of a model that each process of `group` gets a shard of every row, or by `None` whole rows.
+
+    A shard is of neighbouring tokens, in the order of ranks; all have the batch's rows, and may differ in length.
+    `position_ids` are those in the document: without them transformers counts from each shard's beginning, and takes
+    it for a document. Labels are to be shifted before rows are cut, and losses to be added up over the group.
+
+    Outputs and gradients are those of one process with the whole rows. Sparse in training, dense otherwise, as
+    `set_s2_attention` and `s2_attention_mode` say; every process has to run the same passes.
+
+    Raises:
+        ValueError: if the model does not use `"s2attn"`, or has layers that see no further than a shard.
+    """
+    get_s2_attention(model)
+    inner = transformers_model(model)
+    if group is not None:
+        check_shardable(type(inner), inner.config)
+    for _, module in attention_modules(inner):
+        getattr(module, STATE).find_sequence = None if group is None else partial(ShardedSequence.find, group)
