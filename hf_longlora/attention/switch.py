@@ -169,7 +169,7 @@ def s2_attention_mode(model: nn.Module, mode: AttentionMode) -> Iterator[None]:
     tested with the pattern that it was trained with.
     """
     get_s2_attention(model)
-    modules = [module for _, module in attention_modules(_transformers_model(model))]
+    modules = [module for _, module in attention_modules(transformers_model(model))]
     before = [getattr(module, STATE).mode for module in modules]  # layers may have been given states of their own
     set_attention_mode(model, mode)
     try:

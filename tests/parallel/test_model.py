@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
-from hf_longlora import LongLoraConfig, S2AttentionConfig, s2_attention_mode, set_s2_attention
+from hf_longlora import LongLoraConfig, S2AttentionConfig, set_s2_attention
 from hf_longlora.attention import set_attention_mode
 from hf_longlora.parallel import shard_sequences
 
@@ -188,19 +188,17 @@ def test_what_cannot_be_sharded_is_refused(processes):
 
 
 def whole_again(group: dist.ProcessGroup) -> bool:
-    """Whether a model that has been told of whole rows runs alone."""
-    model = make(LlamaConfig(**TINY))
-    batch = {key: x for key, x in batch_of(24).items() if key != "labels"}
+    """Whether a model that has been told of whole rows again is as before."""
+    model, rank = make(LlamaConfig(**TINY)), dist.get_rank(group)
+    batch = {key: x for key, x in batch_of(24).items() if key != "labels"} | {"use_cache": False}
+    batch["position_ids"] += 24 * rank
     with torch.no_grad():
         before = model(**batch).logits
         shard_sequences(model, group)
         set_s2_attention(model, S2AttentionConfig(group_size=8))  # as each step of a trainer does
-        with s2_attention_mode(model, "dense"):
-            assert not torch.allclose(model(**batch).logits, before)  # of a row twice as long
+        assert torch.allclose(model(**batch).logits, before) == (rank == 0)  # the second half of a row, now
         shard_sequences(model, None)
-        if dist.get_rank(group) == 0:
-            return torch.equal(model(**batch).logits, before)
-    return True
+        return torch.equal(model(**batch).logits, before)
 
 
 def test_whole_rows_again(processes):
