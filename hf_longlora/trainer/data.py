@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
@@ -33,14 +34,20 @@ def order(examples: int, wanted: int, seed: int, shuffle: bool) -> Iterable[int]
     return torch.cat(passes)[:wanted].tolist()
 
 
+def lengths(dataset: Dataset) -> np.ndarray:
+    """Tokens in each document of a prepared dataset, int64: of a row, or of those packed into it."""
+    column = "seq_lengths" if "seq_lengths" in dataset.column_names else "input_ids"
+    parts = []
+    for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+        values = table[column]
+        found = pc.list_flatten(values) if column == "seq_lengths" else pc.list_value_length(values)
+        parts.append(found.to_numpy().astype(np.int64))
+    return np.concatenate([np.zeros(0, np.int64), *parts])
+
+
 def longest_document(view: Dataset) -> int:
     """Tokens in the longest document of a prepared dataset: a row, or one of those packed into a row."""
-    if len(view) == 0:
-        return 0
-    table = view.with_format("arrow")[:]
-    if "seq_lengths" in view.column_names:
-        return pc.max(pc.list_flatten(table["seq_lengths"])).as_py() or 0
-    return pc.max(pc.list_value_length(table["input_ids"])).as_py() or 0
+    return int(lengths(view).max(initial=0))
 
 
 def describe(dataset: Dataset, args: LongLoraSFTConfig) -> str:

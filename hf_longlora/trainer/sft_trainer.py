@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 import trl
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
@@ -31,7 +32,15 @@ from ..rope import WITH_HISTORY, find_rope, forget_lengths, rope_factor
 from ..tuner.config import check_weights
 from ..tuner.stored import rope_seen_to
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
-from .checkpoints import begin_checkpoint, check_signature, last_checkpoint, optimizer_states, write_signature
+from .checkpoints import (
+    begin_checkpoint,
+    check_complete,
+    check_signature,
+    last_checkpoint,
+    optimizer_states,
+    refuse_others,
+    write_signature,
+)
 from .checks import (
     Start,
     base_window,
@@ -50,6 +59,7 @@ from .checks import (
 )
 from .config import LongLoraSFTConfig
 from .data import describe, longest_document, order, with_length
+from .identity import adapter_settings, data_fingerprint, optimizer_settings, weights_fingerprint
 from .layers import compiled_layers, tile_mlps
 from .pose import FILLER, SEED, PoseCollator, Served, filler, piece, pieces
 from .report import write_report
@@ -167,6 +177,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             # TRL loads the base at a revision and doesn't tell PEFT, which would load the adapter on another one.
             if isinstance(model, str) and (revision := (given or {}).get("revision", "main")) != "main":
                 adapter.revision = revision
+        self._identity = self._identify()
         if args.selective_checkpointing and isinstance(self.model, PeftModel):
             # TRL changes the method of the PeftModel, and transformers >= 5.24 calls another.
             trl.models.enable_selective_activation_checkpointing(self.model.get_base_model())
@@ -194,6 +205,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         self._train_source = None  # the first that TRL prepares; an evaluation set may be the same object
         # TRL tokenises, then truncates or packs; without a length it stops in between.
         tokenized = prepare(dataset, processing_class, with_length(args, None), False, formatting_func, dataset_name)
+        self._data_fingerprint = data_fingerprint(tokenized)
         # `train_batch_size` counts GPUs that Trainer has yet to find to hold one model between them (`device_map`).
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         longest, served = [], []
@@ -248,7 +260,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         """Run all stages; with `resume_from_checkpoint`, from where that checkpoint stands.
 
         Raises:
-            ValueError: if there is no such checkpoint, it is of another run, or its adapter is damaged.
+            ValueError: if there is no such checkpoint, it is of another run, it lacks what a run is resumed from, or
+                its adapter is damaged; or if `output_dir` has checkpoints of another run, and this one saves some.
             FileNotFoundError: if its adapter is missing.
             FloatingPointError: if a loss or a gradient is not finite (the weights before that step are kept), or the
                 loss has grown beyond that of a uniform guess.
@@ -256,6 +269,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self._check_checkpoint(resume_from_checkpoint)
+        if self.args.save_strategy != "no":
+            refuse_others(str(self.args.output_dir), self._signature(), bool(self.args.save_total_limit))
         self._last_log = (time.perf_counter(), self._total_train_tokens)
         if self.is_world_process_zero():
             write_facts(Path(str(self.args.output_dir)), self._known)
@@ -516,6 +531,10 @@ class LongLoraSFTTrainer(SFTTrainer):
                 f"{len(stages)}: it is for {stages[number].max_length:,} tokens."
             )
 
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """As Trainer's. By what it returns `save_strategy="best"` saves or not, and a stage's end is always saved."""
+        return super()._determine_best_metric(*args, **kwargs) or self._plan.last_of_stage
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # the trainer's state is written next, and says that all else is there
@@ -532,6 +551,24 @@ class LongLoraSFTTrainer(SFTTrainer):
             "order": args.train_sampling_strategy,
             "examples": self._stage_examples,
             "optimizer_states": optimizer_states(self.accelerator),
+            **self._identity,
+        }
+
+    def _identify(self) -> dict[str, Any]:
+        """What `_signature` says of adapter, base, data and optimizer: to be asked for before a step is done."""
+        adapted = isinstance(self.model, PeftModel)
+        # Of the first process: where FSDP sends the weights to the others, they have none yet.
+        prints = [weights_fingerprint(self.model) if adapted else None, self._data_fingerprint]
+        weights, data = broadcast_object_list(prints)
+        rope = self._base_rope or find_rope(self.model.config)
+        return {
+            "adapter": adapter_settings(self.model.active_peft_config) if adapted else None,
+            "base": {"weights": weights, "rope": rope and rope.to_dict()},
+            "ropes": [rope and rope.to_dict() for rope in self._ropes],
+            "data": data,
+            "optimizer": optimizer_settings(
+                self.args, self.optimizer, self.lr_scheduler, self.optimizer_cls_and_kwargs
+            ),
         }
 
     def _check_checkpoint(self, resume_from_checkpoint: str | bool) -> str:
@@ -547,6 +584,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         if self.args.ignore_data_skip:
             raise ValueError("`ignore_data_skip` would show the stage that is resumed the first stage's sequences.")
         tokens = check_signature(path, self._signature())
+        check_complete(path, self.args.world_size, getattr(self.accelerator, "scaler", None) is not None)
         if longlora_tuner(self.model) is not None:
             check_weights(path)
         self._total_train_tokens = tokens

@@ -1,7 +1,11 @@
 import copy
 import json
 import logging
+import os
 import re
+import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -24,7 +28,7 @@ from trl import SFTTrainer
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
 from hf_longlora.attention import get_s2_attention, interface
 from hf_longlora.rope import scaled_rope, write_rope
-from hf_longlora.trainer import checkpoints, checks
+from hf_longlora.trainer import checkpoints, checks, identity
 
 from .helpers import STAGES, TEXT, Spy, Stop, texts, weights
 
@@ -394,10 +398,11 @@ def test_two_lines_change_a_trl_script(tiny_llama, tiny_tokenizer, tmp_path):
     """The stock script and ours share every argument but the trainer's, the config's and the adapter's class."""
     from trl import SFTConfig
 
-    shared = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True)
+    shared = dict(use_cpu=True, bf16=False, report_to="none", disable_tqdm=True)
+    stages = [ContextStage(128, 2)]
     for trainer_class, config, peft_config in (
-        (SFTTrainer, SFTConfig(**shared, max_steps=2), LoraConfig(r=4)),
-        (LongLoraSFTTrainer, LongLoraSFTConfig(**shared, stages=[ContextStage(128, 2)]), LongLoraConfig(r=4)),
+        (SFTTrainer, SFTConfig(str(tmp_path / "stock"), **shared, max_steps=2), LoraConfig(r=4)),
+        (LongLoraSFTTrainer, LongLoraSFTConfig(str(tmp_path / "ours"), **shared, stages=stages), LongLoraConfig(r=4)),
     ):
         trainer = trainer_class(
             model=tiny_llama(),
@@ -653,6 +658,148 @@ def test_a_damaged_checkpoint_is_one_clear_error(make, tmp_path):
     assert trainer.train(resume_from_checkpoint=True).global_step == 6
 
 
+def other_words():
+    """As many texts of as many tokens, with other words."""
+    return texts().map(lambda row: {"text": row["text"].replace("clocks", "cloaks")})
+
+
+SETTINGS = {
+    "lora_alpha": (dict(peft_config=LongLoraConfig(r=4, lora_alpha=64)), r"adapter\.lora_alpha was 16, is 64"),
+    "use_rslora": (dict(peft_config=LongLoraConfig(r=4, use_rslora=True)), r"adapter\.use_rslora was False, is True"),
+    "target_modules": (
+        dict(peft_config=LongLoraConfig(r=4, target_modules=["v_proj"])),
+        r"adapter\.target_modules was .*is \['v_proj'\]",
+    ),
+    "base_length": (dict(peft_config=LongLoraConfig(r=4, base_length=32)), "group_sizes was .*is \\[32, 32\\]"),
+    "no adapter": (dict(peft_config=None, stages=STAGES), "adapter was .*is None"),
+    "learning_rate": (dict(learning_rate=2e-3), r"optimizer\.learning_rate was 0.001, is 0.002"),
+    "lr_scheduler_type": (dict(lr_scheduler_type="cosine"), r"optimizer\.lr_scheduler_type was .*is cosine"),
+    "weight_decay": (dict(weight_decay=0.1), r"optimizer\.weight_decay was 0.0, is 0.1"),
+    "precision": (dict(bf16=True), r"optimizer\.bf16 was False, is True"),
+    "data_seed": (dict(data_seed=7), "data_seed was None, is 7"),
+    "other words": (dict(dataset=other_words), "the training data are others, or tokenized otherwise"),
+    "as many rows": (dict(dataset=lambda: texts().select([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10])), "data are others"),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped():
+    """The checkpoint of a stopped run; made once."""
+    return []
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_run_is_resumed_as_what_it_was(make, tiny_llama, setting, stopped, tmp_path):
+    options = dict(save_strategy="steps", save_steps=2)
+    if not stopped:
+        make(callbacks=[Stop(2)], **options).train()
+        stopped.append(tmp_path / "out" / "checkpoint-2")
+    other, message = SETTINGS[setting]
+    other = {key: value() if key == "dataset" else copy.deepcopy(value) for key, value in other.items()}
+    trainer = make(output="other", **options | other)
+    with pytest.raises(ValueError, match=f"of another run and can't be resumed: .*{message}.*output_dir"):
+        trainer.train(resume_from_checkpoint=str(stopped[0]))
+    assert trainer.state.global_step == 0
+
+
+def test_a_run_is_resumed_on_the_base_it_had(make, tiny_llama):
+    def model(seed=0, dtype=torch.float32):
+        torch.manual_seed(seed)
+        return tiny_llama().to(dtype)
+
+    options = dict(save_strategy="steps", save_steps=2)
+    make(model=model(), callbacks=[Stop(2)], **options).train()
+    for other in (model(seed=1), model(dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="the base's weights are others, or in another dtype"):
+            make(model=other, **options).train(resume_from_checkpoint=True)
+    moved = model()
+    moved.config._name_or_path = "/elsewhere"  # a path is no part of what a base is
+    assert make(model=moved, **options).train(resume_from_checkpoint=True).global_step == 6
+
+
+def told(folder):
+    """What identifies a run, of a base in a folder: printed by a process of its own, in the test below."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LongLoraConfig(r=4))
+    rows = Dataset.from_dict({"input_ids": [[i, i + 1] * i for i in range(1, 300)]})
+    settings = identity.adapter_settings(model.active_peft_config)
+    return json.dumps([identity.weights_fingerprint(model), identity.data_fingerprint(rows), settings])
+
+
+@pytest.mark.slow
+def test_what_a_run_is_is_told_alike_in_each_process(tiny_llama, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "here")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    here, script = told(tmp_path / "here"), f"import {__name__} as m, sys; print(m.told(sys.argv[1]))"
+    command = [sys.executable, "-c", script, tmp_path / "there"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": "1"}
+    )
+    assert done.stdout.splitlines()[-1] == here
+
+
+def test_weights_and_data_that_differ_are_told_apart(tiny_llama):
+    model = tiny_llama().requires_grad_(False)
+    before = identity.weights_fingerprint(model)
+    assert identity.weights_fingerprint(model) == before
+    for parameter in model.parameters():
+        kept = parameter.clone()
+        parameter.add_(1e-3 * torch.randn_like(parameter))
+        assert identity.weights_fingerprint(model) != before
+        parameter.copy_(kept)
+    assert identity.weights_fingerprint(model) == before
+    rows = [[i % 7, i % 11, 5] * (1 + i % 90) for i in range(1000)]
+    said = {identity.data_fingerprint(Dataset.from_dict({"input_ids": rows}))}
+    said.add(identity.data_fingerprint(Dataset.from_dict({"input_ids": rows}).select(range(1000))))
+    assert len(said) == 1
+    for changed in (rows[::-1], rows[:-1], [*rows[:500], rows[500] + [5], *rows[501:]]):
+        said.add(identity.data_fingerprint(Dataset.from_dict({"input_ids": changed})))
+    said.add(identity.data_fingerprint(Dataset.from_dict({"input_ids": rows, "labels": rows})))
+    assert len(said) == 5
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["save_only_model", "files that were not copied"])
+def test_weights_alone_are_not_resumed(make, kept, tmp_path):
+    options = dict(save_strategy="steps", save_steps=2, save_only_model=kept)
+    make(callbacks=[Stop(2)], **options).train()
+    for name in [] if kept else ["optimizer.pt", "scheduler.pt", "rng_state.pth"]:
+        (tmp_path / "out" / "checkpoint-2" / name).unlink()
+    with pytest.raises(ValueError, match=r"it lacks the optimizer's state.*schedule.*random state.*is_trainable=True"):
+        make(**options).train(resume_from_checkpoint=True)
+
+
+def test_a_second_run_leaves_the_checkpoints_of_the_first_alone(make, tmp_path):
+    """It took the first one's later checkpoint, trained nothing, and saved that under its own settings."""
+    options = dict(save_strategy="steps", save_steps=2, save_total_limit=1)
+    make(**options).train()
+    held = {path: path.read_bytes() for path in (tmp_path / "out").rglob("checkpoint-*/*") if path.is_file()}
+    assert held
+    second = dict(options, learning_rate=2e-3)
+    for resumed in (False, True):
+        with pytest.raises(ValueError, match=r"checkpoint-6 is of another run.*learning_rate was 0.001, is 0.002"):
+            make(**second).train(resume_from_checkpoint=resumed)
+    assert {path: path.read_bytes() for path in held} == held
+    make(**dict(second, save_strategy="no")).train()  # it saves none, and so shares nothing
+    assert {path: path.read_bytes() for path in held} == held
+    assert make(**options).train().global_step == 6  # the same run, once more
+
+
+def test_the_best_checkpoints_and_each_stage_s_end(make, tmp_path):
+    trainer = make(
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_dataset=texts(2),
+        save_strategy="best",
+        metric_for_best_model="epoch",
+        greater_is_better=False,
+    )
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda *args, **kwargs: evaluate(*args, **kwargs) | {"eval_epoch": trainer.state.epoch}
+    trainer.train()
+    found = {folder.name for folder in (tmp_path / "out").glob("checkpoint-*")}
+    assert found == {"checkpoint-1", "checkpoint-3", "checkpoint-6"}  # the best, and the stages' ends
+    assert trainer.state.best_global_step == 1
+
+
 def test_checkpoints_of_another_schedule_are_refused(make, tmp_path):
     options = dict(save_strategy="steps", save_steps=2)
     make(callbacks=[Stop(2)], **options).train()
@@ -674,14 +821,13 @@ def test_checkpoints_of_another_schedule_are_refused(make, tmp_path):
     file.write_text(json.dumps(signature | {"optimizer_states": "those of FSDP"}))
     with pytest.raises(ValueError, match="optimizer_states was those of FSDP, is whole"):
         make(**options).train(resume_from_checkpoint=True)
-    del signature["optimizer_states"]
-    file.write_text(json.dumps(signature))
-    with pytest.raises(ValueError, match="optimizer_states was None, is whole"):
+    file.write_text(json.dumps({key: value for key, value in signature.items() if key != "optimizer_states"}))
+    with pytest.raises(ValueError, match="another version, and doesn't say its optimizer_states"):
         make(**options).train(resume_from_checkpoint=True)
-    file.write_text(json.dumps(signature | {"optimizer_states": "whole"}))
+    file.write_text(json.dumps(signature))
     assert make(**options).train(resume_from_checkpoint=True).global_step == 6
     file.unlink()
-    with pytest.raises(ValueError, match="not a checkpoint of a staged run"):
+    with pytest.raises(ValueError, match=r"it has no context_schedule.json, which each checkpoint of"):
         make(**options).train(resume_from_checkpoint=str(checkpoint))
     with pytest.raises(ValueError, match="no whole checkpoint in"):
         make(output="other", **options).train(resume_from_checkpoint=True)
