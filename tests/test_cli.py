@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -302,6 +303,7 @@ def test_train_from_yaml_and_resume(run, capsys):
     assert main(["train", "--config", "run.yaml", "--resume", "--lora_r", "2", *evaluating]) == 0
     printed = capsys.readouterr()
     assert "No whole checkpoint in out: starting afresh." in printed.err and "Saved in" in printed.out
+    assert re.search(r"^data of stage 1: \d+ of \d+ examples.*tokens \(\d+%\), \S+ passes$", printed.err, re.M)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "out")
     config = model.active_peft_config
     assert (config.r, config.target_length) == (2, 256)  # the command line wins over the file

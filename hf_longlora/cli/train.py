@@ -146,6 +146,8 @@ def run(options: argparse.Namespace) -> None:
         eval_dataset=evaluated,
         peft_config=_adapter(model),
     )
+    for what, line in trainer.stage_data.items():
+        trainer.accelerator.print(f"{what}: {line}", file=sys.stderr)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)
     trainer.accelerator.print(f"Saved in {Path(args.output_dir).resolve()}")

@@ -30,6 +30,7 @@ from ..rope import (
 from ..tuner import LongLoraConfig, LongLoraModel
 from .callbacks import longlora_tuner
 from .config import LongLoraSFTConfig
+from .data import StageData
 from .stages import ContextStage, Schedule
 
 logger = logging.get_logger(__name__)
@@ -386,6 +387,20 @@ def _extended(start: Start, now: RopeScaling | None, stage: ContextStage) -> Rop
     return scaled_rope(start.config, stage.max_length, own, explicit, original, base=now)
 
 
+def say_data(stages: Sequence[StageData], args: LongLoraSFTConfig) -> None:
+    """One line a stage, of what it sees of the data; a warning if that is less than half."""
+    for number, data in enumerate(stages, start=1):
+        if data.share >= 0.5:
+            logger.info(f"Stage {number}: {data}")
+            continue
+        remedy = (
+            'packing_strategy="bfd_split" or "wrapped" goes on in the next row with what is over'
+            if args.packing
+            else 'packing=True with packing_strategy="bfd_split" or "wrapped" cuts nothing off'
+        )
+        logger.warning(f"Stage {number} uses less than half of the data: {data}. A longer stage sees more; {remedy}.")
+
+
 def check_lengths(
     start: Start, schedule: Schedule, ropes: Sequence[RopeScaling | None], longest: Sequence[int]
 ) -> None:
@@ -402,8 +417,8 @@ def check_lengths(
         stretches = rope is not None and stage.rope_type is not None and stage.max_length > known
         if tokens == 0:
             raise ValueError(
-                f"Stage {number} (max_length {stage.max_length:,}) would see nothing: no example is left. TRL drops "
-                "those that have no token to learn from once they are cut to that length (with assistant_only_loss or "
+                f"Stage {number} (max_length {stage.max_length:,}) would see nothing to learn from: no example is "
+                "left that has a token to learn once it is cut to that length (with assistant_only_loss or "
                 "completion_only_loss: longer prompts). Give shorter examples, or a longer stage."
             )
         if stretches and tokens <= known:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -48,6 +50,71 @@ def lengths(dataset: Dataset) -> np.ndarray:
 def longest_document(view: Dataset) -> int:
     """Tokens in the longest document of a prepared dataset: a row, or one of those packed into a row."""
     return int(lengths(view).max(initial=0))
+
+
+def learned(dataset: Dataset) -> int:
+    """Tokens of a prepared dataset that a model learns to predict: those that its labels don't leave out."""
+    found = 0
+    for table in dataset.select_columns(["labels"]).with_format("arrow").iter(batch_size=1000):
+        found += pc.sum(pc.not_equal(pc.list_flatten(table["labels"]), -100)).as_py() or 0
+    return found
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What a stage sees of the data.
+
+    Args:
+        given: Examples there are.
+        dropped: Of them, those of which nothing is left at the stage's length.
+        cut: Of them, those of which a part is.
+        tokens, used: Tokens there are, and that are left: of those to learn from, where not all are.
+        masked: Whether not all are.
+        passes: How often the stage goes through what is left.
+    """
+
+    given: int
+    dropped: int
+    cut: int
+    tokens: int
+    used: int
+    masked: bool
+    passes: float
+
+    @classmethod
+    def of(
+        cls, tokenized: Dataset, view: Dataset, max_length: int, packing: str | None, masked: bool, served: int
+    ) -> StageData:
+        """Of a dataset that was tokenized, and what TRL has made of it.
+
+        Args:
+            tokenized: All of it.
+            view: Cut or packed to `max_length` tokens.
+            max_length: The stage's.
+            packing: How it was packed; `None`: it was not.
+            masked: Whether there are tokens that are not to be learned.
+            served: Rows of the view that the stage takes.
+        """
+        before, after = lengths(tokenized), lengths(view)
+        longer, full = int((before > max_length).sum()), int((before == max_length).sum())
+        if packing is None:
+            dropped, cut = len(before) - len(after), max(int((after == max_length).sum()) - full, 0)
+        else:  # "wrapped" and "bfd_split" go on in the next row
+            dropped, cut = int((before == 0).sum()), longer if packing == "bfd" else 0
+        count: Any = learned if masked else lambda dataset: int(lengths(dataset).sum())
+        passes = served / len(view) if len(view) else 0.0
+        return cls(len(before), dropped, cut, count(tokenized), count(view), masked, passes)
+
+    @property
+    def share(self) -> float:
+        """Of the tokens, what is left."""
+        return self.used / self.tokens if self.tokens else 0.0
+
+    def __str__(self) -> str:
+        lost = [f"{count:,} {what}" for what, count in (("cut", self.cut), ("dropped", self.dropped)) if count]
+        kept = f"{self.given - self.dropped:,} of {self.given:,} examples" + (f" ({', '.join(lost)})" if lost else "")
+        what = "tokens to learn from" if self.masked else "tokens"
+        return f"{kept}, {self.used:,} of {self.tokens:,} {what} ({self.share:.0%}), {self.passes:.3g} passes"
 
 
 def describe(dataset: Dataset, args: LongLoraSFTConfig) -> str:

@@ -55,10 +55,11 @@ from .checks import (
     check_trainable,
     check_unmasked,
     checked_config,
+    say_data,
     stage_ropes,
 )
 from .config import LongLoraSFTConfig
-from .data import describe, longest_document, order, with_length
+from .data import StageData, describe, longest_document, order, with_length
 from .identity import adapter_settings, data_fingerprint, optimizer_settings, weights_fingerprint
 from .layers import compiled_layers, tile_mlps
 from .pose import FILLER, SEED, PoseCollator, Served, filler, piece, pieces
@@ -148,6 +149,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             set_s2_attention(model)
         self._train_source: Dataset | None = train_dataset
         self._stage_examples: list[int] = []
+        self._stage_data: list[StageData] = []
         if args.mlp_tile is not None and args.use_liger_kernel:
             # Liger's MLP would shadow the tiled one.
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), "swiglu": False, "geglu": False}
@@ -200,28 +202,37 @@ class LongLoraSFTTrainer(SFTTrainer):
     ) -> Dataset:
         """Of the training dataset, what each stage will see, one after the other. Other datasets: as TRL does."""
         prepare = super()._prepare_dataset
+        columns = dataset.column_names
         if dataset is not self._train_source:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         self._train_source = None  # the first that TRL prepares; an evaluation set may be the same object
         # TRL tokenises, then truncates or packs; without a length it stops in between.
-        tokenized = prepare(dataset, processing_class, with_length(args, None), False, formatting_func, dataset_name)
+        whole = with_length(args, None)
+        tokenized: Any = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
         self._data_fingerprint = data_fingerprint(tokenized)
         # `train_batch_size` counts GPUs that Trainer has yet to find to hold one model between them (`device_map`).
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         longest, served = [], []
+        masked = "labels" in tokenized.column_names and bool(
+            self.completion_only_loss or args.assistant_only_loss or "labels" in columns
+        )
         for number, stage in enumerate(self.schedule.stages, start=1):
             own = with_length(args, stage.max_length)
             view = prepare(tokenized, processing_class, own, packing, None, f"stage {number}")
-            longest.append(longest_document(view))
             self._stage_examples.append(len(view))
+            strategy = args.packing_strategy if packing else None
+            wanted = stage.max_steps * batch
+            seen = StageData.of(tokenized, view, stage.max_length, strategy, masked, wanted)
+            self._stage_data.append(seen)
+            longest.append(longest_document(view) if seen.used else 0)
             if self.schedule.has_pose(number - 1):
                 check_unmasked(view)
             if len(view) > 0:
                 shuffle = args.train_sampling_strategy != "sequential"
-                served.append(
-                    view.select(order(len(view), stage.max_steps * batch, args.order_seed + number, shuffle))
-                )
+                served.append(view.select(order(len(view), wanted, args.order_seed + number, shuffle)))
         check_lengths(self._start, self.schedule, self._ropes, longest)
+        if args.process_index == 0:
+            say_data(self._stage_data, args)
         return concatenate_datasets(served)
 
     @property
@@ -413,7 +424,12 @@ class LongLoraSFTTrainer(SFTTrainer):
     @property
     def _known(self) -> dict[str, str]:
         """Facts of the run before its first step."""
-        return ({"base": self._base} if self._base else {}) | {"data": self._data}
+        return ({"base": self._base} if self._base else {}) | {"data": self._data} | self.stage_data
+
+    @property
+    def stage_data(self) -> dict[str, str]:
+        """What each stage sees of the data: `data of stage 1` -> a line."""
+        return {f"data of stage {number}": str(data) for number, data in enumerate(self._stage_data, start=1)}
 
     @property
     def _documents(self) -> str:
@@ -560,7 +576,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         # Of the first process: where FSDP sends the weights to the others, they have none yet.
         prints = [weights_fingerprint(self.model) if adapted else None, self._data_fingerprint]
         weights, data = broadcast_object_list(prints)
-        rope = self._base_rope or find_rope(self.model.config)
+        rope = self._start.base or find_rope(self.model.config)
         return {
             "adapter": adapter_settings(self.model.active_peft_config) if adapted else None,
             "base": {"weights": weights, "rope": rope and rope.to_dict()},

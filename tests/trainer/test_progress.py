@@ -186,7 +186,7 @@ def test_a_run_ends_with_a_report(make, tmp_path):
     for row, loss in zip(rows[1:3], evaluated, strict=True):  # that of the stage's end, beside training's
         assert re.findall(r"<td>(\d\.\d{3})</td>", row)[2] == f"{loss:.3f}"
     assert "dense, on up to 256 tokens" in page(out)
-    facts = dict(re.findall(r"<tr><td>([a-z ]+)</td><td>(.*?)</td></tr>", page(out)))
+    facts = dict(re.findall(r"<tr><td>([a-z][a-z0-9 ]+)</td><td>(.*?)</td></tr>", page(out)))
     assert facts == json.loads((out / "run.json").read_text())
     assert facts["evaluation loss"] == f"{evaluated[0]:.3f} at first, {evaluated[1]:.3f} at last"
     assert "None" not in page(out)
