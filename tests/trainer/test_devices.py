@@ -21,7 +21,14 @@ def spread(head):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"packing": False}, {"packing_strategy": "bfd"}, {"gradient_checkpointing": True}, {"bf16": True}],
+    [
+        {},
+        {"packing": False},
+        {"packing_strategy": "bfd"},
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+        {"sparse": "pose"},
+    ],
     ids=lambda o: "-".join(map(str, o.values())) or "wrapped",
 )
 def test_a_model_over_two_gpus_trains_as_on_one(make, tiny_llama, tied, options, tmp_path, monkeypatch):
