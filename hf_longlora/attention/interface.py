@@ -40,6 +40,8 @@ class S2State:
     """Where processes hold shards of each row, what finds the whole (`hf_longlora.parallel.shard_sequences`)."""
 
 
+_DEFAULT = S2State()
+"""Of a model that was loaded with "s2attn" and has not been through `set_s2_attention`."""
 # What changes the attention of some families (sparse indices, sinks that depend on the query) and sdpa ignores.
 _UNKNOWN = ("indices", "block_indices", "sinks")
 
@@ -74,9 +76,8 @@ def s2_attention_forward(
             "`s2attn` attention does not support `output_attentions=True`: no weights are returned. Please set your "
             'attention to "eager" if you want them.'
         )
-    state: S2State | None = getattr(module, STATE, None)
-    if state is None:  # a model that was loaded with "s2attn" and has not been through `set_s2_attention`
-        state = S2State(native_window=native_window(module.config))
+    state: S2State = getattr(module, STATE, _DEFAULT)
+    if state is _DEFAULT:
         refuse_untold_cache(module, kwargs)
     learned_sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -111,7 +112,8 @@ def s2_attention_forward(
     documents, sequence = _documents(module, query, attention_mask, state.find_sequence, kwargs)
     group_size = None
     if sparse and state.mode not in ("dense", "pose"):
-        group_size = state.config.resolve_group_size(documents.longest, state.native_window)
+        native = state.native_window if state is not _DEFAULT else native_window(module.config)
+        group_size = state.config.resolve_group_size(documents.longest, native)
     kernel = select_kernel(
         state.config.kernel,
         query,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM
 
 from hf_longlora import S2AttentionConfig, set_s2_attention
 from hf_longlora.attention import Documents
@@ -40,6 +41,17 @@ def test_compiled_training_is_the_same(tiny_llama, fresh_dynamo):
         assert frames in (None, backend.frame_count), "compiled again for a batch of the same shape"
         frames = backend.frame_count
     # What documents there are is read off the device outside of the graphs; attention itself breaks none.
+    assert all("Documents.find" in reason for reason in counters["graph_break"])
+
+
+def test_a_model_that_was_only_loaded_with_s2attn_compiles_as_well(tiny_llama, fresh_dynamo):
+    """Its native window, by which its groups go, is read off the config in the graph."""
+    config = tiny_llama(max_position_embeddings=16).config
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="s2attn").train()
+    x = torch.randint(3, 128, (2, 80))
+    compiled = torch.compile(model, backend=CompileCounterWithBackend("eager"))
+    expected = model(input_ids=x, use_cache=False).logits
+    assert torch.allclose(compiled(input_ids=x, use_cache=False).logits, expected, atol=1e-6)
     assert all("Documents.find" in reason for reason in counters["graph_break"])
 
 
