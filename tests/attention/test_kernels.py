@@ -356,9 +356,27 @@ def test_documents_do_not_see_each_other():
     assert torch.equal(before[:, :, 11:], after[:, :, 11:])
 
 
-def test_second_derivatives():
+def test_gradients_are_those_of_finite_differences():
     tensors = [x.detach().double().requires_grad_() for x in draw(2, 1, 9, dim=4)]
     assert torch.autograd.gradcheck(lambda q, k, v: s2_attention(q, k, v, group_size=4), tensors)
+
+
+def test_second_derivatives_are_right_or_refused():
+    """No kernel's backward has one of its own: autograd says so, and the reference is right."""
+    tensors = draw(2, 1, 9, dim=4)
+    directions = [torch.randn_like(x) for x in tensors]
+
+    def hessian_times_directions(attend):
+        gradients = torch.autograd.grad(attend(*tensors).double().square().sum(), tensors, create_graph=True)
+        return torch.autograd.grad(sum((g * d).sum() for g, d in zip(gradients, directions, strict=True)), tensors)
+
+    options = dict(group_size=4, sink_tokens=1)
+    expected = hessian_times_directions(lambda q, k, v: oracle(q, k, v, rows_of(1, 9), **options))
+    found = hessian_times_directions(lambda q, k, v: s2_attention(q, k, v, kernel="reference", **options))
+    for right, got in zip(expected, found, strict=True):
+        assert right.abs().max() > 0.1 and (got - right).norm() <= 1e-4 * right.norm()
+    with pytest.raises(RuntimeError, match=r"backward"):
+        hessian_times_directions(lambda q, k, v: s2_attention(q, k, v, **options))
 
 
 def test_shapes_that_do_not_fit_are_refused():

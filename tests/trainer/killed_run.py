@@ -1,10 +1,13 @@
 """A tiny staged run that is there to be killed: a fork server imports this module once, each run is a fork of it."""
 
 import errno
+import itertools
 import json
 import os
 import resource
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,18 @@ def die_after(name: str, torn: bool) -> None:
     setattr(owner, method, dying)
 
 
+def count_calls(die_at: int, how: int) -> Iterator[int]:
+    """Count the functions that this process calls; at the `die_at`-th a signal, at a moment that no clock decides."""
+    calls = itertools.count(1)
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and next(calls) == die_at:
+            os.kill(os.getpid(), how)
+
+    sys.setprofile(profile)
+    return calls
+
+
 def full_disk_after(name: str) -> None:
     """From the second checkpoint's `name` on, no checkpoint's file can be written: ENOSPC, as a full disk says it."""
     owner, method = WRITERS[name]
@@ -69,7 +84,11 @@ def run(
     torn: bool = False,
     full: str | None = None,
     bytes_on_disk: int = 0,
+    die_at: int = 0,
+    how: int = signal.SIGKILL,
+    counted: bool = False,
 ) -> None:
+    calls = count_calls(die_at, how) if die_at or counted else None
     torch.set_num_threads(1)
     disable_progress_bars()
     log = os.open(output + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -120,3 +139,5 @@ def run(
     trainer.save_model()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     Path(output, "losses.json").write_text(json.dumps(losses))
+    if calls is not None:
+        Path(output, "calls").write_text(str(next(calls)))

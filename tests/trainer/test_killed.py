@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import random
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -63,9 +62,9 @@ def finish(child, folder: Path):
 
 def test_killed_at_random_points(start, whole, tmp_path):
     """By SIGTERM and SIGKILL at random moments, between the files of a checkpoint, and with a file half written."""
-    killed, began = tmp_path / "killed", time.monotonic()
-    finish(start("again"), tmp_path / "again")
-    seconds = time.monotonic() - began
+    killed = tmp_path / "killed"
+    finish(start("again", counted=True), tmp_path / "again")
+    calls = int((tmp_path / "again" / "calls").read_text())
     assert result(tmp_path / "again") == whole and len(whole[1]) == STEPS
 
     seed = random.randrange(2**32)
@@ -77,19 +76,14 @@ def test_killed_at_random_points(start, whole, tmp_path):
         if len(kills) == KILLS:
             break
         how = ways[len(kills) % len(ways)]
-        began = time.monotonic()
         if how in ("SIGTERM", "SIGKILL"):
-            child = start("killed")
-            child.join(draw.uniform(0.1, 0.7 * seconds))
-            if child.is_alive():
-                (child.terminate if how == "SIGTERM" else child.kill)()
+            child = start("killed", die_at=draw.randrange(calls // 20, calls * 2 // 3), how=int(signal.Signals[how]))
         else:
             child = start("killed", at=draw.choice(list(WRITERS)), torn=how == "half a file")
         child.join(PATIENCE)
         if child.exitcode == 0:  # it was done before it could be killed: from the start again
             assert result(killed) == whole
             killed = killed.rename(tmp_path / f"done-{number}").with_name("killed")
-            seconds = min(seconds, time.monotonic() - began + 0.1)  # the machine has less to do than it had
         else:
             assert child.exitcode in (-signal.SIGTERM, -signal.SIGKILL), log(killed)[-3000:]
             kills.append(how)
