@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from hf_longlora import S2AttentionConfig
 from hf_longlora.evaluation import compare_attention, far_context, loss_by_position, perplexity_by_length, scoring
+from hf_longlora.evaluation.windows import Window, spread
 from hf_longlora.rope import scaled_rope, write_rope
 
 VOCABULARY = 97
@@ -328,3 +329,15 @@ def test_adapted_and_wrapped_models_forget_lengths_too():
         with torch.no_grad():
             model(torch.tensor(documents))
         assert perplexity_by_length(each, documents, 80, progress=False, device="cpu") == expected
+
+
+def test_fewer_windows_are_spread_evenly_from_the_first_on(model, documents):
+    windows = [Window(0, start, start + 8, 7) for start in range(10)]
+    for most, chosen in {1: [0], 2: [0, 5], 3: [0, 3, 6], 4: [0, 2, 5, 7], 10: range(10), None: range(10)}.items():
+        assert [window.start for window in spread(windows, most)] == list(chosen)
+    ids = documents[3]  # 70 tokens: windows end at 16, 26, ..., 66, 70
+    (record,) = perplexity_by_length(model, [ids], 16, 10, align=False, max_windows=3, progress=False)
+    scored = [range(end - 10, end) for end in (16, 36, 56)]
+    losses = [token_nll(model, ids, targets[-1] - 15, target) for targets in scored for target in targets]
+    assert (record["windows"], record["tokens"]) == (3, 30)
+    assert record["nll"] == pytest.approx(sum(losses) / 30, abs=1e-5)

@@ -7,7 +7,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hf_longlora import passkey_accuracy
 from hf_longlora.evaluation import multi_needle_accuracy, multi_needle_example, passkey_example
-from hf_longlora.evaluation.retrieval import NEEDLE
+from hf_longlora.evaluation.retrieval import NAMED_NEEDLE, NAMED_QUESTION, NEEDLE, TASK
 
 
 class Reader(nn.Module):
@@ -138,3 +138,35 @@ def test_the_needle_that_is_asked_for_is_what_counts(tiny_tokenizer):
 def test_bad_arguments_of_needles(tiny_llama, tiny_tokenizer, arguments, message):
     with pytest.raises(ValueError, match=message):
         multi_needle_accuracy(tiny_llama(), tiny_tokenizer, **{"lengths": 900, "progress": False} | arguments)
+
+
+def test_needles_stand_where_their_depths_say_to_the_token(tiny_tokenizer):
+    names, keys, depths = ["the baker", "the farmer", "the doctor"], ["11111", "22222", "33333"], (0.1, 0.25, 0.9)
+    prompt, answer = multi_needle_example(tiny_tokenizer, 1500, depths, keys, names, asked=2)
+    needles = [
+        tiny_tokenizer(NAMED_NEEDLE.format(name=name, key=key), add_special_tokens=False)["input_ids"]
+        for name, key in zip(names, keys, strict=True)
+    ]
+    starts = [next(i for i in range(1500) if prompt[i : i + len(n)] == n) for n in needles]
+    head = 1 + len(tiny_tokenizer(TASK, add_special_tokens=False)["input_ids"])
+    question = NAMED_QUESTION.format(name="the doctor") + " 33333"
+    room = 1500 - head - sum(map(len, needles)) - len(tiny_tokenizer(question, add_special_tokens=False)["input_ids"])
+    before = [start - head - sum(map(len, needles[:index])) for index, start in enumerate(starts)]  # filler alone
+    assert before == [round(depth * room) for depth in depths]
+    assert len(prompt) + len(answer) == 1500
+
+
+def test_each_depth_of_needles_is_asked_for_once_a_trial(tiny_tokenizer):
+    """What is found is what stands in the text's first half."""
+
+    class FirstHalf(NamedReader):
+        def forward(self, input_ids, use_cache=None, **kwargs):
+            text = self.tokenizer.decode(input_ids[0])
+            name = re.findall(r"The pass key of ([a-z ]+) is", text)[-1]
+            self.by_name = text.index(f"The pass key of {name} is") < len(text) / 2
+            return super().forward(input_ids, use_cache, **kwargs)
+
+    depths = (0.9, 0.0, 0.3, 0.8)
+    model = FirstHalf(tiny_tokenizer, False)
+    records = multi_needle_accuracy(model, tiny_tokenizer, [2000], depths, trials=3, progress=False)
+    assert [(r["depth"], r["accuracy"]) for r in records] == [(0.0, 1.0), (0.3, 1.0), (0.8, 0.0), (0.9, 0.0)]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -20,6 +21,7 @@ from hf_longlora.attention import get_s2_attention
 from hf_longlora.rope import current_rope, reach, rope_factor
 from hf_longlora.trainer.callbacks import ContextStageCallback
 from hf_longlora.trainer.checks import Start, check_lengths, stage_ropes
+from hf_longlora.trainer.data import order
 from hf_longlora.trainer.stages import Schedule, auto_stages
 
 from .helpers import Stop, texts, weights
@@ -493,3 +495,27 @@ def test_a_base_whose_config_leaves_its_length_open_is_asked_for_it(make, tiny_l
     assert trainer.schedule.native_window == 32
     assert [stage.max_length for stage in trainer.schedule.stages] == [128, 512]  # 128 is beyond the 64 it reaches
     assert trainer._ropes[-1].parameters["factor"] == 16.0
+
+
+def test_each_pass_and_each_stage_has_an_order_of_its_own(make):
+    passes = torch.tensor(order(20, 50, seed=1, shuffle=True))
+    first, second, rest = passes[:20], passes[20:40], passes[40:]
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(20)) and len(set(rest.tolist())) == 10
+    assert not torch.equal(first, second) and not torch.equal(rest, first[:10]) and not torch.equal(rest, second[:10])
+    assert order(20, 50, seed=1, shuffle=True) == passes.tolist() != order(20, 50, seed=2, shuffle=True)
+    assert list(order(20, 45, seed=1, shuffle=False)) == [*range(20), *range(20), *range(5)]
+
+    tokens = [[5 + row] * 300 for row in range(12)]  # a row says which it is
+    options = dict(dataset=Dataset.from_dict({"input_ids": tokens}), packing=False, per_device_train_batch_size=4)
+    stages = [ContextStage(128, 3), ContextStage(256, 3)]
+    rows = [ids[0] for ids in make(stages=stages, **options).train_dataset["input_ids"]]
+    assert sorted(rows[:12]) == sorted(rows[12:]) == [5 + row for row in range(12)]
+    assert rows[:12] != rows[12:]
+    in_order = make(stages=stages, train_sampling_strategy="sequential", **options).train_dataset["input_ids"]
+    assert [ids[0] for ids in in_order] == 2 * [5 + row for row in range(12)]
+
+
+def test_a_stage_ends_with_a_log_whatever_logging_steps_say(make):
+    trainer = make(logging_steps=100)
+    trainer.train()
+    assert [log["step"] for log in trainer.state.log_history if "loss" in log] == [3, 6]

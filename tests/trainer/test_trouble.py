@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from transformers import TrainerCallback
 
 from hf_longlora import LongLoraSFTTrainer
 from hf_longlora.planning import find_gpu
@@ -48,6 +49,34 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_adapter(make, what, ti
     assert values and all(v.isfinite().all() for v in values.values())
     assert any(v.abs().sum() > 0 for k, v in values.items() if "lora_B" in k)
     assert kept.config.rope_parameters["factor"] == 4.0
+
+
+def test_fp16_skips_a_step_of_infinite_gradients_and_goes_on(make):
+    """Its loss scaler tries a scale that overflows now and then, and skips that step: no divergence."""
+
+    class Overflowing(LongLoraSFTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            if self.state.global_step == 4:
+                loss.register_hook(lambda gradient: gradient * float("inf"))
+            return loss
+
+    class Scaler(TrainerCallback):
+        skipped = 0
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            if not all(gradient.isfinite().all() for gradient in gradients):
+                self.skipped += 1
+                for gradient in gradients:
+                    gradient.zero_()
+
+    scaler = Scaler()
+    trainer = make(callbacks=[scaler], max_grad_norm=0.0)
+    trainer.__class__ = Overflowing
+    trainer.args.fp16 = True  # there is no scaler on a CPU
+    assert trainer.train().global_step == 6
+    assert scaler.skipped == 1
 
 
 def test_the_last_good_adapter_stays_off_the_hub(make, monkeypatch):

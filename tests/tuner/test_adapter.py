@@ -496,6 +496,62 @@ def test_failed_injection_leaves_the_model_alone():
         assert broken.to_dict() | ignored == stored | ignored
 
 
+def test_an_adapter_that_does_not_fit_leaves_frozen_what_was_and_trained_what_was(tmp_path):
+    """PEFT has frozen the base by the time that the weights are looked at."""
+    perturbed(llama()).save_pretrained(tmp_path)
+    model = llama()
+    model.resize_token_embeddings(140)
+    model.lm_head.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert set(before.values()) == {True, False}
+    with pytest.raises(ValueError, match="does not fit"):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("which", ["rope", "base_rope"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("factor", float("inf")),
+        ("factor", float("nan")),
+        ("factor", 0),
+        ("factor", True),
+        ("rope_theta", -10000.0),
+        ("attention_factor", float("nan")),
+        ("long_factor", [1.0, float("inf")]),
+        ("rope_type", None),
+    ],
+)
+def test_a_stored_rope_without_finite_numbers_is_refused(which, key, value, tmp_path):
+    perturbed(llama()).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    stored = json.loads(file.read_text())
+    stored[which]["rope_parameters"][key] = value
+    file.write_text(json.dumps(stored))
+    model = llama()
+    before = logits(model)
+    with pytest.raises(ValueError, match=rf"{which} is no stored RoPE"):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_position_embeddings": 0},
+        {"max_position_embeddings": 64.0},
+        {"original_max_position_embeddings": -1},
+        {"a": 1},
+    ],
+)
+def test_a_stored_rope_of_no_length_is_refused(fields):
+    stored = perturbed(llama()).peft_config["default"].rope
+    LongLoraConfig(rope=stored)
+    with pytest.raises(ValueError, match="rope is no stored RoPE"):
+        LongLoraConfig(rope=stored | fields)
+
+
 # -- stages ----
 
 

@@ -244,6 +244,7 @@ def test_hotswap(tied, length, tmp_path):
     for parameter in new.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
+    new.peft_config["default"].schedule = {"group_sizes": [16]}
     new.save_pretrained(tmp_path / "new")
     perturbed(llama(tied)).save_pretrained(tmp_path / "old")
     model = PeftModel.from_pretrained(llama(tied), tmp_path / "old").eval()
@@ -252,6 +253,7 @@ def test_hotswap(tied, length, tmp_path):
     assert {n: p.data_ptr() for n, p in model.named_parameters()} == places
     assert (logits(model) - logits(new)).abs().max() <= 1e-6
     assert current_rope(model.config) == current_rope(new.config)
+    assert model.peft_config["default"].schedule == {"group_sizes": [16]}
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(PeftModel.from_pretrained(llama(tied), tmp_path / "again").eval()), logits(model))
     with model.disable_adapter():
