@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import re
 import runpy
 import shlex
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hf_longlora import LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
@@ -187,6 +189,52 @@ def test_chat_after_extension(base, monkeypatch):
     assert any(changed) and not all(changed)
     tokenizer = AutoTokenizer.from_pretrained("chat")
     assert tokenizer.chat_template == (EXAMPLES / "chat.jinja").read_text()
+
+
+@pytest.fixture
+def extended(adapter):
+    """The folder of an extended adapter with its tokenizer, as a run leaves it, and its weights."""
+    AutoTokenizer.from_pretrained("base").save_pretrained("adapter")
+    return load_file("adapter/adapter_model.safetensors")
+
+
+def goes_on(extended, output):
+    """The adapter in `output` is the extended one, trained further; and nothing but one adapter is there."""
+    after = load_file(f"{output}/adapter_model.safetensors")
+    assert after.keys() == extended.keys()
+    assert sum(not torch.equal(after[name], extended[name]) for name in after) > len(after) / 2
+    assert not [path for path in Path(output).iterdir() if path.is_dir() and path.name[:10] != "checkpoint"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), output)
+    assert reach(current_rope(model.config))[1] == 512
+    return json.loads(Path(output, "checkpoint-2", "trainer_state.json").read_text())["log_history"]
+
+
+SHORT = ["--max_steps", "2", "--dtype", "float32", "--use_cpu", "true", "--bf16", "false", "--logging_steps", "1"]
+SHORT += ["--disable_tqdm", "true", "--report_to", "none", "--warmup_steps", "0", "--learning_rate", "1e-3"]
+
+
+@pytest.mark.parametrize("more", [[], ["--precompute_ref_log_probs", "true"]], ids=["", "precomputed"])
+def test_dpo_after_extension(extended, monkeypatch, more):
+    rows = [{"prompt": TEXT * (1 + i), "chosen": TEXT + f" {i}", "rejected": TEXT[::-1]} for i in range(8)]
+    Path("preferences.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    values = {"adapter": "adapter", "output_dir": "dpo", "max_length": "512", "gradient_accumulation_steps": "1"}
+    run_script(
+        "dpo_after_extension.py",
+        [*replaced(documented("dpo_after_extension.py"), **values), *SHORT, *more],
+        monkeypatch,
+    )
+    losses = [entry["loss"] for entry in goes_on(extended, "dpo") if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[1] != losses[0]
+
+
+def test_grpo_after_extension(extended, monkeypatch):
+    rows = [{"prompt": TEXT * 3 + f" {i}", "answer": "a"} for i in range(8)]
+    Path("questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    values = {"adapter": "adapter", "output_dir": "grpo", "max_completion_length": "40"}
+    values |= {"num_generations": "4", "per_device_train_batch_size": "4", "gradient_accumulation_steps": "1"}
+    arguments = [*replaced(documented("grpo_after_extension.py"), **values), *SHORT]
+    run_script("grpo_after_extension.py", arguments, monkeypatch)
+    assert [entry["reward"] for entry in goes_on(extended, "grpo") if "reward" in entry]
 
 
 def test_the_chat_template_trains_what_the_assistant_says(tiny_tokenizer):

@@ -84,6 +84,13 @@ def s2_attention_forward(
     alone = left_alone(module, query, key, attention_mask, causal, kwargs.get("sliding_window"))
     training = module.training and not infers(kwargs)
     kwargs.pop(TOLD, None)
+    if module.training and not training and state.mode == "auto":
+        # Seen with TRL's GRPOTrainer: a rollout's tokens are 0.02 to 16 times as probable when they are scored.
+        logger.warning_once(
+            "The model generates in training mode: densely, while its training is sparse. A trainer that scores what "
+            "the model has generated (GRPO, RLOO) would score it by another attention than it was drawn by. Run it "
+            'within s2_attention_mode(model, "dense").'
+        )
     skipping = training and state.mode == "pose"
     sparse = training or state.mode == "s2"
     if state.find_sequence is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,6 +108,23 @@ def put_rope(model: nn.Module, configs: Mapping[str, Any], active: list[str]) ->
         wanted = RopeScaling.from_dict(stored) if stored is not None else wanted
     if rope.current_rope(model.config) != wanted:
         rope.apply_rope(model, wanted)
+
+
+def warn_of_reference(model: nn.Module, configs: Mapping[str, Any]) -> None:
+    """An adapter in training is switched off: as TRL's trainers do for a reference, where they were given the base."""
+    base = getattr(model, _BASE_ROPE, None)
+    for config in configs.values():
+        if base is None or config.inference_mode or config.rope is None or RopeScaling.from_dict(config.rope) == base:
+            continue
+        warnings.warn(
+            f"Without its adapter the model has its own RoPE, for {rope.reach(base)[1]:,} tokens. A trainer that "
+            "takes its reference so (DPO, KTO, GRPO with a beta) compares with that, and not with the extended model "
+            f"of {rope.reach(RopeScaling.from_dict(config.rope))[1]:,}. Extend first, and give the trainer the "
+            "PeftModel (it keeps a copy of the adapter as the reference), or the merged model with a LongLoraConfig "
+            "that has no target_length.",
+            stacklevel=6,
+        )
+        return
 
 
 def follow(model: nn.Module, scaled: bool) -> None:

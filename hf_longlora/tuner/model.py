@@ -25,6 +25,7 @@ from .base_rope import (
     resolve_rope,
     rope_of_base,
     unfollow,
+    warn_of_reference,
 )
 from .config import LongLoraConfig, check_finite
 from .merging import (
@@ -222,6 +223,7 @@ class LongLoraModel(LoraModel):
         self._sync_rope()
         if not enabled:
             warn_of_changed_base(self.peft_config)
+            warn_of_reference(self.model, self.peft_config)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
