@@ -2,6 +2,7 @@
 
 import torch
 
+from .autocast import computed_in
 from .config import check_group_size, check_sink_tokens
 from .kernels import select_kernel
 from .segments import Documents
@@ -39,19 +40,38 @@ def s2_attention(
         `[B, H, S, D_v]`; 0 where the query is padding.
 
     Raises:
-        ValueError: on shapes that don't fit, a group below 2, sink tokens below 0, or a kernel that can't serve.
+        ValueError: on shapes, dtypes or devices that don't fit, a group below 2, sink tokens below 0, or a kernel that
+            can't serve.
+        NotImplementedError: on forward-mode derivatives, which only the reference has.
     """
     check_group_size(group_size)
     check_sink_tokens(sink_tokens)
-    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
-        raise ValueError("query, key and value must be [B, H, S, D].")
-    if query.shape[2] != key.shape[2] or key.shape[:3] != value.shape[:3] or query.shape[1] % key.shape[1]:
-        raise ValueError(
-            "query, key and value must have one length and H a multiple of H_kv, got "
-            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
-        )
+    check_tensors(query, key, value)
     documents = Documents.find(
         query.shape[0], query.shape[2], cu_seqlens=cu_seqlens, attention_mask=attention_mask, position_ids=None
     )
     parts = documents.parts(query.shape[1], key.shape[1], group_size, sink_tokens=sink_tokens)
     return select_kernel(kernel, query, value)(query, key, value, parts, scale=scale).transpose(1, 2)
+
+
+def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Raise a `ValueError` unless queries, keys and values fit together."""
+    tensors = (query, key, value)
+    shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+    if any(x.ndim != 4 for x in tensors):
+        raise ValueError(f"query, key and value must be [B, H, S, D], got {shapes}.")
+    if query.shape[0] != key.shape[0] or query.shape[2] != key.shape[2] or key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"query, key and value must have one batch and one length, key and value as many heads, got {shapes}."
+        )
+    if 0 in (*query.shape, *key.shape, *value.shape):
+        raise ValueError(f"query, key and value must not be empty, got {shapes}.")
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"query must have a multiple of the heads of key and value, got {shapes}.")
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"query and key must be of one width, got {shapes}.")
+    if len({x.device for x in tensors}) > 1:
+        raise ValueError(f"query, key and value must be on one device, got {[str(x.device) for x in tensors]}.")
+    dtypes = {computed_in(x) for x in tensors}
+    if len(dtypes) > 1 or not query.is_floating_point():
+        raise ValueError(f"query, key and value must be of one floating dtype, got {[str(x.dtype) for x in tensors]}.")

@@ -1,9 +1,10 @@
-"""The truth: attention by an explicit mask, in fp32. O(n^2) memory; every kernel is compared with it."""
+"""The truth: attention by an explicit mask, in fp32 at least. O(n^2) memory; every kernel is compared with it."""
 
 from collections.abc import Sequence
 
 import torch
 
+from .autocast import as_autocast
 from .segments import Part, Segment
 
 
@@ -40,9 +41,25 @@ def reference_kernel(
     `softcap` bounds the scores by `softcap * tanh(scores / softcap)` (Gemma 2); `learned_sinks` `[H]` adds one score
     for each head that takes weight and gives nothing (gpt-oss).
     """
+    query, key, value = as_autocast(query, key, value)
+    with torch.autocast(query.device.type, enabled=False):
+        return _attend(query, key, value, parts, scale, dropout_p, softcap, learned_sinks)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    parts: Sequence[Part],
+    scale: float | None,
+    dropout_p: float,
+    softcap: float | None,
+    learned_sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    wide = torch.promote_types(query.dtype, torch.float32)
     heads, length = query.shape[1], query.shape[2]
-    key, value = (_for_each_query_head(x, parts).float() for x in (key, value))
-    scores = query.float() @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    key, value = (_for_each_query_head(x, parts).to(wide) for x in (key, value))
+    scores = query.to(wide) @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     before = key.shape[2] - length
@@ -53,7 +70,7 @@ def reference_kernel(
     alone = ~visible.any(-1, keepdim=True)
     scores = scores.masked_fill(alone, 0.0)
     if learned_sinks is not None:
-        sink = learned_sinks.float().view(1, heads, 1, 1).expand(scores.shape[0], -1, length, 1)
+        sink = learned_sinks.to(wide).view(1, heads, 1, 1).expand(scores.shape[0], -1, length, 1)
         weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..attention.config import check_group_size, check_sink_tokens
+from ..attention.functional import check_tensors
 from ..attention.kernels import select_kernel
 from ..attention.segments import Documents, Part, Span
 from .exchange import Halo, HaloPlan, linked, to_heads, to_tokens
@@ -240,6 +241,7 @@ def s2_attention(
     """
     check_group_size(group_size)
     check_sink_tokens(sink_tokens)
+    check_tensors(query, key, value)
     sequence = ShardedSequence.find(
         group,
         query.shape[0],

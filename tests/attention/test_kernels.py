@@ -1,6 +1,7 @@
 """Every kernel against the brute-force oracle, outputs and gradients, on fresh random inputs."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -356,9 +357,12 @@ def test_documents_do_not_see_each_other():
     assert torch.equal(before[:, :, 11:], after[:, :, 11:])
 
 
-def test_gradients_are_those_of_finite_differences():
+@pytest.mark.parametrize("sink_tokens", [0, 3])
+def test_gradients_are_those_of_finite_differences(sink_tokens):
     tensors = [x.detach().double().requires_grad_() for x in draw(2, 1, 9, dim=4)]
-    assert torch.autograd.gradcheck(lambda q, k, v: s2_attention(q, k, v, group_size=4), tensors)
+    for kernel in ANYWHERE:
+        attend = partial(s2_attention, group_size=4, sink_tokens=sink_tokens, kernel=kernel)
+        assert torch.autograd.gradcheck(attend, tensors, atol=1e-9, rtol=1e-6)
 
 
 def test_second_derivatives_are_right_or_refused():
@@ -379,14 +383,89 @@ def test_second_derivatives_are_right_or_refused():
         hessian_times_directions(lambda q, k, v: s2_attention(q, k, v, **options))
 
 
-def test_shapes_that_do_not_fit_are_refused():
-    query, key, value = draw(4, 2, 8)
-    with pytest.raises(ValueError, match="one length"):
-        s2_attention(query, key[:, :, :4], value, group_size=4)
-    with pytest.raises(ValueError, match="multiple"):
-        s2_attention(query, *(x.repeat(1, 3, 1, 1)[:, :3] for x in (key, value)), group_size=4)
+def like(query=(2, 4, 8, 16), key=(2, 2, 8, 16), value=(2, 2, 8, 16), **options):
+    return [torch.randn(shape, **options) for shape in (query, key, value)]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (like(query=(1, 4, 8, 16)), "one batch"),  # would be broadcast, and rows dropped
+        (like(key=(1, 2, 8, 16), value=(1, 2, 8, 16)), "one batch"),
+        (like(value=(1, 2, 8, 16)), "one batch"),
+        (like(key=(2, 2, 4, 16), value=(2, 2, 4, 16)), "one length"),
+        (like(value=(2, 4, 8, 16)), "as many heads"),
+        (like(key=(2, 3, 8, 16), value=(2, 3, 8, 16)), "multiple"),
+        (like(key=(2, 2, 8, 8)), "one width"),
+        (like(query=(4, 8, 16)), "must be \\[B, H, S, D\\]"),
+        (like(query=(2, 4, 0, 16), key=(2, 2, 0, 16), value=(2, 2, 0, 16)), "empty"),
+        (
+            [x.to(t) for x, t in zip(like(), (torch.float32, torch.float16, torch.float32), strict=True)],
+            "one floating",
+        ),
+        ([x.to(torch.int64) for x in like()], "one floating"),
+        ([*like()[:2], torch.empty(2, 2, 8, 16, device="meta")], "one device"),
+    ],
+    ids=str,
+)
+def test_tensors_that_do_not_fit_are_refused(tensors, message):
+    for kernel in ("auto", *ANYWHERE):
+        with pytest.raises(ValueError, match=message):
+            s2_attention(*tensors, group_size=4, kernel=kernel)
+
+
+def test_groups_and_sink_tokens_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="at least 2"):
-        s2_attention(query, key, value, group_size=1)
+        s2_attention(*like(), group_size=1)
+    with pytest.raises(ValueError, match="sink_tokens"):
+        s2_attention(*like(), group_size=4, sink_tokens=-1)
+
+
+@every_kernel
+def test_autocast_is_that_of_torchs_own_attention(kernel, device, dtype):
+    """Floats are computed in autocast's dtype, doubles stay what they are."""
+    lacks = KERNELS[kernel].dtypes is not None
+    for own in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        tensors = draw(4, 2, 40, dim=32, dtype=own, device=device)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            if lacks and own == torch.float64:
+                with pytest.raises(ValueError, match="float64"):
+                    s2_attention(*tensors, group_size=8, kernel=kernel)
+                continue
+            out = s2_attention(*tensors, group_size=8, kernel=kernel)
+            wanted = torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True).dtype
+        assert out.dtype == wanted == (own if own == torch.float64 else torch.bfloat16)
+        rounded = [x.detach().to(wanted).double() for x in tensors]
+        expected = oracle(*rounded, [[(0, 40)]], 8, sink_tokens=4)
+        error = (out.double() - expected).norm() / expected.norm()
+        assert error < (1e-12 if own == torch.float64 else TOLERANCE[torch.bfloat16])
+        gradients = torch.autograd.grad(out.sum(), tensors)
+        assert all(g.dtype == own and g.isfinite().all() for g in gradients)
+
+
+@every_kernel
+def test_forward_mode_is_right_or_refused(kernel, device, dtype):
+    """`torch.func.jvp` with one tangent and with all; a kernel without forward derivatives must not give 0."""
+    tensors = [x.detach() for x in draw(4, 2, 20, dim=32, dtype=dtype, device=device)]
+    tangents = [torch.randn_like(x) for x in tensors]
+    for moved in ((0, 1, 2), (0,), (1,), (2,)):
+
+        def attend(*some, moved=moved, **options):
+            given = dict(zip(moved, some, strict=True))
+            inputs = [given.get(index, x) for index, x in enumerate(tensors)]
+            return s2_attention(*inputs, group_size=8, **options)
+
+        of_moved = [tuple(x[i] for i in moved) for x in (tensors, tangents)]
+        if kernel != "reference":
+            with pytest.raises(Exception, match=r"(?i)forward|functorch|jvp"):
+                torch.func.jvp(partial(attend, kernel=kernel), *of_moved)
+            continue
+        _, got = torch.func.jvp(partial(attend, kernel=kernel), *of_moved)
+        step = 1e-3
+        ends = [
+            attend(*(x + sign * step * t for x, t in zip(*of_moved, strict=True)), kernel=kernel) for sign in (1, -1)
+        ]
+        assert torch.allclose(got, (ends[0] - ends[1]) / (2 * step), atol=1e-2)
 
 
 def test_a_named_kernel_that_cannot_serve_raises():

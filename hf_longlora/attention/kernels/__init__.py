@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from transformers.utils import logging
 
+from ..autocast import computed_in
 from ..reference import reference_kernel
 from . import flash, flex, sdpa, varlen
 
@@ -63,9 +64,7 @@ class Kernel:
         self, query: torch.Tensor, value: torch.Tensor, *, dropout: bool, softcap: bool, learned_sinks: bool
     ) -> str | None:
         """What a call needs and this kernel has not, in words; `None` if it can serve."""
-        device, dtype, width = query.device.type, query.dtype, query.shape[-1]
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        device, dtype, width = query.device.type, computed_in(query), query.shape[-1]
         wanted = {
             f"{dtype}": self.dtypes is not None and dtype not in self.dtypes,
             f"heads of {width}": width % self.head_step > 0 or (self.head_dim is not None and width > self.head_dim),

@@ -11,6 +11,7 @@ import torch
 from transformers import modeling_flash_attention_utils
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from ..autocast import as_autocast
 from ..segments import Part
 from .in_place import ENGINES, Call, Tensors, heads_of
 from .ragged import Launch, attend_ragged, edges, engine
@@ -131,6 +132,7 @@ def _by_autograd(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[Part], scale: float | None
 ) -> torch.Tensor:
     batch, _, length, _ = query.shape
+    query, key, value = as_autocast(query, key, value)
     (_, attend, *_), _ = modeling_flash_attention_utils.lazy_import_flash_attention(f"flash_attention_{version()}")
     outs = []
     for heads, kv_heads, rows in parts:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from ..autocast import as_autocast
 from ..segments import Part, Segment
 from .in_place import heads_of
 
@@ -34,6 +35,7 @@ def flex_kernel(
     """
     if dropout_p:
         raise ValueError("The flex kernel has no attention dropout.")
+    query, key, value = as_autocast(query, key, value)
     outs = []
     for heads, kv_heads, rows in parts:
         q, k, v = heads_of(query, heads), heads_of(key, kv_heads), heads_of(value, kv_heads)

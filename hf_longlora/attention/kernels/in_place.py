@@ -13,7 +13,9 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
+from ..autocast import as_autocast
 from ..segments import Part, Span
 from . import seen
 from .seen import own_keys
@@ -100,10 +102,12 @@ def attend_in_place(
 
     The plan covers the segments of `parts`; what these see beside that is read off `parts`.
     """
-    device = query.device.type
-    if torch.is_autocast_enabled(device):  # as autocast does for scaled_dot_product_attention
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in (query, key, value)):
+        raise NotImplementedError(
+            "This attention kernel has no forward-mode derivatives (torch.func.jvp, jacfwd): its tangents would be 0. "
+            "Use kernel='reference', which has them, or reverse mode."
+        )
+    query, key, value = as_autocast(query, key, value)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     return _forward(query, key, value, plan, seen.plan(tuple(parts)), factor, engine)[0]
 

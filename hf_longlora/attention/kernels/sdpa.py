@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
+from ..autocast import computed_in
 from ..segments import Part, Segment, Span
 from .in_place import ENGINES, Call, Engine, Tensors, attend_in_place, heads_of, rows_follow
 from .runs import Run, keys_of, runs
@@ -88,9 +89,8 @@ def _has_operators(query: torch.Tensor, value: torch.Tensor) -> bool:
         return True
     if query.device.type != "cuda" or torch.cuda.get_device_capability(query.device) < (8, 0):
         return False
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     return (
-        dtype in (torch.float16, torch.bfloat16)
+        computed_in(query) in (torch.float16, torch.bfloat16)
         and width % 8 == 0
         and width <= 128  # wider heads: FlashAttention's backward has them on some devices only
         and (torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.cudnn_sdp_enabled())
