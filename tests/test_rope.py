@@ -2,6 +2,7 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,10 +30,12 @@ from hf_longlora.rope import (
     RopeScaling,
     apply_rope,
     current_rope,
+    forget_lengths,
     reach,
     rope_factor,
     scaled_rope,
     vllm_overrides,
+    write_length,
 )
 
 from . import vllm_rules
@@ -721,3 +724,41 @@ def test_apply_keeps_hooks_and_device_and_shared_config():
     assert rotary.config is model.config
     model(torch.ones(1, 4, dtype=torch.long))
     assert calls
+
+
+def test_a_tokenizer_takes_texts_as_long_as_the_model_and_no_shorter_ones_than_before():
+    scaling = scaled_rope(llama(), 256)
+    for own, expected in ((64, 256), (256, 256), (10**9, 10**9)):
+        tokenizer = SimpleNamespace(model_max_length=own)
+        write_length(tokenizer, scaling)
+        assert tokenizer.model_max_length == expected
+        processor = SimpleNamespace(tokenizer=SimpleNamespace(model_max_length=own))
+        write_length(processor, scaling)
+        assert processor.tokenizer.model_max_length == expected
+    write_length(None, scaling)  # a trainer without one
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope", "yarn"])
+def test_lengths_that_were_seen_are_forgotten(rope_type):
+    model = build(LlamaForCausalLM, llama())
+    apply_rope(model, scaled_rope(model.config, 256, rope_type))
+    before = buffers(model)
+    model(torch.ones(1, 200, dtype=torch.long))
+    assert any(not torch.equal(x, before[key]) for key, x in buffers(model).items()) == (
+        rope_type in rope.WITH_HISTORY
+    )
+    forget_lengths(model)
+    assert buffers(model).keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in buffers(model).items())
+    forget_lengths(torch.nn.Linear(1, 1))  # nothing that has a RoPE
+
+
+def test_generation_goes_as_far_as_the_model():
+    for own, expected in ((64, 256), (63, 63), (None, None)):
+        model = build(LlamaForCausalLM, llama())
+        model.generation_config.max_length = own
+        base = current_rope(model.config)
+        apply_rope(model, scaled_rope(model.config, 256))
+        assert model.generation_config.max_length == expected
+        apply_rope(model, base)
+        assert model.generation_config.max_length == own
