@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import peft
@@ -750,3 +751,37 @@ def test_an_adapter_without_rope_knows_its_base_too(tmp_path):
     merged = perturbed(llama()).merge_and_unload()
     with pytest.raises(ValueError, match="another RoPE"):
         PeftModel.from_pretrained(merged, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [
+        ({}, {"LoRA": 16, "norms": 5, "embeddings": 1}),
+        ({"train_norms": False}, {"LoRA": 16, "norms": 0, "embeddings": 1}),
+        ({"embedding_rank": 4}, {"LoRA": 16, "norms": 5, "embeddings": 2}),
+        ({"trainable_token_indices": [5]}, {"LoRA": 16, "norms": 5, "embeddings": 1}),
+        ({"train_embeddings": False, "modules_to_save": ["lm_head"]}, {"LoRA": 16, "norms": 5, "embeddings": 0}),
+    ],
+)
+def test_the_parts_of_an_adapter(options, counts):
+    model = get_peft_model(llama(), LongLoraConfig(**options))
+    model.add_adapter("second", LongLoraConfig(r=2, train_embeddings=False))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parts = model.base_model.parts()
+    assert {part: len(parameters) for part, parameters in parts.items()} == counts
+    assert all("default" in names[id(p)] and p.requires_grad for found in parts.values() for p in found)
+    second = model.base_model.parts("second")
+    assert {part: len(found) for part, found in second.items()} == {"LoRA": 16, "norms": 5, "embeddings": 0}
+    assert all(".second" in names[id(p)] for found in second.values() for p in found)
+    model.set_adapter("second")
+    assert model.base_model.parts().keys() == second.keys()
+    assert [p.shape for p in model.base_model.parts()["LoRA"]] == [p.shape for p in second["LoRA"]]
+
+
+def test_a_tie_that_is_kept_is_no_warning_and_one_that_comes_apart_is():
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        get_peft_model(llama(True), LongLoraConfig())
+    assert not [str(each.message) for each in said if "tie" in str(each.message)]
+    with pytest.warns(UserWarning, match="a tied layer is part of the adapter"):
+        get_peft_model(llama(True), LongLoraConfig(train_embeddings=False, modules_to_save=["lm_head"]))
