@@ -144,12 +144,15 @@ def test_rope_scaling_is_cumulative(tiny_llama, tmp_path):
     """Reference repo: a 4k base at factor 8, extended to 64k, gets factor 2 and not 16."""
     rope = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
     base = tiny_llama(max_position_embeddings=4096, rope_parameters=rope)
-    model = get_peft_model(base, LongLoraConfig(target_length=65536))
+    with pytest.raises(ValueError, match="base_length=4096 or base_length=512"):  # 4,096 may count the factor
+        get_peft_model(base, LongLoraConfig(target_length=65536))
+    model = get_peft_model(base, LongLoraConfig(target_length=65536, base_length=4096))
     assert model.config.rope_parameters["factor"] == 16.0
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny_llama(max_position_embeddings=4096, rope_parameters=rope), str(tmp_path))
     assert again.config.rope_parameters["factor"] == 16.0
     with pytest.raises(ValueError, match="reaches 32768 tokens already"):
         get_peft_model(
-            tiny_llama(max_position_embeddings=4096, rope_parameters=rope), LongLoraConfig(target_length=32768)
+            tiny_llama(max_position_embeddings=4096, rope_parameters=rope),
+            LongLoraConfig(target_length=32768, base_length=4096),
         )
