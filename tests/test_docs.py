@@ -174,6 +174,7 @@ def test_block(block, given, request, monkeypatch, capsys):
         lines = block.smaller.splitlines()
         before, after = ("\n".join(line[1:] for line in lines if line[:1] in (sign, " ")) for sign in "-+")
         ast.parse(before)
+        shutil.rmtree("out")  # of another run, which keeps its folder to itself
         exec(compile(after, f"{block.page.name}:{block.line}", "exec"), given)
     elif block.language == "yaml":
         parse(write_yaml(block))
