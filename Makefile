@@ -3,7 +3,7 @@
 PYTHON ?= python3
 # What to install as torch, e.g. TORCH="torch==2.13.0". Empty: .ci/install-torch looks for a GPU and chooses.
 TORCH ?=
-# Test processes, and further arguments for pytest: make test ARGS="-k rope -x"
+# Test processes, and further arguments for pytest: make test ARGS="-k rope -x"; for the demo: make demo ARGS=--full
 JOBS ?= 2
 ARGS ?=
 # For make bench: a folder of texts to measure quality on (benchmarks/README.md), and where what is not kept goes.
@@ -28,8 +28,8 @@ help:
 	@echo '           JOBS (test processes, now $(JOBS)), ARGS (for pytest, e.g. ARGS="-k rope"), CORPUS (a folder, for bench),'
 	@echo '           TRL_SOURCE (a checkout, for test-third-party)'
 
-demo: $(VENV)/.installed ## extend a small model's context on this machine, offline
-	$(BIN)/hf-longlora demo
+demo: $(VENV)/.installed ## extend a small model's context on this machine, offline, in 4 minutes (ARGS=--full: the README's table)
+	$(BIN)/hf-longlora demo $(ARGS)
 
 test: $(VENV)/.installed ## the default suite: CPU, offline (the slow and the third-party tests are left out)
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)

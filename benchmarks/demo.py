@@ -7,7 +7,6 @@ import argparse
 import os
 import platform
 import time
-from dataclasses import replace
 
 from hf_longlora import demo
 
@@ -21,9 +20,8 @@ def main() -> None:
     parser.add_argument("--rope-type", default=demo.ROPE_TYPE, help="in place of the demo's own")
     options = parser.parse_args()
     demo.ROPE_TYPE = options.rope_type
-    demo.STAGES = tuple(replace(stage, rope_type=options.rope_type) for stage in demo.STAGES)
     started = time.perf_counter()
-    records = demo.run_demo(options.output_dir, seed=options.seed)
+    records = demo.run_demo(options.output_dir, seed=options.seed, full=True)
     seconds = time.perf_counter() - started
     for model, rows in records.items():
         for row in rows:

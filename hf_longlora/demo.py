@@ -7,9 +7,9 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from .demo_base import demo_model_config, pretrain, stdlib_documents, train_tokenizer
 from .evaluation import perplexity_by_length
@@ -33,11 +33,7 @@ LENGTHS = (256, 512, 1024, 2048)
 # YaRN, and not the paper's linear scaling: untrained, perplexity at 2,048 is 14 with it and 35 with
 # that, and trained 12.8 and 17.1 (benchmarks/results/demo.csv).
 ROPE_TYPE = "yarn"
-STAGES = (
-    ContextStage(1024, 30, rope_type=ROPE_TYPE),
-    ContextStage(TARGET_LENGTH, 70, rope_type=ROPE_TYPE),
-)
-EVALUATION = {"lengths": LENGTHS, "stride": 128, "max_windows": 48, "batch_size": 4}
+EVALUATION = {"lengths": LENGTHS, "stride": 128, "batch_size": 4}
 RESULT = "LongLoRA, S2 + dense_every=4"
 RUNS: dict[str, dict[str, Any]] = {
     "LoRA, dense": {"attention": "dense"},
@@ -47,41 +43,115 @@ RUNS: dict[str, dict[str, Any]] = {
 """Three ways to extend the same base: what is special in each stage, by the name in table and plot."""
 
 
-def run_demo(output_dir: str | Path = "longlora-demo", *, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-    """Train a small base at 256 tokens, extend it to 2,048 in three ways, compare, and reload the adapter.
+@dataclass(frozen=True)
+class Plan:
+    """How much is done."""
+
+    base_steps: int
+    """Of the base's training, 2,048 tokens each."""
+    extension_steps: int
+    """Of each extension, 1,024 tokens each in the first three of ten and 2,048 in the others."""
+    runs: tuple[str, ...]
+    max_windows: int
+    """At each length of the evaluation."""
+
+    @property
+    def stages(self) -> list[ContextStage]:
+        first = 3 * self.extension_steps // 10
+        lengths = (TARGET_LENGTH // 2, first), (TARGET_LENGTH, self.extension_steps - first)
+        return [ContextStage(length, steps, rope_type=ROPE_TYPE) for length, steps in lengths]
+
+    @property
+    def cost(self) -> float:
+        """Of all, in steps of the base's training: on two slow cores 0.2 s each."""
+        evaluated = 3 + len(self.runs)  # the base, with a longer RoPE, too, and the adapter once more when reloaded
+        trained = self.base_steps + EXTENSION_STEP * self.extension_steps * len(self.runs)
+        return trained + EVALUATED_WINDOW * self.max_windows * evaluated + LOADING
+
+
+# What things cost, in steps of the base's training, by the CPU time of one core of an EPYC without AVX-512.
+EXTENSION_STEP, EVALUATED_WINDOW, LOADING = 1.5, 0.67, 60.0
+FULL = Plan(1000, 100, tuple(RUNS), 48)
+LEAST = Plan(250, 40, (RESULT,), 24)
+"""What still shows a base that fails beyond its length, and an extended one that doesn't."""
+MINUTES = 4.0
+
+
+def plan_demo(minutes: float, seconds: float) -> Plan:
+    """As much of `FULL` as `minutes` allow, one extension and no less than `LEAST`.
+
+    Args:
+        minutes: For all.
+        seconds: That a step of the base's training takes on this machine.
+    """
+    left = 60 * minutes / seconds - (LEAST.cost - LEAST.base_steps - EXTENSION_STEP * LEAST.extension_steps)
+    share = FULL.extension_steps / FULL.base_steps
+    steps = int(left / (1 + EXTENSION_STEP * share))
+    steps = min(max(steps, LEAST.base_steps), FULL.base_steps)
+    return replace(LEAST, base_steps=steps, extension_steps=max(int(share * steps), LEAST.extension_steps))
+
+
+def run_demo(
+    output_dir: str | Path = "longlora-demo", *, seed: int = 0, minutes: float = MINUTES, full: bool = False
+) -> dict[str, list[dict[str, Any]]]:
+    """Train a small base at 256 tokens, extend it to 2,048, compare, and reload the adapter.
 
     What is done stays in `output_dir`, and what was interrupted goes on from its last checkpoint: call it again.
+
+    Args:
+        output_dir: Where models, adapters, table and plot go.
+        seed: Of weights and data order.
+        minutes: What it may take: steps are as many as this machine can do in that time (`plan_demo`).
+        full: All steps of three ways to extend the base, however long they take.
 
     Returns:
         The records of `perplexity_by_length`, by model.
 
     Raises:
         ImportError: matplotlib is missing.
+        ValueError: a demo of another size is in `output_dir`.
         RuntimeError: the reloaded adapter does not give the perplexity that the trained one gave.
     """
     require_matplotlib()
+    if minutes <= 0:
+        raise ValueError(f"minutes must be more than 0, got {minutes}")
     with _quiet():
-        return _run(Console(), Path(output_dir), seed)
+        return _run(Console(), Path(output_dir), seed, minutes, full)
 
 
-def _run(console: Console, out: Path, seed: int) -> dict[str, list[dict[str, Any]]]:
+def _run(console: Console, out: Path, seed: int, minutes: float, full: bool) -> dict[str, list[dict[str, Any]]]:
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     train, test = stdlib_documents()
-    console.print(f"[bold]1/4 Base model[/bold]: {len(train)} files of the standard library, {len(test)} held out")
-    base = _base(out / "base", list(train.values()), seed)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    dataset = Dataset.from_dict({"input_ids": _encode(tokenizer, train.values())})
+    console.print(f"{len(train)} files of Python's standard library, {len(test)} held out", highlight=False)
+    tokenizer = _tokenizer(out / "base", list(train.values()))
+    documents = _encode(tokenizer, train.values())
+    config = demo_model_config(len(tokenizer))
+    seconds = seconds_of_a_step(config, documents)
+    spent = (time.perf_counter() - started) / 60
+    plan = _kept(out / "plan.json", FULL if full else plan_demo(max(minutes - spent, 0), seconds), full)
+    expected = 60 * spent + plan.cost * seconds
+    if not full and expected > 90 * minutes:
+        console.print(f"This machine is slow or busy, and less than {plan.base_steps} steps would show nothing.")
+
+    def head(part: str, text: str) -> None:
+        clock = f"{_clock(time.perf_counter() - started)} of about {_clock(expected)} min"
+        console.print(f"[bold]{part}[/bold]: {text} [dim]({clock})[/dim]", highlight=False)
+
+    head("1/4 Base model", f"{plan.base_steps:,} steps at {BASE_LENGTH} tokens, {seconds:.2g} s each")
+    base = _base(out / "base", config, documents, plan.base_steps, seed)
+    dataset = Dataset.from_dict({"input_ids": documents})
     held_out = [ids for ids in _encode(tokenizer, test.values()) if len(ids) > TARGET_LENGTH]
 
-    lengths = " -> ".join(f"{n:,}" for n in (BASE_LENGTH, *(stage.max_length for stage in STAGES)))
-    for number, (name, options) in enumerate(RUNS.items(), start=1):
-        console.print(f"[bold]2/4 Extension[/bold] {number} of {len(RUNS)}, {lengths} tokens: {name}")
-        stages = [replace(stage, **options) for stage in STAGES]
+    lengths = " -> ".join(f"{n:,}" for n in (BASE_LENGTH, *(stage.max_length for stage in plan.stages)))
+    for number, name in enumerate(plan.runs, start=1):
+        head(f"2/4 Extension {number} of {len(plan.runs)}", f"{lengths} tokens, {plan.extension_steps} steps: {name}")
+        stages = [replace(stage, **RUNS[name]) for stage in plan.stages]
         _extend(_adapter(out, name), base, dataset, tokenizer, stages, seed)
 
-    console.print(f"[bold]3/4 Evaluation[/bold]: {len(held_out)} held-out files of more than {TARGET_LENGTH:,} tokens")
-    records = _evaluate(out / "perplexity.json", out, base, held_out)
+    head("3/4 Evaluation", f"{len(held_out)} held-out files of more than {TARGET_LENGTH:,} tokens")
+    evaluation = EVALUATION | {"max_windows": plan.max_windows}
+    records = _evaluate(out / "perplexity.json", out, base, held_out, plan.runs, evaluation)
     plot = plot_perplexity(
         records,
         out / "perplexity.png",
@@ -90,9 +160,9 @@ def _run(console: Console, out: Path, seed: int) -> dict[str, list[dict[str, Any
         title="Perplexity of held-out Python files by context length",
     )
 
-    console.print("[bold]4/4 Reload[/bold] of the saved adapter in a fresh process")
+    head("4/4 Reload", "the saved adapter in a fresh process")
     adapter = _adapter(out, RESULT)
-    again = _reload(adapter, base, held_out, out / "held_out.json")
+    again = _reload(adapter, base, held_out, out / "held_out.json", evaluation)
     expected = records[RESULT][-1]["perplexity"]
     if abs(again / expected - 1) > 1e-5:
         raise RuntimeError(f"The reloaded adapter gives perplexity {again:.4f}, the trained one gave {expected:.4f}.")
@@ -102,6 +172,12 @@ def _run(console: Console, out: Path, seed: int) -> dict[str, list[dict[str, Any
         table.add_row(name, *(f"{row['perplexity']:.2f}" for row in rows))
     console.print(table)
     console.print(f"Reloaded in a fresh process: {again:.2f} at {TARGET_LENGTH:,}, as above.")
+    failed, held = (records[name][-1]["perplexity"] / records[name][0]["perplexity"] for name in ("base", RESULT))
+    console.print(
+        f"From {BASE_LENGTH} to {TARGET_LENGTH:,} tokens perplexity is multiplied by {failed:.2f} in the base, and by "
+        f"{held:.2f} in the extended model.",
+        highlight=False,
+    )
     files = f"Base {base}\nAdapter {adapter}\nPlot {plot}"
     console.print(f"{files}\n{time.perf_counter() - started:.0f} s in all\n", highlight=False, soft_wrap=True)
     console.print("[bold]The same for your model[/bold], in your TRL script:")
@@ -123,16 +199,46 @@ def _encode(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
     return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
 
 
-def _base(folder: Path, texts: list[str], seed: int) -> str:
-    """Tokenizer and base model, trained unless they are there already."""
-    if not (folder / "config.json").is_file():
+def _tokenizer(folder: Path, texts: list[str]) -> Any:
+    """The base's, trained unless it is there already."""
+    if not (folder / "tokenizer.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer = train_tokenizer(texts)
-        tokenizer.save_pretrained(folder)
-        checkpoint = folder / "training.pt"
-        model = pretrain(
-            demo_model_config(len(tokenizer)), _encode(tokenizer, texts), seed=seed, checkpoint=checkpoint
+        train_tokenizer(texts).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def seconds_of_a_step(config: LlamaConfig, documents: list[list[int]]) -> float:
+    """Of the base's training on this machine, as busy as it is."""
+    pretrain(config, documents[:50], steps=2, progress=False)  # what is made once is no step's
+    started = time.perf_counter()
+    pretrain(config, documents[:50], steps=6, progress=False)
+    return (time.perf_counter() - started) / 6
+
+
+def _kept(file: Path, plan: Plan, full: bool) -> Plan:
+    """The plan of a demo that has been begun, or this one."""
+    if not file.is_file():
+        file.write_text(json.dumps(asdict(plan)))
+        return plan
+    values = json.loads(file.read_text())
+    begun = Plan(**values | {"runs": tuple(values["runs"])})
+    if (begun == FULL) != full:
+        raise ValueError(
+            f"{file.parent} holds a demo that was begun {'without' if full else 'with'} --full: give another "
+            "--output-dir, or remove it"
         )
+    return begun
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def _base(folder: Path, config: LlamaConfig, documents: list[list[int]], steps: int, seed: int) -> str:
+    """The base model, trained unless it is there already."""
+    if not (folder / "config.json").is_file():
+        checkpoint = folder / "training.pt"
+        model = pretrain(config, documents, steps=steps, seed=seed, checkpoint=checkpoint)
         model.save_pretrained(folder)
         checkpoint.unlink(missing_ok=True)
     return str(folder)
@@ -181,25 +287,27 @@ def _extend(folder: Path, base: str, dataset: Dataset, tokenizer: Any, stages: l
     trainer.save_model()
 
 
-def _evaluate(file: Path, out: Path, base: str, documents: list[list[int]]) -> dict[str, list[dict[str, Any]]]:
+def _evaluate(
+    file: Path, out: Path, base: str, documents: list[list[int]], runs: Sequence[str], evaluation: dict[str, Any]
+) -> dict[str, list[dict[str, Any]]]:
     """Perplexity by length of each model, computed unless it is in `file` already."""
     records: dict[str, list[dict[str, Any]]] = json.loads(file.read_text()) if file.is_file() else {}
-    for name in ("base", "base + RoPE scaling", *RUNS):
+    for name in ("base", "base + RoPE scaling", *runs):
         if name in records:
             continue
         model: Any = AutoModelForCausalLM.from_pretrained(base)
         if name == "base + RoPE scaling":
             apply_rope(model, scaled_rope(model.config, TARGET_LENGTH, ROPE_TYPE))
-        elif name in RUNS:
+        elif name in runs:
             model = PeftModel.from_pretrained(model, str(_adapter(out, name)))
         if torch.cuda.is_available():
             model.to("cuda")
-        records[name] = perplexity_by_length(model, documents, **EVALUATION)  # type: ignore[arg-type]
+        records[name] = perplexity_by_length(model, documents, **evaluation)
         file.write_text(json.dumps(records, indent=2))
     return records
 
 
-def _reload(adapter: Path, base: str, documents: list[list[int]], file: Path) -> float:
+def _reload(adapter: Path, base: str, documents: list[list[int]], file: Path, evaluation: dict[str, Any]) -> float:
     """Perplexity at the target length, measured by a process that knows no more than the files."""
     file.write_text(json.dumps(documents))
     code = (
@@ -214,7 +322,7 @@ def _reload(adapter: Path, base: str, documents: list[list[int]], file: Path) ->
         "    model, json.load(open(documents)), **json.loads(options), progress=False)\n"
         "print(records[-1]['perplexity'])\n"
     )
-    arguments = [str(adapter), base, str(file), json.dumps(EVALUATION)]
+    arguments = [str(adapter), base, str(file), json.dumps(evaluation)]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"The saved adapter could not be loaded in a fresh process:\n{done.stderr[-2000:]}")

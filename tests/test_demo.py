@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -65,11 +67,14 @@ def small(monkeypatch):
     monkeypatch.setattr(demo, "stdlib_documents", lambda: few)
     monkeypatch.setattr(demo, "train_tokenizer", lambda texts, train=demo.train_tokenizer: train(texts, 300))
     monkeypatch.setattr(demo, "demo_model_config", lambda vocab_size: config)
-    monkeypatch.setattr(demo, "pretrain", lambda *args, **kwargs: pretrain(*args, **kwargs, steps=120, batch_size=2))
+    monkeypatch.setattr(demo, "pretrain", lambda *args, **kwargs: pretrain(*args, **kwargs, batch_size=2))
+    monkeypatch.setattr(demo, "FULL", demo.Plan(120, 26, tuple(demo.RUNS), 4))
+    monkeypatch.setattr(demo, "LEAST", demo.Plan(60, 10, (demo.RESULT,), 4))
+    monkeypatch.setattr(demo, "seconds_of_a_step", lambda *args: 0.1)
+    monkeypatch.setattr(demo, "BASE_LENGTH", 32)
     monkeypatch.setattr(demo, "TARGET_LENGTH", 128)
     monkeypatch.setattr(demo, "LENGTHS", (32, 128))
-    monkeypatch.setattr(demo, "STAGES", (demo.ContextStage(64, 21), demo.ContextStage(128, 5)))
-    monkeypatch.setattr(demo, "EVALUATION", {"lengths": (32, 128), "stride": 16, "max_windows": 4})
+    monkeypatch.setattr(demo, "EVALUATION", {"lengths": (32, 128), "stride": 16})
 
 
 class Interrupt(Exception):
@@ -77,7 +82,7 @@ class Interrupt(Exception):
 
 
 def test_demo_runs_and_goes_on_after_interruptions(small, tmp_path, monkeypatch, capsys):
-    whole = demo.run_demo(tmp_path / "whole")
+    whole = demo.run_demo(tmp_path / "whole", full=True)
     printed = capsys.readouterr().out
     assert list(whole) == ["base", "base + RoPE scaling", *demo.RUNS]
     assert len({record["perplexity"] for records in whole.values() for record in records}) == 10
@@ -104,6 +109,33 @@ def test_demo_runs_and_goes_on_after_interruptions(small, tmp_path, monkeypatch,
     ):
         undo = interrupt_after(calls, owner, name)
         with pytest.raises(Interrupt):
-            demo.run_demo(out)
+            demo.run_demo(out, full=True)
         undo()
-    assert demo.run_demo(out) == whole
+    assert demo.run_demo(out, full=True) == whole
+    with pytest.raises(ValueError, match="begun with --full: give another --output-dir"):
+        demo.run_demo(out)
+
+
+def test_a_demo_in_a_given_time_is_one_extension(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "_clock", lambda seconds: f"<{seconds > 0}>")
+    records = demo.run_demo(tmp_path, minutes=0.1)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert list(records) == ["base", "base + RoPE scaling", demo.RESULT]
+    assert "1/4 Base model: 60 steps at 32 tokens, 0.1 s each (<True> of about <True> min)" in printed
+    assert "less than 60 steps would show nothing" in printed
+    config = json.loads((demo._adapter(tmp_path, demo.RESULT) / "adapter_config.json").read_text())
+    assert [(s["max_length"], s["max_steps"]) for s in config["schedule"]["stages"]] == [(64, 3), (128, 10)]
+    monkeypatch.setattr(demo, "seconds_of_a_step", lambda *args: 1e-6)  # a faster machine goes on with what was begun
+    assert demo.run_demo(tmp_path, minutes=0.1) == records
+
+
+def test_a_demo_is_as_long_as_the_machine_can_do():
+    steps = [demo.plan_demo(4, seconds).base_steps for seconds in (0.01, 0.2, 0.4, 0.8, 10)]
+    assert steps[0] == demo.FULL.base_steps and steps[-1] == demo.LEAST.base_steps
+    assert steps == sorted(steps, reverse=True) and len(set(steps)) > 3
+    for seconds in (0.2, 0.4):
+        plan = demo.plan_demo(4, seconds)
+        assert 0.95 * 240 < plan.cost * seconds <= 240
+        assert plan.runs == (demo.RESULT,)
+    assert demo.FULL.cost > demo.plan_demo(1e6, 1).cost
+    assert [(s.max_length, s.max_steps) for s in demo.FULL.stages] == [(1024, 30), (2048, 70)]
