@@ -5,12 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
 from hf_longlora import LongLoraConfig, S2AttentionConfig, perplexity_by_length, s2_attention_mode, set_s2_attention
 from hf_longlora.attention import get_s2_attention
@@ -20,6 +21,7 @@ from hf_longlora.cli.data import load_documents, texts_of
 from hf_longlora.evaluation import compare
 from hf_longlora.evaluation.compare import compare_attention
 from hf_longlora.hub import refresh_card
+from hf_longlora.planning import find_gpu, plan_run
 
 TEXT = "The quick brown fox jumps over the lazy dog, and a long book has many chapters. "
 
@@ -421,6 +423,55 @@ def test_trains_usage(run, capsys, monkeypatch):
     monkeypatch.setenv("HF_LONGLORA_DEBUG", "1")
     with pytest.raises(FileNotFoundError):
         main(["train", "--config", "missing.yaml"])
+
+
+def test_the_very_run_is_planned(run, capsys):
+    arguments = ["plan", "--config", "run.yaml", "--gpu", "h100", "--gpus", "4"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(stage["steps"], stage["sequences"]) for stage in found["stages"]] == [(1, 4), (2, 8)]
+    config = AutoConfig.from_pretrained("base")
+    for stage, length, group, every in zip(found["stages"], (128, 256), (32, 64), (4, 2), strict=True):
+        settings = {"adapter": LongLoraConfig(r=4), "dtype": "float32", "group_size": group, "dense_every": every}
+        expected = plan_run(config, [length], gpu="H100", **settings).lengths[0]
+        assert stage["step"] == asdict(expected) and stage["hours"] == stage["steps"] * expected.seconds / 3600
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("base: 0.00 B parameters") and "on 4 H100 (79.2 GiB)" in printed
+    assert "stage 2, 256 tokens: 0.0 GiB" in printed and "2 steps (8 sequences, 0.0 M tokens)" in printed
+
+    text = (run / "run.yaml").read_text()
+    text = text[: text.index("stages:")] + text[text.index("per_device") :].replace("lora_r: 4\n", "use_peft: false\n")
+    (run / "auto.yaml").write_text(text + "stages: auto\nmax_length: 512\nmax_steps: 10\n")
+    assert main(["plan", "--config", "auto.yaml", "--gpu", "H100", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(stage["step"]["length"], stage["steps"]) for stage in found["stages"]] == [(128, 2), (512, 8)]
+    assert found["trainable"] == found["parameters"]
+
+    for wrong in (["plan"], ["plan", "base", "--config", "run.yaml"]):
+        assert main(wrong) == 1
+        assert "plan takes a model, or a run's file by --config" in capsys.readouterr().err
+    assert main(["plan", "base", "--gpus", "0"]) == 1
+    assert "--gpus must be at least 1" in capsys.readouterr().err
+
+
+def test_a_run_says_its_plan_before_its_weights_are_loaded(run, capsys, monkeypatch):
+    monkeypatch.setattr("hf_longlora.planning.local_gpu", lambda: find_gpu("H100"))
+    (run / "base" / "model.safetensors").unlink()
+    assert main(["train", "--config", "run.yaml"]) == 1  # for want of weights
+    printed = capsys.readouterr().err
+    assert re.search(
+        r"Planned on one H100 \(79.2 GiB\): \d+\.\d GiB at most, \S+ h in all\n  stage 1, 128 tok", printed
+    )
+    assert printed.index("stage 2, 256 tokens") < printed.index("hf-longlora: error:")
+
+    def refuse(*args, **kwargs):
+        raise ValueError("a decoder without attention")
+
+    monkeypatch.setattr("hf_longlora.trainer.plan_stages", refuse)
+    assert main(["train", "--config", "run.yaml"]) == 1
+    printed = capsys.readouterr().err
+    assert "The run can't be planned: a decoder without attention" in printed and "base" in printed.splitlines()[-1]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import Any
 
 HEADERS = {
@@ -29,10 +30,19 @@ def add(commands: Any) -> None:
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    plan.add_argument("model", help="a model's name or path, or the folder of a config.json")
+    plan.add_argument("model", nargs="?", help="a model's name or path, or the folder of a config.json")
+    plan.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a run's YAML file, as `train` takes it, in the place of a model and all options but --gpu, --gpus and "
+        "--json: what each of its stages takes, and hours in all",
+    )
     plan.add_argument("--lengths", nargs="+", type=int, default=[8192, 16384, 32768, 65536, 131072], metavar="N")
     plan.add_argument(
         "--gpu", help="a card of the table in hf_longlora/planning/gpus.py; default: this machine's, or H100"
+    )
+    plan.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="cards of a run (--config), each with the whole model"
     )
     plan.add_argument("--batch-size", type=int, default=1, help="sequences in a forward, on one card")
     plan.add_argument("--accumulation", type=int, default=1, metavar="N", help="forwards in an optimizer step")
@@ -87,6 +97,12 @@ def run(options: argparse.Namespace) -> None:
     from ..planning import RunSettings, local_gpu, plan_run
     from ..tuner import LongLoraConfig
 
+    if (options.model is None) == (options.config is None):
+        raise ValueError("plan takes a model, or a run's file by --config")
+    if options.gpus < 1:
+        raise ValueError(f"--gpus must be at least 1, got {options.gpus}")
+    if options.config is not None:
+        return _run_of(options)
     adapter = LongLoraConfig(
         r=options.lora_r,
         target_modules=options.lora_target_modules,
@@ -117,6 +133,28 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(plan.to_dict(), indent=2))
     else:
         _show(plan, options)
+
+
+def _run_of(options: argparse.Namespace) -> None:
+    """The plan of a run's file."""
+    from ..planning import find_gpu, local_gpu
+    from .train import cards, config_of, in_all, parse, plan_of
+
+    _, model, args = parse(["--config", options.config])
+    gpu = find_gpu(options.gpu or local_gpu() or "H100")
+    plan, stages = plan_of(model, args, config_of(model, args), gpu, options.gpus)
+    if options.json:
+        rows = [{**asdict(stage), "hours": stage.hours} for stage in stages]
+        print(json.dumps({**plan.to_dict(), "model": model.model_name_or_path, "stages": rows}, indent=2))
+        return
+    print(
+        f"{model.model_name_or_path}: {plan.parameters / 1e9:,.2f} B parameters, {plan.trainable / 1e6:,.1f} M "
+        f"trained, on {cards(gpu, options.gpus)}: {in_all(stages)}"
+    )
+    for number, stage in enumerate(stages, start=1):
+        print(f"stage {number}, {stage}")
+    for note in plan.notes:
+        print(note)
 
 
 def _show(plan: Any, options: argparse.Namespace) -> None:

@@ -94,13 +94,11 @@ def make_parser() -> Any:
 def run(options: argparse.Namespace) -> None:
     from trl import get_quantization_config
 
-    from ..from_hub import read_config, refuse_adapter
+    from ..planning import local_gpu
     from ..trainer import LongLoraSFTTrainer, last_checkpoint
     from .data import as_trl_reads, check_writable, load_data, split_of
 
-    script, model, args = _parse(options.arguments)
-    if model.model_name_or_path is None:
-        raise ValueError("No model: name it by model_name_or_path.")
+    script, model, args = parse(options.arguments)
     if script.dataset_name is None:
         raise ValueError("No data: name it by dataset_name, a dataset on the Hub or a local file or folder.")
     check_writable(Path(args.output_dir))
@@ -114,8 +112,16 @@ def run(options: argparse.Namespace) -> None:
             print(f"Resuming from {checkpoint}." if checkpoint else afresh, file=sys.stderr)
 
     # Before the data are read.
-    refuse_adapter(model.model_name_or_path)
-    read_config(model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
+    config = config_of(model, args)
+    gpu = local_gpu()
+    if gpu is not None and args.process_index == 0:
+        try:
+            _, stages = plan_of(model, args, config, gpu, args.world_size)
+        except ValueError as error:
+            print(f"The run can't be planned: {error}", file=sys.stderr)
+        else:
+            print(f"Planned on {cards(gpu, args.world_size)}: {in_all(stages)}", file=sys.stderr)
+            print("\n".join(f"  stage {number}, {stage}" for number, stage in enumerate(stages, 1)), file=sys.stderr)
     data = load_data(script.dataset_name, script.dataset_config, script.dataset_streaming)
     # With a template, instructions are a conversation: the model's, if no other is given.
     chat = args.chat_template_path is not None or _has_chat_template(model, args)
@@ -127,7 +133,7 @@ def run(options: argparse.Namespace) -> None:
         evaluated = split_of(data, script.dataset_test_split, "dataset_test_split")
         evaluated = as_trl_reads(evaluated, args.dataset_text_field, chat)
 
-    dtype = model.dtype or ("auto" if model.use_peft else "float32")
+    dtype = _dtype(model)
     if model.load_in_4bit or model.load_in_8bit:
         model.dtype = dtype = "float16" if args.fp16 else "bfloat16"
     init: dict[str, Any] = {"revision": model.model_revision, "dtype": dtype}
@@ -156,6 +162,55 @@ def run(options: argparse.Namespace) -> None:
         trainer.accelerator.print(f"On the Hub: {trainer.hub_model_id}")
 
 
+def config_of(model: Any, args: Any) -> Any:
+    """The config of the model that is trained.
+
+    Raises:
+        ValueError: if none is named, or it is an adapter.
+        OSError: if it can't be had.
+    """
+    from ..from_hub import read_config, refuse_adapter
+
+    if model.model_name_or_path is None:
+        raise ValueError("No model: name it by model_name_or_path.")
+    refuse_adapter(model.model_name_or_path)
+    revision, trusted = model.model_revision, args.trust_remote_code
+    return read_config(model.model_name_or_path, revision=revision, trust_remote_code=trusted)
+
+
+def plan_of(model: Any, args: Any, config: Any, gpu: Any, gpus: int) -> Any:
+    """What `plan_stages` gives for a run as it was parsed."""
+    import torch
+
+    from ..trainer import plan_stages
+
+    quantized = model.load_in_4bit or model.load_in_8bit
+    name = _dtype(model)
+    return plan_stages(
+        config,
+        args,
+        gpu,
+        adapter=_adapter(model),
+        dtype=(config.dtype or torch.float32) if name == "auto" else getattr(torch, name),
+        quantization=None if not quantized else "4bit" if model.load_in_4bit else "8bit",
+        gpus=gpus,
+    )
+
+
+def cards(gpu: Any, gpus: int) -> str:
+    return f"{'one' if gpus == 1 else gpus} {gpu.name} ({gpu.memory_gib:g} GiB)"
+
+
+def in_all(stages: Any) -> str:
+    peak, hours = max(stage.step.total for stage in stages), sum(stage.hours for stage in stages)
+    return f"{peak:.1f} GiB at most, {hours:.2g} h in all"
+
+
+def _dtype(model: Any) -> str:
+    """Of the weights, where they are not quantized."""
+    return model.dtype or ("auto" if model.use_peft else "float32")
+
+
 def _has_chat_template(model: Any, args: Any) -> bool:
     from transformers import AutoTokenizer
 
@@ -164,7 +219,8 @@ def _has_chat_template(model: Any, args: Any) -> bool:
     return tokenizer.chat_template is not None
 
 
-def _parse(arguments: list[str]) -> Any:
+def parse(arguments: list[str]) -> Any:
+    """TRL's script and model arguments, with ours, and the trainer's."""
     import yaml
 
     parser = make_parser()

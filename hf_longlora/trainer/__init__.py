@@ -2,8 +2,18 @@
 
 from .checkpoints import last_checkpoint
 from .config import LongLoraSFTConfig
+from .plans import StagePlan, plan_stages
 from .report import update_report
 from .sft_trainer import LongLoraSFTTrainer
 from .stages import ContextStage, Schedule
 
-__all__ = ["ContextStage", "LongLoraSFTConfig", "LongLoraSFTTrainer", "Schedule", "last_checkpoint", "update_report"]
+__all__ = [
+    "ContextStage",
+    "LongLoraSFTConfig",
+    "LongLoraSFTTrainer",
+    "Schedule",
+    "StagePlan",
+    "last_checkpoint",
+    "plan_stages",
+    "update_report",
+]

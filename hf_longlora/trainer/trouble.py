@@ -11,8 +11,9 @@ import psutil
 import torch
 from peft import PeftModel
 
-from ..planning import Gpu, RunSettings, plan_run
+from ..planning import Gpu, plan_run
 from ..tuner import LongLoraConfig
+from .plans import run_settings
 from .stages import Schedule
 
 GOES_ON = "A run that has saved a checkpoint goes on from it (resume_from_checkpoint=True)."
@@ -135,21 +136,8 @@ def planned_memory(
     length = schedule.stages[stage].max_length
     found = {}
     try:
-        settings = RunSettings(
-            adapter=adapter,
-            dtype="float32" if config.dtype == torch.float32 else "bfloat16",
-            quantization=quantization_of(model),
-            batch_size=args.per_device_train_batch_size,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            gradient_checkpointing=args.gradient_checkpointing,
-            fused=args.use_liger_kernel or args.compile_layers,
-            mlp_tile=args.mlp_tile,
-            selective_checkpointing=args.selective_checkpointing,
-            activation_offloading=args.activation_offloading,
-            group_size=schedule.attention_config(stage).group_size,
-            sink_tokens=schedule.attention_config(stage).sink_tokens,
-            sparse=schedule.sparse_by(stage),
-            dense_every=1 if schedule.is_dense(stage) else schedule.dense_each(stage),
+        settings = run_settings(
+            args, schedule, stage, adapter=adapter, dtype=config.dtype, quantization=quantization_of(model)
         )
         for words, changes in {"": {}, **remedies}.items():
             found[words] = plan_run(config, [length], gpu=gpu, settings=settings, **changes).lengths[0].total

@@ -1,0 +1,119 @@
+"""What a run takes, stage by stage, before its weights are loaded."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from peft import PeftConfig
+from transformers import PreTrainedConfig
+
+from ..planning import Gpu, LengthPlan, RunPlan, RunSettings, plan_run
+from .checks import Start, base_window
+from .config import LongLoraSFTConfig
+from .stages import Schedule
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a run.
+
+    Args:
+        step: Memory and time of a step on one card.
+        steps: Optimizer steps.
+        sequences: Of the stage's length, in all of its steps and on all cards.
+    """
+
+    step: LengthPlan
+    steps: int
+    sequences: int
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.step.seconds / 3600
+
+    def __str__(self) -> str:
+        row = self.step
+        room = "" if row.fits else " (too much for this card)"
+        return (
+            f"{row.length:,} tokens: {row.total:.1f} GiB{room}, {row.seconds:.3g} s a step, {self.steps:,} steps "
+            f"({self.sequences:,} sequences, {self.sequences * row.length / 1e6:,.1f} M tokens), {self.hours:.2g} h"
+        )
+
+
+def run_settings(
+    args: LongLoraSFTConfig,
+    schedule: Schedule,
+    stage: int,
+    *,
+    adapter: PeftConfig | None,
+    dtype: torch.dtype,
+    quantization: Literal["4bit", "8bit"] | None,
+) -> RunSettings:
+    """The planner's settings of a stage.
+
+    Args:
+        args: The trainer's.
+        schedule: The stages.
+        stage: Its number, from 0.
+        adapter: That is trained; `None` for all weights.
+        dtype: Of the base's weights.
+        quantization: Of the base.
+    """
+    attention = schedule.attention_config(stage)
+    return RunSettings(
+        adapter=adapter,
+        dtype="float32" if dtype == torch.float32 else "bfloat16",
+        quantization=quantization,
+        batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_checkpointing=args.gradient_checkpointing,
+        fused=bool(args.use_liger_kernel or args.compile_layers),
+        mlp_tile=args.mlp_tile,
+        selective_checkpointing=args.selective_checkpointing,
+        activation_offloading=args.activation_offloading,
+        group_size=attention.group_size,
+        sink_tokens=attention.sink_tokens,
+        sparse=schedule.sparse_by(stage),
+        dense_every=1 if schedule.is_dense(stage) else schedule.dense_each(stage),
+    )
+
+
+def plan_stages(
+    config: PreTrainedConfig,
+    args: LongLoraSFTConfig,
+    gpu: Gpu,
+    *,
+    adapter: PeftConfig | None,
+    dtype: torch.dtype,
+    quantization: Literal["4bit", "8bit"] | None = None,
+    gpus: int = 1,
+) -> tuple[RunPlan, list[StagePlan]]:
+    """What each stage of a run takes on a card, of a model of which only the config is read.
+
+    Args:
+        config: The model's.
+        args: The trainer's.
+        gpu: The card.
+        adapter, dtype, quantization: As for `run_settings`.
+        gpus: Cards, each with the model and sequences of its own.
+
+    Returns:
+        The plan of the last stage, whose notes are the run's, and the stages.
+
+    Raises:
+        ValueError: if it can't be planned.
+    """
+    args = copy.copy(args)
+    if isinstance(args.stages, str):
+        args.resolve_stages(Start.of("", config, adapter).known)
+    schedule = replace(args.schedule, native_window=base_window("", config, adapter))
+    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus
+    plans, stages = [], []
+    for number, stage in enumerate(schedule.stages):
+        settings = run_settings(args, schedule, number, adapter=adapter, dtype=dtype, quantization=quantization)
+        plans.append(plan_run(config, [stage.max_length], gpu=gpu, settings=settings))
+        stages.append(StagePlan(plans[-1].lengths[0], stage.max_steps, stage.max_steps * sequences))
+    return plans[-1], stages
