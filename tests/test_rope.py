@@ -36,6 +36,7 @@ from hf_longlora.rope import (
     scaled_rope,
     vllm_overrides,
     write_length,
+    write_rope,
 )
 
 from . import vllm_rules
@@ -762,3 +763,17 @@ def test_generation_goes_as_far_as_the_model():
         assert model.generation_config.max_length == expected
         apply_rope(model, base)
         assert model.generation_config.max_length == own
+
+
+@pytest.mark.parametrize(("theta", "original"), [(10_000.0, 4096), (500_000.0, 8192)])
+def test_longrope_s_long_factors_are_yarn_s_ramp(theta, original):
+    """At widths that people train; where few dimensions are kept, the ramp begins at the first."""
+    shape = {"hidden_size": 512, "num_attention_heads": 4, "max_position_embeddings": original}
+    config = LlamaConfig(**shape, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    longrope, yarn = scaled_rope(config, 8 * original, "longrope"), scaled_rope(config, 8 * original, "yarn")
+    plain = 1.0 / theta ** (torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    write_rope(config, yarn)
+    expected, _ = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    factors = torch.tensor(longrope.parameters["long_factor"], dtype=torch.float64)
+    assert factors[0] == 1.0 and factors[-1] == 8.0 and ((factors > 1) & (factors < 8)).sum() > 5
+    torch.testing.assert_close(plain / factors, expected.double(), rtol=1e-5, atol=0.0)

@@ -37,6 +37,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_longlora.rope import current_rope, scaled_rope
 from hf_longlora.tuner import LongLoraConfig, LongLoraModel, base_rope, register
+from hf_longlora.tuner.modules import is_projection
 
 from .helpers import LENGTH, TARGET, ids, llama, logits, perturbed
 
@@ -785,3 +786,20 @@ def test_a_tie_that_is_kept_is_no_warning_and_one_that_comes_apart_is():
     assert not [str(each.message) for each in said if "tie" in str(each.message)]
     with pytest.warns(UserWarning, match="a tied layer is part of the adapter"):
         get_peft_model(llama(True), LongLoraConfig(train_embeddings=False, modules_to_save=["lm_head"]))
+
+
+def test_projections_of_quantized_models_are_found_by_name():
+    """GPTQ's and AWQ's layers are no subclasses of nn.Linear."""
+
+    class WQLinear_GEMM(nn.Module):
+        in_features = 8
+
+    class Rotation(nn.Module):
+        in_features = 8
+
+    class LinearSchedule(nn.Module):
+        pass
+
+    found = [is_projection(each()) for each in (WQLinear_GEMM, Rotation, LinearSchedule)]
+    assert found == [True, False, False]
+    assert is_projection(nn.Linear(1, 1)) and not is_projection(nn.Embedding(1, 1))

@@ -426,12 +426,14 @@ def test_the_vocabulary_of_training_is_read_off_an_adapters_file(options, tmp_pa
 def test_rows_that_an_adapter_does_not_hold_are_told(tied, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     prefix, head = "base_model.model.model.embed_tokens", "base_model.model.lm_head.weight"
+    delta = "token_adapter.trainable_tokens_delta"
     # As PEFT saves them where it can't read the base's config, and so doesn't see that it was resized.
     for config, shapes, tokens, expected in (
         (LongLoraConfig(), {f"{prefix}.weight": (130, 32)}, 0, (130, tied)),
         (LongLoraConfig(), {f"{prefix}.weight": (130, 32), head: (130, 32)}, 0, (130, True)),
         (LongLoraConfig(embedding_rank=4), {f"{prefix}.lora_embedding_A": (4, 130)}, 0, (130, False)),
         (LongLoraConfig(trainable_token_indices=[128, 129]), {}, 129, (130, tied)),
+        (LongLoraConfig(trainable_token_indices=[128, 129]), {f"{prefix}.{delta}": (2, 32)}, 0, (130, tied)),
         (LongLoraConfig(trainable_token_indices={"embed_tokens": [129]}), {}, 0, (130, False)),
         (LongLoraConfig(train_embeddings=False), {}, 131, (131, False)),
         (LongLoraConfig(), {f"{prefix}.weight": (100, 32)}, 0, (100, True)),
