@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import datasets  # noqa: F401 (here, so that its log goes to none of a test's captured streams)
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
