@@ -444,6 +444,12 @@ def test_rows_that_an_adapter_does_not_hold_are_told(tied, caplog, monkeypatch):
         assert ("and lm_head" in caplog.text) == (not tied and "embed_tokens and" in caplog.text)
 
 
+def test_a_model_without_a_head_has_a_vocabulary_too():
+    stored = {"base_model.model.embed_tokens.weight": (130, 32)}
+    assert trained_vocabulary(llama().model, LongLoraConfig(), stored) == (130, True)
+    assert trained_vocabulary(torch.nn.Linear(1, 1), LongLoraConfig(), {}) is None
+
+
 @pytest.mark.parametrize("indices", [[5, 130], {"embed_tokens": [130]}])
 def test_tokens_beyond_the_base_are_no_damage(indices, tmp_path):
     config = LongLoraConfig(target_length=TARGET, trainable_token_indices=indices)
