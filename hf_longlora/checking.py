@@ -77,7 +77,7 @@ class ModelCheck:
     group_size: int | None = None
     sink_tokens: int = 0
     window: int | None = None
-    """Tokens in a window of a PoSE step; `None` if it can't have such steps."""
+    """Tokens in a window (`sparse="windows"` or "pose"); `None` if it can't be trained in any."""
     length: int | None = None
     rope: tuple[RopeScaling, RopeScaling] | None = None
     """Before and after; `None` without RoPE."""
@@ -156,7 +156,7 @@ def check_model(
         check_skipping(type(built), config)
         found.window = native
     except ValueError as error:
-        found.notes.append(f"No PoSE steps: {error}")
+        found.notes.append(f"No steps in windows: {error}")
     _put_adapter(built, found, wanted)
     _group_size(found, built.config, native, target_length, attention or S2AttentionConfig())
     _run(built, found)
@@ -334,8 +334,8 @@ def _run(model: PreTrainedModel, found: ModelCheck) -> None:
     if untold and found.window is not None:
         found.window = None
         found.notes.append(
-            f"No PoSE steps: {', '.join(sorted(untold))} doesn't get `cu_seq_lens_q`, and would take each skip inside "
-            'a window for the beginning of another document. Train it with sparse="s2".'
+            f"No steps in windows: {', '.join(sorted(untold))} doesn't get `cu_seq_lens_q`, and would not see where "
+            'they end. Train it with sparse="s2".'
         )
     found.layers = list(dict.fromkeys(calls))  # some models go through a layer more than once
     total = getattr(model.config.get_text_config(), "num_hidden_layers", None)
@@ -422,7 +422,7 @@ def _lines(found: ModelCheck) -> Iterator[str]:
         sinks = f" and the first {found.sink_tokens:,} of a document" if found.sink_tokens else ""
         yield f"groups      {found.group_size:,} tokens{sinks}, at {found.length:,}"
     if found.window is not None:
-        yield f"windows     {found.window:,} tokens in PoSE steps (sparse='pose')"
+        yield f"windows     {found.window:,} tokens (sparse='windows' or 'pose')"
     if found.targets:
         yield f"LoRA on     {', '.join(found.targets)}"
     if found.norms or found.embeddings:

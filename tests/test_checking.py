@@ -37,7 +37,7 @@ def test_it_says_what_happens(family):
     # As `tests/attention/test_skipping.py` finds them in a training step.
     skips = bool(known.rope_types) and family not in STATEFUL | UNTOLD
     assert found.window == (reach(config)[0] if skips else None)
-    assert any(note.startswith("No PoSE steps") for note in found.notes) != skips
+    assert any(note.startswith("No steps in windows") for note in found.notes) != skips
 
     tuned = get_peft_model(model, LongLoraConfig(target_length=target))
     trained = {n for n, p in tuned.named_parameters() if p.requires_grad}
@@ -65,7 +65,7 @@ def test_the_words():
         "2 of 2 layers sparse",
         "the last 1 of 2 key/value heads, with 2 of 4 query heads",
         "100 tokens and the first 4 of a document, at 2,048",
-        "windows     64 tokens in PoSE steps",
+        "windows     64 tokens (sparse=",
         "LoRA on     k_proj, o_proj, q_proj, v_proj",
         "5 norms",
         "1 embedding (model.embed_tokens)",

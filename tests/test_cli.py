@@ -79,7 +79,7 @@ def test_an_adapter_trained_in_windows_is_evaluated_densely(adapter, capsys):
     for options, columns in (([], ["dense"]), (["--group-size", "32"], ["dense", "as trained"])):
         assert main([*arguments, *options, "--output-dir", str(folder / "out"), "--device", "cpu"]) == 0
         assert list(json.loads((folder / "out" / "evaluation.json").read_text())["perplexity"]) == columns
-        said = "was trained by PoSE, in windows of 64 tokens: dense is as it was trained"
+        said = "was trained in windows of 64 tokens: dense is as it was trained"
         assert (said in " ".join(capsys.readouterr().out.split())) == (not options)
 
 
@@ -419,7 +419,7 @@ def test_trains_usage(run, capsys, monkeypatch):
     assert stopped.value.code == 0
     assert "accelerate launch -m hf_longlora train" in printed
     assert all(option in printed for option in ("--stages", "--train_norms", "--resume", "--learning_rate"))
-    assert "--sparse {s2,pose}" in printed
+    assert "--sparse {s2,windows,pose}" in printed
     assert main(["train", "--config", "missing.yaml"]) == 1
     monkeypatch.setenv("HF_LONGLORA_DEBUG", "1")
     with pytest.raises(FileNotFoundError):

@@ -210,14 +210,15 @@ def test_seconds_follow_the_pattern():
     assert of(backend="flash").seconds_dense > of(backend="cudnn").seconds_dense
 
 
-def test_pose_steps_are_planned_a_window_at_a_time():
+@pytest.mark.parametrize("sparse", ["windows", "pose"])
+def test_windows_are_planned_one_at_a_time(sparse):
     config = copy.copy(EIGHT_LAYERS)
     config.max_position_embeddings = 8192  # the window
 
     def of(length, **changes):
         return plan_run(config, [length], gpu="H200", **changes).lengths[0]
 
-    windows = {"sparse": "pose", "dense_every": 0}
+    windows = {"sparse": sparse, "dense_every": 0}
     short, long, longer = (of(length, **windows) for length in (8192, 32768, 131072))
     assert short.activations == long.activations == longer.activations == of(8192).activations
     assert short.gradients == of(8192).gradients  # at the peak there are none yet; of a window before, there are
@@ -227,16 +228,16 @@ def test_pose_steps_are_planned_a_window_at_a_time():
     assert longer.seconds == pytest.approx(16 * short.seconds, rel=0.03)
     assert of(32768, batch_size=2, **windows).seconds == pytest.approx(2 * long.seconds, rel=0.03)
     assert of(32768, batch_size=2, **windows).total == long.total
-    mixed = of(131072, sparse="pose")
+    mixed = of(131072, sparse=sparse)
     assert mixed.total == of(131072).total  # that of its dense steps
     assert mixed.seconds == pytest.approx((3 * longer.seconds + mixed.seconds_dense) / 4)
     assert mixed.seconds_dense == of(131072).seconds_dense
-    assert of(131072, sparse="pose", dense_every=1).seconds == mixed.seconds_dense
+    assert of(131072, sparse=sparse, dense_every=1).seconds == mixed.seconds_dense
     offloaded = of(131072, activation_offloading=True, **windows)
     assert offloaded.host == pytest.approx(5 * 8192 * 4096 * 2 / GIB)
 
     assert plan_run(config, [8192], gpu="H200", **windows).longest is None
-    mixed, plain = (plan_run(config, [8192], gpu="H200", sparse=sparse).longest for sparse in ("pose", "s2"))
+    mixed, plain = (plan_run(config, [8192], gpu="H200", sparse=kind).longest for kind in (sparse, "s2"))
     assert mixed == plain > 8192
     assert plan_run(LLAMA_8B, [8192], adapter=None, dtype="float32", **windows).longest == 0  # not even a window
 
@@ -297,7 +298,7 @@ def test_the_longest_is_the_last_that_fits(gpu):
         ({"sink_tokens": -1}, "sink_tokens"),
         ({"gpu": "A100-80GB", "backend": "cudnn"}, "no cudnn attention"),
         ({"dtype": "int8"}, "dtype"),
-        ({"sparse": "s3"}, "sparse must be s2 or pose"),
+        ({"sparse": "s3"}, "sparse must be s2, windows, pose"),
     ],
 )
 def test_what_can_not_be_planned(arguments, message):
@@ -404,7 +405,7 @@ def test_a_native_window_that_is_not_known_is_said():
     config = LlamaConfig(**SHAPE, num_key_value_heads=2, rope_parameters=linear)
     (note,) = plan_run(config, [1024], gpu="H200").notes
     assert note.startswith("Groups without a size or a ratio are a quarter of the length: the config doesn't say")
-    with pytest.raises(ValueError, match="PoSE steps can't be planned"):
+    with pytest.raises(ValueError, match="Steps in windows can't be planned"):
         plan_run(config, [1024], gpu="H200", sparse="pose")
     known = LongLoraConfig(base_length=SHAPE["max_position_embeddings"] // 4)
     assert plan_run(config, [1024], gpu="H200", adapter=known).notes == ()

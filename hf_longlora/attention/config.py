@@ -6,9 +6,13 @@ from typing import Literal, get_args
 
 from .kernels import KERNELS
 
-AttentionMode = Literal["auto", "s2", "dense", "pose"]
-"""`"auto"`: sparse in training, dense otherwise. `"s2"` and `"dense"`: always the one named. `"pose"`: dense, and in
-training the documents are those of `cu_seq_lens_q`, whose positions may skip (PoSE, arXiv 2309.10400)."""
+AttentionMode = Literal["auto", "s2", "dense", "windows"]
+"""`"auto"`: sparse in training, dense otherwise. `"s2"` and `"dense"`: always the one named. `"windows"`: dense, and
+in training the documents are those of `cu_seq_lens_q`, parts of texts whose positions begin anywhere and may skip."""
+
+Sparse = Literal["s2", "windows", "pose"]
+"""How training steps that aren't dense save attention: by its pattern; by windows of the base's native window, each a
+run of neighbouring tokens; or by such windows of two chunks (PoSE, arXiv 2309.10400)."""
 
 Shift = Literal["heads", "layers", "none", "all"]
 """Which groups are shifted: those of half of the heads, of every second layer, none, or all (the paper's Table 6)."""

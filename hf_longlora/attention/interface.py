@@ -91,7 +91,7 @@ def s2_attention_forward(
             "the model has generated (GRPO, RLOO) would score it by another attention than it was drawn by. Run it "
             'within s2_attention_mode(model, "dense").'
         )
-    skipping = training and state.mode == "pose"
+    skipping = training and state.mode == "windows"
     sparse = training or state.mode == "s2"
     if state.find_sequence is not None:
         refuse_sharded(module, alone, skipping)
@@ -118,7 +118,7 @@ def s2_attention_forward(
     refuse_sparse(module, kwargs)
     documents, sequence = _documents(module, query, attention_mask, state.find_sequence, kwargs)
     group_size = None
-    if sparse and state.mode not in ("dense", "pose"):
+    if sparse and state.mode not in ("dense", "windows"):
         native = state.native_window if state is not _DEFAULT else native_window(module.config)
         group_size = state.config.resolve_group_size(documents.longest, native)
     kernel = select_kernel(
@@ -188,15 +188,15 @@ def refuse_untold(
     name = type(module).__name__
     if not causal or not isinstance(mask, S2Mask):
         raise ValueError(
-            f"{name} is not causal or has a mask of its own, which knows nothing of the skips inside a window of a "
-            'PoSE step. Train it with sparse="s2".'
+            f"{name} is not causal or has a mask of its own, which knows nothing of windows and of skips inside "
+            'them. Train it with sparse="s2".'
         )
     needed = ("cu_seq_lens_q", "position_ids") if window else ("cu_seq_lens_q",)
     missing = [f"`{key}`" for key in needed if kwargs.get(key) is None]
     if missing:
         raise ValueError(
-            f"{name} doesn't get {' and '.join(missing)}: it would take each skip inside a window of a PoSE step "
-            'for the beginning of another document. Train it with sparse="s2".'
+            f"{name} doesn't get {' and '.join(missing)}: it would take each skip inside a window for the "
+            'beginning of another document, or not see where windows end. Train it with sparse="s2".'
         )
 
 

@@ -50,19 +50,19 @@ def check_supported(model_class: type[PreTrainedModel], config: PreTrainedConfig
 
 
 def check_skipping(model_class: type, config: PreTrainedConfig) -> None:
-    """Raise a `ValueError` if a model class can't be trained on positions that skip (PoSE), saying why."""
+    """Raise a `ValueError` if a model class can't be trained in windows, whose positions may skip."""
     if find_rope(config) is None:
         raise ValueError(
-            f"PoSE skips positions, and {model_class.__name__} has no RoPE that can be read. Train it with "
-            'sparse="s2".'
+            f"Windows keep the positions of their rows, and {model_class.__name__} has no RoPE that can be read. "
+            'Train it with sparse="s2".'
         )
     kinds = getattr(config.get_text_config(), "layer_types", None) or ()
     others = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if others or getattr(model_class, "_is_stateful", False):
         what = f"layers of type {', '.join(others)}" if others else "layers that carry a state from token to token"
         raise ValueError(
-            f"{model_class.__name__} has {what}, which can't tell where positions skip inside a window of a PoSE "
-            'step. Train it with sparse="s2".'
+            f"{model_class.__name__} has {what}, which can't tell where positions skip or windows end. Train it "
+            'with sparse="s2".'
         )
 
 
@@ -145,8 +145,8 @@ def get_s2_attention(model: nn.Module) -> S2State:
 def set_attention_mode(model: nn.Module, mode: AttentionMode) -> None:
     """Set when the layers of `model` are sparse: `"auto"` (in training), `"s2"` or `"dense"` (always).
 
-    `"pose"` is dense, for training on packed rows whose positions skip inside a document: `cu_seq_lens_q` says where
-    documents end, and has to reach each attention layer.
+    `"windows"` is dense, for training on packed rows of windows: `cu_seq_lens_q` says where they end, whatever the
+    positions, and has to reach each attention layer.
 
     Raises:
         ValueError: on another mode, a model that does not use `"s2attn"`, or one with layers that can't skip.
@@ -155,7 +155,7 @@ def set_attention_mode(model: nn.Module, mode: AttentionMode) -> None:
         raise ValueError(f"`mode` must be one of {get_args(AttentionMode)}, got {mode!r}.")
     get_s2_attention(model)
     inner = transformers_model(model)
-    if mode == "pose":
+    if mode == "windows":
         check_skipping(type(inner), inner.config)
     for _, module in attention_modules(inner):
         getattr(module, STATE).mode = mode  # usually one object; layers may have been given others

@@ -120,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"{options.model} doesn't say how it was trained: dense alone (--group-size measures groups beside it)")
         dense_only = True
     if not dense_only and options.group_size is None and (window := trained_window(model)) is not None:
-        print(f"{options.model} was trained by PoSE, in windows of {window:,} tokens: dense is as it was trained")
+        print(f"{options.model} was trained in windows of {window:,} tokens: dense is as it was trained")
         dense_only = True
     if dense_only:
         records = {"dense": perplexity_by_length(model, documents, options.lengths, options.stride, **windows)}

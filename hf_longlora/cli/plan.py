@@ -85,9 +85,9 @@ def add(commands: Any) -> None:
     plan.add_argument("--dense-every", type=int, default=4, metavar="K", help="each K-th step is dense; 0: none")
     plan.add_argument(
         "--sparse",
-        choices=("s2", "pose"),
+        choices=("s2", "windows", "pose"),
         default="s2",
-        help="the other steps: shifted sparse attention, or windows of the base's native window (PoSE)",
+        help="the other steps: shifted sparse attention, or windows of the base's native length (pose: of two chunks)",
     )
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.set_defaults(run=run, after_interruption="Nothing has been changed.")

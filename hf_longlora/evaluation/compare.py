@@ -30,7 +30,7 @@ def compare_attention(
 ) -> dict[str, list[dict[str, Any]]]:
     """Perplexity by length with dense attention and with the pattern of training (the two columns of Table 6).
 
-    A model trained by PoSE (arXiv 2309.10400) was trained with dense attention, within its windows: the first alone.
+    A model trained in windows (`sparse="windows"` or "pose") saw dense attention, within them: the first alone.
 
     Logs a warning where dense is worse: the model has learned to do without the distances that dense attention shows
     it, and some dense steps in training (`dense_every`) would have kept it from that. The model's own attention is
@@ -98,7 +98,7 @@ def trained_attention(model: Any) -> S2AttentionConfig | None:
 
 
 def trained_window(model: Any) -> int | None:
-    """Tokens in a window of PoSE, if a model's active LONGLORA adapter ended its training with such."""
+    """Tokens in a window, if a model's active LONGLORA adapter ended its training in such."""
     config = _trained(model)
     return None if config is None else (config.schedule.get("windows") or [None])[-1]
 

@@ -25,6 +25,7 @@ MARK = "<!-- Written by hf_longlora, and written anew when more is known. Withou
 EVALUATION_NAME = "evaluation.json"
 RETRIEVAL = {"passkey": "Passkeys found", "needles": "Passkeys found among several"}
 PLOT_NAME = "perplexity.png"
+WINDOWED = {"windows": "dense in windows", "pose": "PoSE"}
 
 
 def adapter_card(
@@ -86,7 +87,7 @@ def adapter_card(
         about=about.strip(),
         summary=_summary(config, base_model),
         schedule=_schedule(config.schedule),
-        pose=any(_windows(config.schedule)),
+        pose="pose" in _kinds(config.schedule),
         perplexity=[_perplexity(text, records) for text, records in perplexity.items()],
         plot=f"![Perplexity by context length]({plot})" if plot else "",
         retrieval="\n\n".join(_retrieval(kind, records) for kind, records in found.items()),
@@ -260,26 +261,39 @@ def _schedule(schedule: Mapping[str, Any] | None) -> str:
     for number, (stage, group_size, sink_tokens, window) in enumerate(stages, start=1):
         every = schedule["dense_every"] if stage["dense_every"] is None else stage["dense_every"]
         if window is not None:
-            cells = ("PoSE", f"windows of {window:,}", "-", str(every or "never"))
+            kind, size = window
+            cells = (WINDOWED[kind], f"windows of {size:,}", "-", str(every or "never"))
         elif stage["attention"] == "dense" or group_size >= stage["max_length"]:
             cells = ("dense", "-", "-", "-")
         else:
             cells = ("shifted sparse", f"{group_size:,}", f"{sink_tokens:,}", str(every or "never"))
         lines.append(f"| {number} | {stage['max_length']:,} | {stage['max_steps']} | {' | '.join(cells)} |")
-    if any(windows):
+    if kinds := _kinds(schedule):
         lines += [
             "",
-            "PoSE ([arXiv 2309.10400](https://arxiv.org/abs/2309.10400)): steps that aren't dense train on windows of "
-            "the length that the base was trained at, each of two chunks of a document at their positions there. "
-            "Attention within a window is dense.",
+            "Steps in windows, where they aren't dense: attention is dense within windows of the length that the base "
+            "was trained at, which are of several rows and keep their tokens' positions.",
         ]
+    if "pose" in kinds:
+        lines[-1] += (
+            " In PoSE ([arXiv 2309.10400](https://arxiv.org/abs/2309.10400)) each is two chunks of a document."
+        )
     return "\n".join(lines)
 
 
-def _windows(schedule: Mapping[str, Any] | None) -> list[int | None]:
-    """Of each stage, tokens in a window of its PoSE steps; `None` where there are none."""
-    stages = schedule["stages"] if schedule else ()
-    return (schedule or {}).get("windows") or [None] * len(stages)
+def _windows(schedule: Mapping[str, Any]) -> list[tuple[str, int] | None]:
+    """Of each stage with steps in windows, how these are cut and the tokens in one; `None` for others."""
+    stages = schedule["stages"]
+    sizes = schedule.get("windows") or [None] * len(stages)
+    return [
+        None if size is None else (stage.get("sparse") or schedule["sparse"], size)
+        for stage, size in zip(stages, sizes, strict=True)
+    ]
+
+
+def _kinds(schedule: Mapping[str, Any] | None) -> set[str]:
+    """How the windows of a run were cut, if there were any."""
+    return {window[0] for window in _windows(schedule) if window is not None} if schedule else set()
 
 
 def _perplexity(text: str, records: Mapping[str, Records]) -> str:

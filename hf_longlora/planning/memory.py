@@ -115,7 +115,7 @@ def fits(total: float, gpu: Gpu) -> bool:
 
 
 def in_windows(shape: Shape, settings: RunSettings, length: int) -> tuple[RunSettings, int]:
-    """A PoSE step over sequences of `length` tokens, as the forwards of a window that it runs one after the other.
+    """A step in windows over sequences of `length` tokens, as forwards of a window, one after the other.
 
     It does in a run that has no dense steps.
     """
@@ -128,7 +128,7 @@ def in_windows(shape: Shape, settings: RunSettings, length: int) -> tuple[RunSet
 
 def largest_step(shape: Shape, settings: RunSettings, length: int) -> tuple[RunSettings, int]:
     """Settings and length of the step that takes the most memory of a run over sequences of `length` tokens."""
-    return in_windows(shape, settings, length) if settings.sparse == "pose" else (settings, length)
+    return in_windows(shape, settings, length) if settings.sparse != "s2" else (settings, length)
 
 
 def longest(shape: Shape, settings: RunSettings, gpu: Gpu) -> int | None:

@@ -55,7 +55,7 @@ class RunPlan:
     trainable: int
     lengths: tuple[LengthPlan, ...]
     longest: int | None
-    """`None` where length takes no memory: of PoSE without dense steps."""
+    """`None` where length takes no memory: of windows without dense steps."""
     notes: tuple[str, ...]
     """What makes it less certain than it looks."""
 
@@ -97,8 +97,8 @@ def plan_run(
     else:
         name, config = model.name_or_path or model.model_type, model
     shape = Shape.of(config, settings)
-    if shape.native_window is None and settings.sparse == "pose":
-        raise ValueError(f"PoSE steps can't be planned: {UNKNOWN}")
+    if shape.native_window is None and settings.sparse != "s2":
+        raise ValueError(f"Steps in windows can't be planned: {UNKNOWN}")
     rows = tuple(_plan_length(shape, settings, card, length) for length in lengths)
     return RunPlan(
         model=name,
@@ -133,14 +133,14 @@ def _group(shape: Shape, settings: RunSettings, length: int) -> int:
 
 def _dense_lengths(shape: Shape, settings: RunSettings, lengths: Sequence[int]) -> list[str]:
     """Of the lengths that groups hold whole, what to say of the longest."""
-    if settings.sparse == "pose":
+    if settings.sparse != "s2":
         return []
     said = (dense_by_size(_group(shape, settings, length), length) for length in sorted(lengths, reverse=True))
     return [words for words in said if words is not None][:1]
 
 
-def _pose_seconds(shape: Shape, settings: RunSettings, gpu: Gpu, length: int, host: float) -> float:
-    """A PoSE step; `host` is the bytes that offloading moves of a whole sequence."""
+def _window_seconds(shape: Shape, settings: RunSettings, gpu: Gpu, length: int, host: float) -> float:
+    """A step in windows; `host` is the bytes that offloading moves of a whole sequence."""
     own, window = in_windows(shape, settings, length)
     if window < length:
         _, host = bytes_at_peak(shape, own, window)
@@ -154,8 +154,8 @@ def _plan_length(shape: Shape, settings: RunSettings, gpu: Gpu, length: int) -> 
     total = sum(parts.values())
     _, whole = bytes_at_peak(shape, settings, length)
     dense = step_seconds(shape, settings, gpu, length, None, whole)
-    if settings.sparse == "pose":
-        sparse = _pose_seconds(shape, settings, gpu, length, whole)
+    if settings.sparse != "s2":
+        sparse = _window_seconds(shape, settings, gpu, length, whole)
     else:
         sparse = step_seconds(shape, settings, gpu, length, _group(shape, settings, length), whole)
     every = settings.dense_every

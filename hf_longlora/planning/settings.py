@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from peft import PeftConfig
 
-from ..attention.config import S2AttentionConfig, check_group_size, check_group_size_ratio, check_sink_tokens
+from ..attention.config import S2AttentionConfig, Sparse, check_group_size, check_group_size_ratio, check_sink_tokens
 from .gpus import Backend
 
 
@@ -30,7 +30,7 @@ class RunSettings:
         chunked_loss: Whether the loss is computed by tiles (TRL >= 1.16 does) and never has all logits.
         group_size, group_size_ratio, sink_tokens, dense_every: As the trainer's; by default groups are of the base's
             native window.
-        sparse: As the trainer's: "s2", or "pose" for windows of the base's native window.
+        sparse: As the trainer's: "s2", or "windows" or "pose" for windows of the base's native window.
         backend: Of attention; default the card's fastest.
     """
 
@@ -49,7 +49,7 @@ class RunSettings:
     group_size_ratio: float | None = None
     sink_tokens: int = S2AttentionConfig.sink_tokens
     dense_every: int = 4
-    sparse: Literal["s2", "pose"] = "s2"
+    sparse: Sparse = "s2"
     backend: Backend | None = None
 
     def __post_init__(self) -> None:
@@ -68,8 +68,8 @@ class RunSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dense_every < 0:
             raise ValueError(f"dense_every must be at least 0, got {self.dense_every}")
-        if self.sparse not in ("s2", "pose"):
-            raise ValueError(f"sparse must be s2 or pose, got {self.sparse!r}")
+        if self.sparse not in get_args(Sparse):
+            raise ValueError(f"sparse must be {', '.join(get_args(Sparse))}, got {self.sparse!r}")
         check_group_size(self.group_size)
         check_group_size_ratio(self.group_size_ratio)
         check_sink_tokens(self.sink_tokens)

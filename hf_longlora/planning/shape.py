@@ -52,7 +52,7 @@ class Shape:
     """Entries of matrices that get gradients themselves; 0 with an adapter."""
     native_window: int | None
     adds_up: bool
-    """Whether the windows of a PoSE step run one after the other, as the trainer has it."""
+    """Whether the windows of a step run one after the other, as the trainer has it."""
     """Tokens that the base was trained at before any scaling."""
     windows: tuple[int | None, ...]
     """Of each layer with softmax attention: its window; `None` for all tokens."""
@@ -66,7 +66,7 @@ class Shape:
         except (ValueError, KeyError) as error:
             raise ValueError(f"a {config.model_type} is no causal language model: {error}") from error
         set_s2_attention(base)  # raises on what would not be trained
-        if settings.sparse == "pose":
+        if settings.sparse != "s2":
             check_skipping(type(base), config)
         layers, hidden = text.num_hidden_layers, text.hidden_size
         heads = text.num_attention_heads

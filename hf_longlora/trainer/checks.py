@@ -36,7 +36,7 @@ from .stages import ContextStage, Schedule
 logger = logging.get_logger(__name__)
 
 ANSWERS = (
-    "In PoSE steps most of a document stands in other windows than its end: answers, which alone are learned here "
+    "In windows most of a document stands elsewhere than its end: answers, which alone are learned here "
     '(completion_only_loss, assistant_only_loss, labels of -100), would lose what they answer. Set sparse="s2", or '
     "learn all tokens (completion_only_loss=False)."
 )
@@ -249,7 +249,7 @@ def checked_config(model: Any, args: LongLoraSFTConfig) -> tuple[PreTrainedConfi
     return config, model_class
 
 
-def check_pose(
+def check_windows(
     args: LongLoraSFTConfig,
     schedule: Schedule,
     config: PreTrainedConfig,
@@ -257,7 +257,7 @@ def check_pose(
     columns: Collection[str],
     own_collator: bool,
 ) -> None:
-    """Refuse PoSE steps of what can't be cut into windows.
+    """Refuse steps in windows of what can't be cut into any.
 
     Args:
         args: The trainer's.
@@ -267,7 +267,7 @@ def check_pose(
         columns: The training dataset's.
         own_collator: Whether the trainer is given a collator.
     """
-    if not any(schedule.has_pose(number) for number in range(len(schedule.stages))):
+    if not any(schedule.has_windows(number) for number in range(len(schedule.stages))):
         return
     if schedule.native_window is None:  # of a linear RoPE that may be read in two ways: windows would be of either
         only_reading(config, current_rope(config))
@@ -279,14 +279,14 @@ def check_pose(
     if completions or args.assistant_only_loss:
         raise ValueError(ANSWERS)
     if own_collator:
-        raise ValueError("PoSE cuts windows where examples are collated: leave out `data_collator`, or sparse='pose'.")
+        raise ValueError('Windows are collated as they are: leave out `data_collator`, or set sparse="s2".')
     accelerator: Any = args.accelerator_config
     if accelerator.dispatch_batches and args.world_size > 1:
-        raise ValueError("`dispatch_batches` would tear the windows of PoSE steps apart; leave it out.")
+        raise ValueError("`dispatch_batches` would tear windows apart; leave it out.")
 
 
 def check_unmasked(view: Dataset) -> None:
-    """Refuse PoSE steps on a prepared dataset whose labels leave out tokens."""
+    """Refuse steps in windows on a prepared dataset whose labels leave out tokens."""
     labels = view.with_format("arrow")[:]["labels"]
     if any(pc.any(pc.equal(chunk.flatten(), -100)).as_py() for chunk in labels.chunks):
         raise ValueError(ANSWERS)

@@ -32,8 +32,9 @@ class LongLoraSFTConfig(SFTConfig):
             "auto" (a quarter of the target first) or "doubling", which the trainer turns into stages from the model's
             length to `max_length`, of `max_steps` in all.
         dense_every: Each how many optimizer steps one runs with dense attention; 0: none.
-        sparse: What the other steps are: "s2", shifted sparse attention over whole rows; "pose", dense attention over
-            windows of the length that the base was trained at, two chunks of a row each, at their true positions.
+        sparse: What the other steps are: "s2", shifted sparse attention over whole rows; "windows", dense attention
+            over windows of the length that the base was trained at, of several rows, at their true positions; "pose",
+            the same, each window two chunks of a document (PoSE).
         group_size: Tokens in a group of shifted sparse attention.
         group_size_ratio: Group size as a share of the stage's `max_length`, where `group_size` is not given. With
             neither, a group is the length that the base was trained at before any scaling, and a quarter of
@@ -66,8 +67,9 @@ class LongLoraSFTConfig(SFTConfig):
     sparse: Sparse = field(
         default="s2",
         metadata={
-            "help": "What the steps are that aren't dense: s2 (shifted sparse attention) or pose (dense attention "
-            "over windows of the length that the base was trained at, at their true positions; plain text alone).",
+            "help": "What the steps are that aren't dense: s2 (shifted sparse attention), windows (dense attention "
+            "over windows of the length that the base was trained at, at their true positions) or pose (such windows "
+            "of two chunks each); windows of both kinds are for plain text alone.",
         },
     )
     group_size: int | None = field(
@@ -168,7 +170,7 @@ class LongLoraSFTConfig(SFTConfig):
 
     @property
     def order_seed(self) -> int:
-        """What the data's order is drawn by, and the windows of PoSE steps."""
+        """What the data's order is drawn by, and the windows of PoSE."""
         return self.seed if self.data_seed is None else self.data_seed
 
     @property

@@ -130,8 +130,10 @@ def _stage_row(
     stage = schedule.stages[number]
     entries = [entry for entry in logged if entry["stage"] == number + 1]
     every, dense = schedule.dense_each(number), schedule.is_dense(number)
-    sparse = "sparse" if schedule.sparse_by(number) == "s2" else f"PoSE in windows of {schedule.native_window:,}"
-    attention = None if dense or sparse != "sparse" else schedule.attention_config(number)
+    kind = schedule.sparse_by(number)
+    sparse = {"s2": "sparse", "windows": "windows of {:,}", "pose": "PoSE in windows of {:,}"}[kind]
+    sparse = sparse.format(schedule.native_window)
+    attention = None if dense or kind != "s2" else schedule.attention_config(number)
     before = sum(earlier.max_steps for earlier in schedule.stages[:number])
     done = entries[-1]["step"] - before if entries else 0
     row = [

@@ -49,11 +49,11 @@ from .checks import (
     check_attention,
     check_dataset,
     check_lengths,
-    check_pose,
     check_replicas,
     check_saving,
     check_trainable,
     check_unmasked,
+    check_windows,
     checked_config,
     say_data,
     stage_ropes,
@@ -62,10 +62,10 @@ from .config import LongLoraSFTConfig
 from .data import StageData, describe, longest_document, order, with_length
 from .identity import adapter_settings, data_fingerprint, optimizer_settings, weights_fingerprint
 from .layers import compiled_layers, tile_mlps
-from .pose import FILLER, SEED, PoseCollator, Served, filler, piece, pieces
 from .report import write_report
 from .stages import Schedule, StepPlan
 from .trouble import beginnings, diverged, has_diverged, out_of_memory, peak_memory
+from .windows import FILLER, Served, WindowCollator, filler, piece, pieces
 
 logger = logging.get_logger(__name__)
 
@@ -139,7 +139,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         check_adapter(model, peft_config, self.schedule)
         check_trainable(model, peft_config)
         columns, own_collator = train_dataset.column_names, kwargs.get("data_collator") is not None
-        check_pose(args, self.schedule, config, model_class, columns, own_collator)
+        check_windows(args, self.schedule, config, model_class, columns, own_collator)
         self._start, self._ropes = start, stage_ropes(start, self.schedule)
         self._stage_callback = ContextStageCallback(self.schedule, self._ropes)
         if isinstance(model, str):
@@ -163,8 +163,8 @@ class LongLoraSFTTrainer(SFTTrainer):
             **kwargs,
         )
         check_replicas(args)
-        if self._any_pose:
-            self.data_collator = PoseCollator(self.data_collator, self._window)
+        if self._any_windows:
+            self.data_collator = WindowCollator(self.data_collator)
         self._data = describe(train_dataset, args)
         self._last_log: tuple[float, int] | None = None
         self._last_batch: dict[str, Any] = {}
@@ -225,7 +225,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             seen = StageData.of(tokenized, view, stage.max_length, strategy, masked, wanted)
             self._stage_data.append(seen)
             longest.append(longest_document(view) if seen.used else 0)
-            if self.schedule.has_pose(number - 1):
+            if self.schedule.has_windows(number - 1):
                 check_unmasked(view)
             if len(view) > 0:
                 shuffle = args.train_sampling_strategy != "sequential"
@@ -236,24 +236,18 @@ class LongLoraSFTTrainer(SFTTrainer):
         return concatenate_datasets(served)
 
     @property
-    def _any_pose(self) -> bool:
-        """Whether there are PoSE steps."""
-        return any(self.schedule.has_pose(stage) for stage in range(len(self.schedule.stages)))
+    def _any_windows(self) -> bool:
+        """Whether there are steps in windows."""
+        return any(self.schedule.has_windows(stage) for stage in range(len(self.schedule.stages)))
 
     @property
     def _window(self) -> int:
-        """Tokens in a window of a PoSE step."""
+        """Tokens in a window of such a step."""
         assert self.schedule.native_window is not None
         return self.schedule.native_window
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
-        if SEED not in columns:
-            columns.append(SEED)
-
     def _get_dataloader(self, **kwargs: Any) -> DataLoader:  # type: ignore[override]  # Trainer calls it by names
-        if kwargs.get("is_training") and self._any_pose:
+        if kwargs.get("is_training") and self._any_windows:
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             rows = self._remove_unused_columns(kwargs["dataset"], description="training")
             kwargs["dataset"] = Served(rows, self.args.order_seed, self.schedule, batch)
@@ -343,7 +337,7 @@ class LongLoraSFTTrainer(SFTTrainer):
     def _in_pieces(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """TRL's step; in a stage that has PoSE steps alone a part after the other, each of up to a window's tokens.
+        """TRL's step; in a stage without dense steps windows come one after the other, short ones together.
 
         The loss is a sum over tokens, and no token sees another window: losses and gradients of the parts add up to
         the whole's, and activations are those of one part. Where dense steps have room for the whole, nothing is
@@ -351,7 +345,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         """
         step = super().training_step
         plan = self.schedule.step(self.state.global_step)
-        alone = plan.mode == "pose" and self.schedule.dense_each(plan.stage) == 0
+        alone = plan.mode == "windows" and self.schedule.dense_each(plan.stage) == 0
         if not alone or num_items_in_batch is None or not self._adds_up:
             return step(model, inputs, num_items_in_batch, *args, **kwargs)
         ends = inputs["cu_seq_lens_q"].tolist()
@@ -375,7 +369,7 @@ class LongLoraSFTTrainer(SFTTrainer):
 
     @property
     def _adds_up(self) -> bool:
-        """Whether the parts of a PoSE step may run one after the other.
+        """Whether the parts of a step in windows may run one after the other.
 
         Not where a forward of one process waits for the others' (weights that are sharded), where the loss is no sum
         over tokens (a balance of experts, a loss of the user's), and where RoPE goes by the longest position of a
@@ -476,7 +470,9 @@ class LongLoraSFTTrainer(SFTTrainer):
         logs["peak_memory_gib"] = peak_memory(self.args.device)
         super().log(logs, start_time)
         last: dict[str, Any] = self.state.log_history[-1]
-        last["attention"] = "s2attn" if plan.mode == "auto" else plan.mode
+        last["attention"] = {"auto": "s2attn", "windows": self.schedule.sparse_by(plan.stage)}.get(
+            plan.mode, plan.mode
+        )
         self._check_losses()
 
     # ----------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from ..attention.config import (
     AttentionMode,
     S2AttentionConfig,
+    Sparse,
     check_group_size,
     check_group_size_ratio,
     check_sink_tokens,
@@ -17,8 +18,6 @@ from ..attention.config import (
 from ..rope import AUTO
 
 StageAttention = Literal["s2attn", "dense"]
-Sparse = Literal["s2", "pose"]
-"""How the steps that aren't dense save attention: by its pattern, or by windows of a row's tokens (PoSE)."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,11 @@ class ContextStage:
         dense_every: Each how many optimizer steps one runs with dense attention; 0: none. `None`: as the trainer's
             configuration says.
         attention: "s2attn" or "dense" for the whole stage.
-        sparse: What the steps are that aren't dense. "s2": shifted sparse attention over whole rows. "pose": dense
-            attention over windows of the length that the base was trained at before any scaling, two chunks of a row
-            each, at their true positions (PoSE, arXiv 2309.10400); a row that is no longer stays whole. `None`: as
-            the trainer's configuration says.
+        sparse: What the steps are that aren't dense. "s2": shifted sparse attention over whole rows.
+            "windows": dense attention over windows of the length that the base was trained at before any scaling,
+            each a run of neighbouring tokens of a document at their true positions; a step's are of several rows.
+            "pose": the same, each window two chunks of a document (PoSE, arXiv 2309.10400). A document that is no
+            longer stays whole. `None`: as the trainer's configuration says.
 
     Raises:
         ValueError: on a value outside its range.
@@ -84,8 +84,10 @@ class ContextStage:
                 )
         of_groups = ("group_size", "group_size_ratio", "sink_tokens")
         given = [name for name in of_groups if getattr(self, name) is not None]
-        if self.sparse == "pose" and given:
-            raise ValueError(f"A stage with sparse='pose' has windows and no groups: leave out {' and '.join(given)}.")
+        if self.sparse not in (None, "s2") and given:
+            raise ValueError(
+                f"A stage with sparse={self.sparse!r} has windows and no groups: leave out {' and '.join(given)}."
+            )
 
     @classmethod
     def of(cls, value: "ContextStage | Mapping[str, Any]") -> "ContextStage":
@@ -132,7 +134,7 @@ class StepPlan:
     Args:
         stage: Index of its stage, from 0.
         last_of_stage: Whether its stage ends with it.
-        mode: "auto" (shifted sparse attention in training), "pose" or "dense".
+        mode: "auto" (shifted sparse attention in training), "windows" or "dense".
     """
 
     stage: int
@@ -176,7 +178,7 @@ class Schedule:
         index = bisect_right(ends, global_step)
         every = self.dense_each(index)
         dense = self.is_dense(index) or (every > 0 and (global_step + 1) % every == 0)
-        sparse: AttentionMode = "pose" if self.sparse_by(index) == "pose" else "auto"
+        sparse: AttentionMode = "auto" if self.sparse_by(index) == "s2" else "windows"
         return StepPlan(index, global_step + 1 == ends[index], "dense" if dense else sparse)
 
     def dense_each(self, stage: int) -> int:
@@ -193,15 +195,15 @@ class Schedule:
         own = self.stages[stage]
         if own.attention == "dense":
             return True
-        if self.sparse_by(stage) == "pose":
+        if self.sparse_by(stage) != "s2":
             return self.native_window is not None and own.max_length <= self.native_window
         group_size = self.attention_config(stage).group_size
         assert group_size is not None
         return dense_by_size(group_size, own.max_length) is not None
 
-    def has_pose(self, stage: int) -> bool:
-        """Whether there are PoSE steps in a stage."""
-        return self.sparse_by(stage) == "pose" and not self.is_dense(stage) and self.dense_each(stage) != 1
+    def has_windows(self, stage: int) -> bool:
+        """Whether there are steps in windows in a stage."""
+        return self.sparse_by(stage) != "s2" and not self.is_dense(stage) and self.dense_each(stage) != 1
 
     def attention_config(self, stage: int) -> S2AttentionConfig:
         """Attention of a stage, its group size resolved for the stage's `max_length`."""
@@ -224,7 +226,7 @@ class Schedule:
             "sparse": self.sparse,
             "group_sizes": [self.attention_config(i).group_size for i in range(len(self.stages))],
             "sink_tokens": [self.attention_config(i).sink_tokens for i in range(len(self.stages))],
-            "windows": [self.native_window if self.has_pose(i) else None for i in range(len(self.stages))],
+            "windows": [self.native_window if self.has_windows(i) else None for i in range(len(self.stages))],
         }
 
     @classmethod
@@ -236,7 +238,7 @@ class Schedule:
         values = stored_schedule(values)
         stages = [ContextStage.of(stage) for stage in values["stages"]]
         for number, (size, sinks) in enumerate(zip(values["group_sizes"], values["sink_tokens"], strict=True)):
-            if stages[number].sparse != "pose":
+            if stages[number].sparse in (None, "s2"):
                 stages[number] = replace(stages[number], group_size=size, sink_tokens=sinks)
         attention, window = S2AttentionConfig(**values["attention"]), values["native_window"]
         return cls(tuple(stages), attention, values["dense_every"], window, values["sparse"])

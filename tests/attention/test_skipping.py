@@ -1,4 +1,4 @@
-"""Mode "pose": documents whose positions skip, in models of transformers."""
+"""Mode "windows": documents whose positions skip, in models of transformers."""
 
 import copy
 from itertools import pairwise
@@ -65,7 +65,7 @@ def test_a_skip_is_no_boundary(family, documents):
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     set_s2_attention(model, S2AttentionConfig(group_size=8, kernel="reference"))
-    set_attention_mode(model, "pose")
+    set_attention_mode(model, "windows")
     inputs = packed([LENGTHS[i] for i in documents], [POSITIONS[i] for i in documents])
     if family in UNTOLD:
         with pytest.raises(ValueError, match="doesn't get `cu_seq_lens_q`"):
@@ -86,23 +86,23 @@ def test_a_family_by_itself_would_hide_what_is_before_a_skip(tiny_llama):
     model = tiny_llama().train()
     set_s2_attention(model, S2AttentionConfig(group_size=8))
     inputs = packed(LENGTHS[:1], POSITIONS[:1])
-    with s2_attention_mode(model, "pose"):
+    with s2_attention_mode(model, "windows"):
         expected = model(**inputs).logits
     lost = {key: value for key, value in inputs.items() if "cu_seq" not in key}
     with s2_attention_mode(model, "dense"):
         assert not torch.allclose(model(**lost).logits[:, 15:], expected[:, 15:], atol=1e-3)
     with (
-        s2_attention_mode(model, "pose"),
+        s2_attention_mode(model, "windows"),
         pytest.raises(ValueError, match="LlamaAttention doesn't get `cu_seq_lens_q`"),
     ):
         model(**lost)
-    with torch.no_grad(), s2_attention_mode(model, "pose"):  # in evaluation it is the dense mode
+    with torch.no_grad(), s2_attention_mode(model, "windows"):  # in evaluation it is the dense mode
         plain = {"input_ids": inputs["input_ids"], "use_cache": False}
         assert torch.equal(model.eval()(**plain).logits, get_dense(model, plain))
 
 
 def get_dense(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    assert get_s2_attention(model).mode == "pose"
+    assert get_s2_attention(model).mode == "windows"
     with s2_attention_mode(model, "dense"):
         return model(**inputs).logits
 
@@ -113,10 +113,10 @@ def test_a_layer_with_a_window_needs_positions():
     hook = model.model.layers[0].self_attn.register_forward_pre_hook(
         lambda module, args, kwargs: (args, kwargs | {"position_ids": None}), with_kwargs=True
     )
-    with s2_attention_mode(model, "pose"), pytest.raises(ValueError, match="doesn't get `position_ids`"):
+    with s2_attention_mode(model, "windows"), pytest.raises(ValueError, match="doesn't get `position_ids`"):
         model(**packed(LENGTHS, POSITIONS))
     hook.remove()
-    with s2_attention_mode(model, "pose"), pytest.raises(ValueError, match="mask of its own"):
+    with s2_attention_mode(model, "windows"), pytest.raises(ValueError, match="mask of its own"):
         mask = torch.zeros(1, 1, sum(LENGTHS), sum(LENGTHS))
         masks = {"full_attention": mask, "sliding_attention": mask}
         model(**packed(LENGTHS, POSITIONS) | {"attention_mask": masks})
@@ -127,5 +127,5 @@ def test_layers_that_can_not_tell_are_refused(family):
     model = build(family)
     set_s2_attention(model, S2AttentionConfig(group_size=8))
     with pytest.raises(ValueError, match="can't tell where positions skip"):
-        set_attention_mode(model, "pose")
+        set_attention_mode(model, "windows")
     assert get_s2_attention(model).mode == "auto"

@@ -157,7 +157,7 @@ def refusals(group: dist.ProcessGroup) -> list[str]:
     for config, change in (
         (MistralConfig(**TINY, sliding_window=16), None),
         (Qwen3Config(**TINY, use_sliding_window=True, sliding_window=16, max_window_layers=1), None),
-        (LlamaConfig(**TINY), "pose"),
+        (LlamaConfig(**TINY), "windows"),
         (LlamaConfig(**TINY), "positions"),
         (LlamaConfig(**TINY), "rows"),
     ):
@@ -165,8 +165,8 @@ def refusals(group: dist.ProcessGroup) -> list[str]:
         batch = {key: x for key, x in batch_of(16).items() if key != "labels"}
         try:
             shard_sequences(model, group)
-            if change == "pose":
-                set_attention_mode(model, "pose")
+            if change == "windows":
+                set_attention_mode(model, "windows")
             if change == "positions" and dist.get_rank(group) == 1:
                 del batch["position_ids"]
             if change == "rows" and dist.get_rank(group) == 1:

@@ -78,7 +78,7 @@ def test_which_stages_and_steps_are_pose():
     )
     plan = Schedule(stages, S2AttentionConfig(group_size=16), dense_every=2, native_window=64, sparse="pose")
     assert [plan.sparse_by(i) for i in range(5)] == ["pose"] * 4 + ["s2"]
-    assert [plan.has_pose(i) for i in range(5)] == [False, True, False, False, False]
+    assert [plan.has_windows(i) for i in range(5)] == [False, True, False, False, False]
     assert [plan.is_dense(i) for i in range(5)] == [True, False, False, True, False]
     modes = ["dense", "dense", "pose", "dense", *["dense"] * 4, "auto", "dense"]
     assert [plan.step(i).mode for i in range(10)] == modes
@@ -164,7 +164,7 @@ def test_stages_come_through_a_yaml_file(tmp_path):
     (args,) = TrlParser(LongLoraSFTConfig).parse_args_and_config(["--config", str(file), "--learning_rate", "1e-3"])
     assert args.stages == [ContextStage(64, 3, sparse="s2"), ContextStage(128, 4, rope_type="yarn")]
     assert args.dense_every == 4 and args.learning_rate == 1e-3
-    assert [args.schedule.step(step).mode for step in range(7)] == ["auto"] * 3 + ["dense"] + ["pose"] * 3
+    assert [args.schedule.step(step).mode for step in range(7)] == ["auto"] * 3 + ["dense"] + ["windows"] * 3
     with pytest.raises(ValueError, match="`sparse` must be one of"):
         LongLoraSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, stages=args.stages, sparse="dense")
 

@@ -1,15 +1,16 @@
-"""PoSE steps: windows of a stage's rows."""
+"""Steps in windows of a stage's rows."""
 
 import copy
 import json
 import pickle
 import random
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -18,9 +19,10 @@ from hf_longlora import ContextStage, LongLoraSFTTrainer, S2AttentionConfig
 from hf_longlora.attention import interface
 from hf_longlora.attention.reference import reference_kernel
 from hf_longlora.evaluation import compare_attention
-from hf_longlora.trainer.pose import SEED, PoseCollator, Served, piece, pieces, windows
+from hf_longlora.hub.card import WINDOWED
 from hf_longlora.trainer.report import write_report
 from hf_longlora.trainer.stages import Schedule
+from hf_longlora.trainer.windows import Served, WindowCollator, cut, piece, pieces, slots
 
 from ..test_families import build
 from .helpers import STAGES, TEXT, Spy, Stop, texts, weights
@@ -32,84 +34,202 @@ WINDOW = 64  # what the tiny Llama is trained at
 # Windows
 
 
-@given(st.integers(1, 400), st.integers(1, 70), st.integers())
-def test_windows_use_each_token_once(length, size, seed):
-    found = windows(length, size, random.Random(seed))
-    assert sorted(at for chunks in found for chunk in chunks for at in range(*chunk)) == list(range(length))
-    sizes = [sum(end - start for start, end in chunks) for chunks in found]
-    assert all(tokens == size for tokens in sizes[:-1]) and sizes[-1] <= size
-    assert all(len(chunks) <= 2 and chunks == sorted(chunks) for chunks in found)
-    if length <= size:
-        assert found == [[(0, length)]]
-    assert found == windows(length, size, random.Random(seed))
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=4), st.integers(1, 70), st.none() | st.integers())
+def test_a_row_is_cut_into_each_token_once(lengths, size, seed):
+    found = cut(lengths, size, None if seed is None else random.Random(seed))
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    assert [window.start for window in found] == [
+        start for start, length in zip(starts, lengths, strict=True) for _ in range(-(-length // size))
+    ]
+    for start, length in zip(starts, lengths, strict=True):
+        own = [window for window in found if window.start == start]
+        assert sorted(at for window in own for chunk in window.chunks for at in range(*chunk)) == list(range(length))
+        assert all(window.tokens == size for window in own[:-1]) and own[-1].tokens <= size
+        assert all(len(w.chunks) <= (1 if seed is None else 2) and w.chunks == sorted(w.chunks) for w in own)
+        if seed is None:  # in the order of the text
+            assert [window.chunks[0] for window in own] == sorted(window.chunks[0] for window in own)
+        if length <= size:
+            assert [window.chunks for window in own] == [[(0, length)]]
+    assert found == cut(lengths, size, None if seed is None else random.Random(seed))
 
 
-def test_windows_reach_over_the_whole_document():
-    draws = [windows(256, WINDOW, random.Random(seed)) for seed in range(200)]
+def test_chunks_reach_over_the_whole_document():
+    draws = [[w.chunks for w in cut([256], WINDOW, random.Random(seed))] for seed in range(200)]
     reached = [chunks[-1][1] - chunks[0][0] for found in draws for chunks in found]
     assert max(reached) > 250 and sum(reached) / len(reached) > 1.5 * WINDOW
     first = [chunks[0][1] - chunks[0][0] for found in draws for chunks in found]
     assert min(first) < 5 and max(first) > WINDOW - 5
 
 
-@given(
-    st.lists(st.lists(st.integers(1, 100), min_size=1, max_size=3), min_size=1, max_size=3),
-    st.integers(2, 50),
-    st.integers(0, 9),
-)
-def test_a_batch_of_windows(rows, size, seed):
-    """Tokens with their own positions and labels, each once; boundaries where windows end, and there alone."""
-    examples, start = [], 1000
-    for number, lengths in enumerate(rows):
-        ids = list(range(start, start + sum(lengths)))
-        start += 1000
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 8))
+def test_slots_are_level(lengths, count):
+    windows = cut(lengths, 60)
+    found = slots(windows, count)
+    assert len(found) == count and sorted(w for slot in found for w in slot) == sorted(windows)
+    tokens = [sum(window.tokens for window in slot) for slot in found]
+    assert max(tokens) - min(tokens) <= max(lengths)
+    assert all(slot == sorted(slot) for slot in found)
+    if len(windows) <= count:  # the first windows in the first slots, where they are of one size
+        assert all(len(slot) <= 1 for slot in found)
+        longest = [[window] for window in windows if window.tokens == max(lengths)]
+        assert found[: len(longest)] == longest
+
+
+LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=4)
+
+
+def served(rows, window, sparse, *, most=None, every=0, batch=1, stages=1, seed=3):
+    """Rows of documents of such lengths, with a token for each place, as a trainer serves them in stages."""
+    tokens, examples = 0, []
+    for lengths in rows:
+        ids = list(range(tokens, tokens + sum(lengths)))
+        tokens += len(ids)
         labels = [-100 if token % 7 == 0 else token for token in ids]
-        examples.append({"input_ids": ids, "labels": labels, "seq_lengths": lengths, SEED: f"{seed}/{number}"})
-    batch = PoseCollator(None, size)(examples)
+        examples.append({"input_ids": ids, "labels": labels, "seq_lengths": lengths})
+    most = most or max(sum(lengths) for lengths in rows)
+    steps = len(rows) // batch // stages
+    stage = [ContextStage(most, steps) for _ in range(stages)]
+    schedule = Schedule(tuple(stage), S2AttentionConfig(), every, window, sparse)
+    return Served(Dataset.from_list(examples), seed, schedule, batch)
+
+
+@given(
+    st.lists(LENGTHS, min_size=1, max_size=8), st.integers(2, 50), st.sampled_from(["windows", "pose"]),
+    st.integers(0, 90),
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_a_stage_in_windows_has_each_token_once(rows, window, sparse, beyond):
+    """With its position and its label, beside those of its document alone; however few rows there are."""
+    most = max(sum(lengths) for lengths in rows) + beyond
+    data = served(rows, window, sparse, most=max(most, window + 1))
+    places = {}
+    for row, lengths in zip(data.rows, rows, strict=True):
+        ids = iter(row["input_ids"])
+        places |= {next(ids): (number, at) for number, n in enumerate(lengths) for at in range(n)}
+    found = [data[place] for place in range(len(data))]
+    assert sorted(token for each in found for token in each.input_ids.tolist()) == sorted(places)
+    for each in found:
+        assert each.input_ids.dtype == each.labels.dtype == each.position_ids.dtype == "int64"
+        ends = list(accumulate(each.lengths, initial=0))
+        assert ends[-1] == len(each.input_ids) == len(each.labels)
+        assert each.position_ids.tolist() == [places[token][1] for token in each.input_ids.tolist()]
+        for begin, end in pairwise(ends):
+            ids = each.input_ids[begin:end].tolist()
+            own = [token - at for token, (_, at) in zip(ids, map(places.get, ids), strict=True)]
+            assert len(set(own)) == 1 and ids == sorted(ids) and len(ids) <= window  # of one document
+            follows = [False, *(after - before == 1 for before, after in pairwise(ids))]
+            assert sparse == "pose" or all(follows[1:])
+            assert each.labels[begin:end].tolist() == [
+                token if after and token % 7 else -100 for token, after in zip(ids, follows, strict=True)
+            ]
+
+
+@given(st.integers(1, 4), st.integers(0, 3), st.integers(1, 3), st.sampled_from(["windows", "pose"]))
+@settings(deadline=None, max_examples=30)
+def test_a_stage_s_dense_steps_and_other_stages_have_rows_of_their_own(batch, every, stages, sparse):
+    """Each token of a run once; dense steps' places as they are, others of rows of their stage's sparse steps."""
+    steps = 3
+    rows = [[100]] * (batch * steps * stages)
+    data = served(rows, 20, sparse, every=every, batch=batch, stages=stages)
+    found = [data[place] for place in range(len(data))]
+    tokens = [each["input_ids"] if isinstance(each, dict) else each.input_ids.tolist() for each in found]
+    assert sorted(token for each in tokens for token in each) == list(range(100 * len(rows)))
+    for place, (each, ids) in enumerate(zip(found, tokens, strict=True)):
+        step = place // batch
+        plan = data.schedule.step(step)
+        taken = {token // 100 for token in ids}
+        assert len(ids) == 100 and {data.schedule.step(row // batch).stage for row in taken} == {plan.stage}
+        if isinstance(each, dict):
+            assert plan.mode == "dense" and taken == {place} and each == data.rows[place]
+        else:
+            assert plan.mode == "windows" == data.schedule.step(min(taken) // batch).mode
+            own = sum(
+                data.schedule.step(s).mode == "windows" for s in range(steps * plan.stage, steps * plan.stage + 3)
+            )
+            assert len(taken) == min(5, own * batch)  # of as many rows as a row has windows, if there are such many
+    if every == 1:
+        assert all(isinstance(each, dict) for each in found)
+
+
+def test_neighbours_share_all_rows_but_one():
+    data = served([[100]] * 12, 20, "windows")
+    taken = [[token // 100 for token in data[place].input_ids[::20].tolist()] for place in range(12)]
+    assert taken[5] == [5, 4, 3, 2, 1] and taken[6] == [6, 5, 4, 3, 2] and taken[0] == [0, 11, 10, 9, 8]
+    assert data[5].position_ids[::20].tolist() == [0, 20, 40, 60, 80]  # of each row another window
+
+
+def test_an_example_follows_from_its_place_alone():
+    """Whatever was read before it, and by whom."""
+    data = served([[100], [40, 60], [100], [100], [7, 93]] * 2, 20, "pose", every=3, batch=2)
+    other = pickle.loads(pickle.dumps(data))  # as a worker gets it
+    in_order = [data[place] for place in range(10)]
+    for place in (9, 3, 3, 0, 8):
+        got, expected = other[place], in_order[place]
+        if isinstance(expected, dict):
+            assert got == expected
+        else:
+            assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
+    seeded = served([[100]] * 4, 20, "pose", seed=4)
+    assert not np.array_equal(seeded[0].position_ids, served([[100]] * 4, 20, "pose")[0].position_ids)
+
+
+def test_a_row_is_cut_alike_for_all_who_read_it():
+    """Its windows, which several places share, are those that it is cut into by its own place."""
+    data = served([[100]] * 6, 20, "pose")
+    found = {}
+    for each in (data[place] for place in range(6)):
+        for begin, end in pairwise(accumulate(each.lengths, initial=0)):
+            own = each.position_ids[begin:end].tolist()
+            found.setdefault(int(each.input_ids[begin]) // 100, []).append(own)
+    for row, windows in found.items():
+        expected = cut([100], 20, random.Random(f"3/{row}"))
+        assert sorted(windows) == sorted([at for chunk in w.chunks for at in range(*chunk)] for w in expected)
+    assert len({str(sorted(windows)) for windows in found.values()}) == 6
+
+
+def test_a_step_of_many_lengths_is_not_longer_than_rows_are():
+    """Rows packed of documents of all lengths: a place has about the tokens of a row."""
+    draw = random.Random(0)
+    rows = []
+    for _ in range(64):
+        lengths = []
+        while sum(lengths) < 1024:
+            lengths.append(min(draw.choice([3, 20, 50, 60, 64, 100, 300]), 1024 - sum(lengths)))
+        rows.append(draw.sample(lengths, len(lengths)))
+    data = served(rows, 64, "windows")
+    tokens = [len(data[place].input_ids) for place in range(64)]
+    assert sum(tokens) == 64 * 1024 and max(tokens) < 1.05 * 1024 and min(tokens) > 0.95 * 1024
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_batch_of_windows(labels):
+    data = served([[100]] * 4, 20, "windows")
+    if not labels:
+        data = Served(data.rows.remove_columns(["labels", "seq_lengths"]), 3, data.schedule, 1)
+    examples = [data[0], data[1]]
+    batch = WindowCollator(None)(examples)
+    for name in ("input_ids", "labels", "position_ids"):
+        expected = np.concatenate([getattr(each, name) for each in examples])
+        assert batch[name].shape == (1, 200) and batch[name].dtype == torch.int64
+        assert batch[name][0].tolist() == expected.tolist()
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == list(range(0, 201, 20))
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["max_length_q"] == batch["max_length_k"] == 20
     assert set(batch) == {
         *("input_ids", "labels", "position_ids"),
         *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
     }
-    places = {
-        token: (number, document, at)
-        for number, (example, lengths) in enumerate(zip(examples, rows, strict=True))
-        for document, length in enumerate(lengths)
-        for at, token in enumerate(example["input_ids"][sum(lengths[:document]) :][:length])
-    }
-    ids, labels, positions = (batch[name][0].tolist() for name in ("input_ids", "labels", "position_ids"))
-    assert sorted(ids) == sorted(places)
-    assert positions == [places[token][2] for token in ids]
-    ends = batch["cu_seq_lens_q"].tolist()
-    assert ends == batch["cu_seq_lens_k"].tolist() and batch["cu_seq_lens_q"].dtype == torch.int32
-    sizes = [b - a for a, b in pairwise(ends)]
-    assert batch["max_length_q"] == batch["max_length_k"] == max(sizes) <= size
-    for begin, end in pairwise(ends):
-        assert len({places[token][:2] for token in ids[begin:end]}) == 1  # one document
-        assert positions[begin:end] == sorted(positions[begin:end])
-        follows = [
-            False,
-            *(after - before == 1 for before, after in zip(ids[begin:], ids[begin + 1 : end], strict=False)),
-        ]
-        assert labels[begin:end] == [
-            token if after and token % 7 else -100 for token, after in zip(ids[begin:end], follows, strict=True)
-        ]
+    learned = [
+        at % 20 > 0 and (not labels or token % 7 > 0) for at, token in enumerate(batch["input_ids"][0].tolist())
+    ]
+    assert torch.equal(batch["labels"], batch["input_ids"].where(torch.tensor([learned]), -100))
 
 
 def test_other_examples_go_to_the_collator_that_is_wrapped():
     inner = DataCollatorForLanguageModeling(pad_token_id=0)
     examples = [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}]
-    got, expected = PoseCollator(inner, 2)(examples), inner(examples)
+    got, expected = WindowCollator(inner)(examples), inner(examples)
     assert got.keys() == expected.keys() and all(torch.equal(got[key], expected[key]) for key in got)
-
-
-def test_windows_follow_from_the_place_alone():
-    schedule = Schedule((ContextStage(128, 4),), S2AttentionConfig(), dense_every=2, native_window=64, sparse="pose")
-    rows = Dataset.from_dict({"input_ids": [[i] for i in range(8)]})
-    served = pickle.loads(pickle.dumps(Served(rows, 3, schedule, batch=2)))  # as a worker gets it
-    assert len(served) == 8 and served.__getitems__([4, 5]) == [served[4], served[5]]
-    assert served[4] == {"input_ids": [4], SEED: "3/4"}
-    assert [SEED in served[place] for place in range(8)] == [True, True, False, False] * 2
-    assert len({served[place][SEED] for place in (0, 1, 4, 5)}) == 4
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=12), st.integers(1, 64), st.integers(1, 16))
@@ -148,9 +268,9 @@ def seen(monkeypatch):
     ids=["wrapped", "no packing", "bfd", "bfd_split"],
 )
 def test_steps_of_a_run(make, seen, options):
-    """Each step sees the tokens that it would see by the pattern: sparse ones in windows, dense ones as whole rows."""
-    tokens, modes = {}, {}
-    for sparse in ("s2", "pose"):
+    """A stage's sparse steps see the tokens that they would see by the pattern, in windows; dense steps as ever."""
+    tokens, logged = {}, {}
+    for sparse in ("s2", "windows", "pose"):
         seen.clear()
         dataset = texts(40, repeat=2) if options.get("packing_strategy") else texts()
         trainer = make(output=sparse, sparse=sparse, dense_every=3, dataset=dataset, **options)
@@ -158,23 +278,29 @@ def test_steps_of_a_run(make, seen, options):
         trainer.train()
         moved = sum(int((p != before[name]).sum()) for name, p in weights(trainer).items())
         assert moved > 0.9 * sum(p.numel() for p in before.values()) - 128 * 32  # of embeddings, those of tokens seen
-        tokens[sparse] = [sorted(batch["input_ids"][batch["input_ids"] > 0].tolist()) for _, batch in seen]
-        modes[sparse] = [mode for mode, _ in seen]
+        found = [sorted(batch["input_ids"][batch["input_ids"] > 0].tolist()) for _, batch in seen]
         logs = [log for log in trainer.state.log_history if "loss" in log]
-        assert [log["num_tokens"] for log in logs] == [sum(map(len, tokens[sparse][: i + 1])) for i in range(6)]
+        assert [log["num_tokens"] for log in logs] == [sum(map(len, found[: i + 1])) for i in range(6)]
         assert all(log["tokens_per_second"] > 0 for log in logs)
-    assert tokens["pose"] == tokens["s2"]
-    assert modes["pose"] == ["pose", "pose", "dense"] * 2 == [log["attention"] for log in logs]
-    for mode, batch in seen:
-        if mode == "pose":
-            assert "attention_mask" not in batch and batch["max_length_q"] <= WINDOW
-            skips = (batch["position_ids"].diff() > 1).sum()
-            assert skips > 0 and (batch["input_ids"] > 0).all()
-        elif options.get("packing", True) is False:
-            assert batch["input_ids"].shape[0] == 2 and batch["attention_mask"].sum() > 2 * WINDOW
-        else:
-            assert (batch["labels"] == batch["input_ids"]).float().mean() > 0.9
-            assert "position_ids" not in batch or (batch["position_ids"].diff() <= 1).all()
+        logged[sparse] = [log["attention"] for log in logs]
+        tokens[sparse] = [found[2], found[5], sorted(found[0] + found[1]), sorted(found[3] + found[4])]
+        for mode, batch in seen:
+            if mode == "windows":
+                assert "attention_mask" not in batch and batch["max_length_q"] <= WINDOW
+                inside = torch.ones(batch["input_ids"].shape[1], dtype=torch.bool)
+                inside[batch["cu_seq_lens_q"][:-1].long()] = False
+                steps = batch["position_ids"][0].diff()[inside[1:]]
+                assert (steps > 1).any() if sparse == "pose" else (steps == 1).all()
+                assert (batch["input_ids"] > 0).all() and batch["position_ids"].max() > WINDOW
+            elif mode == "dense" and options.get("packing") is False:
+                assert batch["input_ids"].shape[0] == 2 and batch["attention_mask"].sum() > 2 * WINDOW
+            elif mode == "dense":
+                assert (batch["labels"] == batch["input_ids"]).float().mean() > 0.9
+                assert "position_ids" not in batch or (batch["position_ids"].diff() <= 1).all()
+    assert tokens["pose"] == tokens["windows"] == tokens["s2"]
+    assert logged == {kind: [kind, kind, "dense"] * 2 for kind in ("windows", "pose")} | {
+        "s2": ["s2attn", "s2attn", "dense"] * 2
+    }
 
 
 def test_the_attention_of_a_run_is_the_one_of_its_windows(make, monkeypatch):
@@ -187,7 +313,7 @@ def test_the_attention_of_a_run_is_the_one_of_its_windows(make, monkeypatch):
         def run(query, key, value, parts, **options):
             plan = trainer.schedule.step(trainer.state.global_step)
             out = kernel(query, key, value, parts, **options)
-            if plan.mode == "pose":
+            if plan.mode == "windows":
                 (part,) = parts
                 (cut,) = part.rows
                 # A part of the batch: its windows are runs of up to `WINDOW` tokens, whatever the positions in them.
@@ -270,10 +396,12 @@ def test_a_step_that_does_not_add_up_runs_whole(make):
         assert len(forwards) == trainer.state.global_step and min(forwards) >= 256, name
 
 
-@pytest.mark.parametrize("stop", [2, 3], ids=["in stage 1", "at the boundary"])
-def test_a_resumed_run_is_the_unbroken_run(make, stop):
+@pytest.mark.parametrize(
+    ("stop", "sparse"), [(2, "pose"), (3, "windows"), (4, "windows")], ids=["stage 1", "boundary", "stage 2"]
+)
+def test_a_resumed_run_is_the_unbroken_run(make, stop, sparse):
     options = dict(
-        sparse="pose",
+        sparse=sparse,
         dense_every=3,
         packing_strategy="bfd",
         dataset=texts(40, repeat=2),
@@ -285,7 +413,7 @@ def test_a_resumed_run_is_the_unbroken_run(make, stop):
     unbroken.train()
     broken = make(output="broken", callbacks=[Stop(stop)], **options)
     broken.train()
-    with pytest.raises(ValueError, match="sparse was pose, is s2"):
+    with pytest.raises(ValueError, match=f"sparse was {sparse}, is s2"):
         make(output="broken", **options | {"sparse": "s2"}).train(resume_from_checkpoint=True)
     resumed = make(output="broken", **options)
     resumed.train(resume_from_checkpoint=True)
@@ -304,14 +432,15 @@ def test_a_stage_says_for_itself(make):
     stages = [
         ContextStage(64, 1, rope_type=None, sparse="pose"),
         ContextStage(128, 2, sparse="pose"),
-        ContextStage(256, 2, dense_every=2),
+        ContextStage(128, 1, sparse="windows"),
+        ContextStage(256, 2, dense_every=5),
     ]
     trainer = make(stages=stages, callbacks=[spy], model=yarned(make))
     trainer.train()
-    assert [step[2] for step in spy.steps] == ["dense", "pose", "pose", "dense", "auto"]
-    assert trainer.schedule.to_dict()["windows"] == [None, 64, None]
+    assert [step[2] for step in spy.steps] == ["dense", "windows", "windows", "windows", "dense", "auto"]
+    assert trainer.schedule.to_dict()["windows"] == [None, 64, 64, None]
     logs = [log["attention"] for log in trainer.state.log_history if "stage" in log]
-    assert logs == ["dense", "pose", "pose", "dense", "s2attn"]
+    assert logs == ["dense", "pose", "pose", "windows", "dense", "s2attn"]
 
 
 def yarned(make):
@@ -346,16 +475,22 @@ def test_evaluation_is_of_whole_rows(make, monkeypatch):
     assert len(trainer.train_dataset) == 12 and max(lengths) == (256, False) and min(lengths)[0] > WINDOW
 
 
-def test_what_a_run_leaves(make, tmp_path):
-    trainer = make(sparse="pose", dense_every=3)
+@pytest.mark.parametrize("sparse", ["windows", "pose"])
+def test_what_a_run_leaves(make, tmp_path, sparse):
+    trainer = make(sparse=sparse, dense_every=3)
     trainer.train()
     trainer.save_model()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| 1 | 128 | 3 | PoSE | windows of 64 | - | 3 |" in card and "2309.10400" in card and "zhu2024pose" in card
+    assert f"| 1 | 128 | 3 | {WINDOWED[sparse]} | windows of 64 | - | 3 |" in card
+    assert "which are of several rows" in card
+    assert ("2309.10400" in card and "zhu2024pose" in card) == ("PoSE" in card) == (sparse == "pose")
     report = (tmp_path / "out" / "report.html").read_text()
-    assert "PoSE in windows of 64, one step in 3 dense" in report
+    said = {"windows": ">windows of 64, one step in 3 dense", "pose": ">PoSE in windows of 64, one step in 3 dense"}
+    assert said[sparse] in report
     stored = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["schedule"]
-    assert (stored["sparse"], stored["windows"], stored["native_window"]) == ("pose", [64, 64], 64)
+    assert (stored["sparse"], stored["windows"], stored["native_window"]) == (sparse, [64, 64], 64)
+    again = Schedule.from_dict(stored)
+    assert [again.step(step) for step in range(6)] == [trainer.schedule.step(step) for step in range(6)]
     assert list(compare_attention(trainer.model, [[5 + i % 90 for i in range(300)]], [64, 256])) == ["dense"]
     write_report(tmp_path / "out", trainer.state.log_history, trainer.schedule)
 
@@ -363,7 +498,7 @@ def test_what_a_run_leaves(make, tmp_path):
     other.train()
     other.save_model()
     card = (tmp_path / "other" / "README.md").read_text()
-    assert "PoSE" not in card and card.rstrip().endswith("```")
+    assert "PoSE" not in card and "in windows" not in card and card.rstrip().endswith("```")
 
 
 def test_an_adapter_goes_on_in_windows_of_its_base(make):
@@ -395,10 +530,11 @@ MASKED = Dataset.from_dict({"input_ids": [[5] * 300] * 8, "labels": [[-100] * 10
     ],
     ids=["assistant", "pairs", "completion", "labels", "no RoPE", "state"],
 )  # fmt: skip
-def test_what_can_not_be_cut_is_refused(make, options, message):
+@pytest.mark.parametrize("sparse", ["windows", "pose"])
+def test_what_can_not_be_cut_is_refused(make, options, message, sparse):
     before = copy.deepcopy(options.get("model"))
     with pytest.raises(ValueError, match=message):
-        make(sparse="pose", **options)
+        make(sparse=sparse, **options)
     if before is not None:
         assert options["model"].config._attn_implementation == before.config._attn_implementation
 
@@ -419,6 +555,8 @@ def test_answers_are_learned_where_no_step_is_cut(make):
     [
         ({"sparse": "POSE"}, "`sparse` must be one of"),
         ({"sparse": "pose", "attention": "dense"}, "has no sparse steps"),
+        ({"sparse": "windows", "attention": "dense"}, "has no sparse steps"),
+        ({"sparse": "windows", "group_size": 16}, "windows and no groups: leave out group_size"),
         ({"sparse": "pose", "group_size": 16}, "windows and no groups: leave out group_size"),
         ({"sparse": "pose", "group_size_ratio": 0.25}, "windows and no groups: leave out group_size_ratio"),
         ({"sparse": "pose", "sink_tokens": 0}, "windows and no groups: leave out sink_tokens"),
@@ -430,8 +568,7 @@ def test_bad_stages_are_refused(fields, message):
 
 
 def test_a_piece_is_a_row_of_its_own():
-    examples = [{"input_ids": list(range(200)), SEED: "0/0"}]
-    batch = PoseCollator(None, WINDOW)(examples)
+    batch = WindowCollator(None)([served([[200]], WINDOW, "windows")[0]])
     ends = batch["cu_seq_lens_q"].tolist()
     parts = [piece(batch, ends, span) for span in pieces(ends, 2 * WINDOW)]
     assert len(parts) == 2

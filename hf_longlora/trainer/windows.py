@@ -1,0 +1,258 @@
+"""Windows: the tokens of long rows in pieces of the length that the model was trained at, with their true positions.
+
+A window is a run of neighbouring tokens of a document (`sparse="windows"`), or two chunks of one, between which
+positions skip (`sparse="pose"`): so positional skip-wise training (PoSE, arXiv 2309.10400) teaches long distances
+without long sequences. The windows of a row use each of its tokens once.
+
+The windows of a step are of as many rows as a row has windows, not of one: what a row teaches is then spread over
+steps. SmolLM2-135M, 8,192 -> 65,536 tokens, each 4th step dense, perplexity against dense training: windows of the
+step's own row +1.25% (books) and +0.72% (math), shuffled among the rows of all steps +0.78% and -0.14%
+(benchmarks/results/pretrained.csv, "native windows, 4th dense").
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate, chain, pairwise
+from math import ceil
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..attention.segments import Span
+from .stages import Schedule
+
+FILLER = 2
+"""Tokens in a `filler`."""
+
+
+class Window(NamedTuple):
+    """Tokens that see each other: chunks of a document of a row.
+
+    Args:
+        start: Where the document begins in the row.
+        chunks: Of the document, in order.
+    """
+
+    start: int
+    chunks: list[Span]
+
+    @property
+    def tokens(self) -> int:
+        return sum(end - start for start, end in self.chunks)
+
+
+def cut(lengths: Iterable[int], size: int, draw: random.Random | None = None) -> list[Window]:
+    """Cut the documents of a row into windows of `size` tokens, the last of a document of what is left.
+
+    A document that is no longer than that stays whole.
+
+    Args:
+        lengths: Tokens in each document.
+        size: Tokens in a window, at least 1.
+        draw: Where chance comes from: a window is then two chunks of random sizes, and the chunks of a document's
+            windows follow each other in random order. `None`: it is one chunk.
+    """
+    found, start = [], 0
+    for length in lengths:
+        sizes = [min(size, length - at) for at in range(0, length, size)]
+        pieces = list(enumerate(sizes))  # window, tokens
+        if draw is not None and len(sizes) > 1:
+            pieces = [piece for number, tokens in pieces for piece in _halves(number, tokens, draw)]
+            draw.shuffle(pieces)
+        chunks: list[list[Span]] = [[] for _ in sizes]
+        at = 0
+        for number, tokens in pieces:
+            chunks[number].append((at, at + tokens))
+            at += tokens
+        found += [Window(start, own) for own in chunks]
+        start += length
+    return found
+
+
+def _halves(number: int, tokens: int, draw: random.Random) -> list[tuple[int, int]]:
+    first = draw.randint(1, max(1, tokens - 1))
+    return [(number, part) for part in (first, tokens - first) if part > 0]
+
+
+def slots(windows: Sequence[Window], count: int) -> list[list[Window]]:
+    """Share the windows of a row out among `count` slots, about as many tokens in each.
+
+    Windows of one size go to a slot each, in order; where a row has more, the largest go first and each to the slot
+    that has least, so that documents of many lengths in a row don't make steps that are longer than rows.
+    """
+    found: list[list[int]] = [[] for _ in range(count)]
+    least = [(0, slot) for slot in range(count)]
+    for number in sorted(range(len(windows)), key=lambda number: -windows[number].tokens):
+        tokens, slot = heapq.heappop(least)
+        found[slot].append(number)
+        heapq.heappush(least, (tokens + windows[number].tokens, slot))
+    return [[windows[number] for number in sorted(own)] for own in found]
+
+
+class Windows(NamedTuple):
+    """An example of a step in windows: these, one after the other.
+
+    Args:
+        input_ids, position_ids: int64 `[S]`; positions are those in the document.
+        labels: int64 `[S]`. A token whose predecessor in the window isn't its predecessor in the text is -100.
+        lengths: Tokens in each window.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, windows: Sequence[tuple[Window, np.ndarray, np.ndarray]]) -> Windows:
+        """Made of windows, each with tokens and labels of its row."""
+        chunks = [(of.start, chunk, ids, labels) for of, ids, labels in windows for chunk in of.chunks]
+        ids = np.concatenate([ids[start + a : start + b] for start, (a, b), ids, _ in chunks]).astype(np.int64)
+        labels = np.concatenate([labels[start + a : start + b] for start, (a, b), _, labels in chunks]).astype(
+            np.int64
+        )
+        positions = np.concatenate([np.arange(a, b, dtype=np.int64) for _, (a, b), _, _ in chunks])
+        lengths = [of.tokens for of, _, _ in windows]
+        labels[1:][np.diff(positions) != 1] = -100
+        labels[list(accumulate(lengths[:-1], initial=0))] = -100
+        return cls(ids, labels, positions, lengths)
+
+
+class WindowCollator:
+    """Collates the examples of steps in windows into one packed row, others as the collator that it wraps.
+
+    The row is as TRL's padding-free collator gives it: `input_ids`, `labels` and `position_ids` `[1, S]`,
+    `cu_seq_lens_q` and `cu_seq_lens_k` `[windows + 1]`, `max_length_q` and `max_length_k`.
+
+    Args:
+        collator: For all other examples.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: list[Any]) -> dict[str, Any]:
+        if not isinstance(examples[0], Windows):
+            return self.collator(examples)
+        *tokens, lengths = zip(*examples, strict=True)
+        joined = [torch.from_numpy(np.concatenate(each))[None] for each in tokens]
+        row = dict(zip(Windows._fields, joined, strict=False))
+        return row | _boundaries(list(accumulate(chain(*lengths), initial=0)))
+
+
+def _boundaries(ends: Sequence[int]) -> dict[str, Any]:
+    cu_seq_lens = torch.tensor(ends, dtype=torch.int32)
+    longest = max(b - a for a, b in pairwise(ends))
+    return {
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+class Served(Dataset[dict[str, Any] | Windows]):
+    """A dataset whose examples of steps in windows are made of windows of several rows: a function of the place alone.
+
+    The windows of a row are in as many slots as the stage's `max_length` holds windows. Of the rows that a stage's
+    steps in windows take, in their order, the example at the i-th place has slot j of the (i - j)-th, from the last
+    again before the first. So each token is used once, and rows of equal lengths make examples of equal lengths.
+
+    Args:
+        rows: As the trainer serves them, step after step.
+        seed: The run's. Chunks are drawn by it and the place of their row.
+        schedule: The stages.
+        batch: Examples of an optimizer step, of all processes.
+    """
+
+    def __init__(self, rows: Any, seed: int, schedule: Schedule, batch: int) -> None:
+        self.rows, self.seed, self.schedule, self.batch = rows, seed, schedule, batch
+        self._tables = rows.with_format("arrow")  # a place of 65,536 tokens of 8 rows: 1 ms, one row as a list 19 ms
+        ends = list(accumulate((stage.max_steps for stage in schedule.stages), initial=0))
+        self._steps = [
+            [step for step in range(*span) if schedule.step(step).mode == "windows"]
+            if schedule.has_windows(stage)
+            else []
+            for stage, span in enumerate(pairwise(ends))
+        ]
+        """Of each stage, its steps in windows."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> dict[str, Any] | Windows:
+        step, number = divmod(place, self.batch)
+        plan = self.schedule.step(step)
+        if plan.mode != "windows":
+            return self.rows[place]
+        size = self.schedule.native_window
+        assert size is not None
+        steps, count = self._steps[plan.stage], ceil(self.schedule.stages[plan.stage].max_length / size)
+        own = bisect_left(steps, step) * self.batch + number
+        taken = [divmod((own - slot) % (len(steps) * self.batch), self.batch) for slot in range(count)]
+        places = [steps[index] * self.batch + number for index, number in taken]
+        table = self._tables[places]
+        pose = self.schedule.sparse_by(plan.stage) == "pose"
+        found = []
+        for slot, place in enumerate(places):
+            row = {name: table[name][slot].values.to_numpy() for name in table.column_names}
+            ids = row["input_ids"]
+            draw = random.Random(f"{self.seed}/{place}") if pose else None
+            windows = cut(row["seq_lengths"].tolist() if "seq_lengths" in row else [len(ids)], size, draw)
+            found += [(window, ids, row.get("labels", ids)) for window in slots(windows, count)[slot]]
+        return Windows.of(found)
+
+
+def pieces(ends: Sequence[int], most: int, count: int = 1) -> list[Span]:
+    """Consecutive windows taken together, up to `most` tokens; in `count` pieces or more, if there are such many.
+
+    Args:
+        ends: Where windows end, from 0.
+        most: Tokens in a piece that is more than one window.
+        count: Pieces that are wanted.
+
+    Returns:
+        Of each piece its windows, half-open.
+    """
+    found: list[Span] = []
+    for window in range(len(ends) - 1):
+        if found and ends[window + 1] - ends[found[-1][0]] <= most:
+            found[-1] = (found[-1][0], window + 1)
+        else:
+            found.append((window, window + 1))
+    while len(found) < min(count, len(ends) - 1):
+        number = max(range(len(found)), key=lambda i: found[i][1] - found[i][0])
+        first, end = found[number]
+        middle = (first + end) // 2
+        found[number : number + 1] = [(first, middle), (middle, end)]
+    return found
+
+
+def piece(inputs: Mapping[str, Any], ends: Sequence[int], of: Span) -> dict[str, Any]:
+    """Some of the windows of a packed row, as a row of their own.
+
+    Args:
+        inputs: What `WindowCollator` gave.
+        ends: Where its windows end.
+        of: The windows, half-open.
+    """
+    start, end = ends[of[0]], ends[of[1]]
+    row = {name: inputs[name][:, start:end] for name in ("input_ids", "labels", "position_ids")}
+    device = inputs["cu_seq_lens_q"].device
+    told = _boundaries([at - start for at in ends[of[0] : of[1] + 1]])
+    return row | {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in told.items()}
+
+
+def filler(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of `FILLER` tokens from which nothing is learned, for a process that has fewer pieces than others."""
+    row = {name: inputs[name][:, :1].expand(-1, FILLER) for name in ("input_ids", "labels")}
+    row["labels"] = torch.full_like(row["labels"], -100)
+    row["position_ids"] = torch.arange(FILLER, device=row["labels"].device)[None]
+    device = inputs["cu_seq_lens_q"].device
+    return row | {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in _boundaries([0, FILLER]).items()}
