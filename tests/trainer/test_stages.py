@@ -68,7 +68,8 @@ def test_a_group_of_a_stage_s_whole_length_makes_it_dense():
     assert [plan.is_dense(i) for i in range(2)] == [True, False]
 
 
-def test_which_stages_and_steps_are_pose():
+@pytest.mark.parametrize("sparse", ["windows", "pose"])
+def test_which_stages_and_steps_are_in_windows(sparse):
     stages = (
         ContextStage(64, 2),  # a window holds all of it
         ContextStage(65, 2),
@@ -76,11 +77,11 @@ def test_which_stages_and_steps_are_pose():
         ContextStage(128, 2, attention="dense"),
         ContextStage(256, 2, sparse="s2"),
     )
-    plan = Schedule(stages, S2AttentionConfig(group_size=16), dense_every=2, native_window=64, sparse="pose")
-    assert [plan.sparse_by(i) for i in range(5)] == ["pose"] * 4 + ["s2"]
+    plan = Schedule(stages, S2AttentionConfig(group_size=16), dense_every=2, native_window=64, sparse=sparse)
+    assert [plan.sparse_by(i) for i in range(5)] == [sparse] * 4 + ["s2"]
     assert [plan.has_windows(i) for i in range(5)] == [False, True, False, False, False]
     assert [plan.is_dense(i) for i in range(5)] == [True, False, False, True, False]
-    modes = ["dense", "dense", "pose", "dense", *["dense"] * 4, "auto", "dense"]
+    modes = ["dense", "dense", "windows", "dense", *["dense"] * 4, "auto", "dense"]
     assert [plan.step(i).mode for i in range(10)] == modes
     stored = json.loads(json.dumps(plan.to_dict()))
     assert stored["windows"] == [None, 64, None, None, None] and stored["group_sizes"] == [16] * 5
@@ -88,11 +89,11 @@ def test_which_stages_and_steps_are_pose():
     assert [again.step(i) for i in range(10)] == [plan.step(i) for i in range(10)]
     # Before a model is known, none of them is known to be dense.
     assert [dataclasses.replace(plan, native_window=None).is_dense(i) for i in range(2)] == [False, False]
-    # A run by shifted groups with a PoSE stage.
+    # A run by shifted groups with a stage in windows.
     mixed = Schedule(
         (ContextStage(128, 2, sparse="pose"), ContextStage(128, 2)), S2AttentionConfig(group_size=16), 0, 64
     )
-    assert [mixed.step(i).mode for i in range(4)] == ["pose", "pose", "auto", "auto"]
+    assert [mixed.step(i).mode for i in range(4)] == ["windows", "windows", "auto", "auto"]
 
 
 @pytest.mark.parametrize(
