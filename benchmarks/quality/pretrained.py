@@ -7,6 +7,10 @@ A run extends the base on one corpus by `STEPS[length]` steps of one row, and is
 windows of the validation and the test documents: over all of a window, its last 2,048 tokens, and its first 4,096 and
 8,192 (what is left of the short context). A row of `results/pretrained.csv` for each run and split; what is there is
 not done again. Seconds are those of the steps, dense and sparse ones apart, the GPU's work waited for.
+
+"windows" and "pose of many rows" are the trainer's own, whose steps have windows of as many rows as a row has windows
+(8 at 65,536). In the rows "pose" and "pose, N-th dense", of a trainer before that, they are all of the step's own row,
+as those of "native windows" still are; "scattered" shuffles these among the rows of all sparse steps beforehand.
 """
 
 import argparse
@@ -87,10 +91,6 @@ def _s2(every: int, sinks: int = 4, **more: Any) -> dict[str, Any]:
     return {"sparse": "s2", "dense_every": every, "sink_tokens": sinks, **more}
 
 
-def _pose(every: int) -> dict[str, Any]:
-    return {"sparse": "pose", "dense_every": every}
-
-
 DENSE: dict[str, Any] = {"attention": "dense"}
 METHODS: dict[str, Method] = {
     "base": Method(trained=False, scaled=False),
@@ -99,9 +99,6 @@ METHODS: dict[str, Method] = {
     "dense, a quarter of the steps": Method(stage=DENSE, cut=0.25),
     # Groups of the native length that neither shift nor share a key are windows of their own, RoPE being relative.
     "native windows": Method(stage=_s2(0, 0), args={"attention_shift": "none"}),
-    "pose": Method(stage=_pose(0)),
-    "pose, 4th dense": Method(stage=_pose(4)),
-    "pose, 10th dense": Method(stage=_pose(10)),
     "s2 native + sinks, 4th dense": Method(stage=_s2(4)),
     "s2 native + sinks, 10th dense": Method(stage=_s2(10)),
     "s2 native + sinks": Method(stage=_s2(0)),
@@ -111,10 +108,13 @@ METHODS: dict[str, Method] = {
     "s2 1/4 linear (the paper)": Method(rope_type="linear", stage=_s2(0, 0, group_size_ratio=1 / 4)),
     "s2 1/4": Method(stage=_s2(0, 0, group_size_ratio=1 / 4)),
 }
+for _name, _sparse in {"windows": "windows", "pose of many rows": "pose"}.items():
+    METHODS[_name] = Method(stage={"sparse": _sparse, "dense_every": 0})
+    for _nth, _every in {"2nd": 2, "3rd": 3, "4th": 4, "10th": 10}.items():
+        METHODS[f"{_name}, {_nth} dense"] = Method(stage={"sparse": _sparse, "dense_every": _every})
 for _nth, _every in {"2nd": 2, "3rd": 3, "4th": 4}.items():
     METHODS[f"native windows, {_nth} dense"] = Method(stage=_s2(_every, 0), args={"attention_shift": "none"})
     METHODS[f"s2 native + sinks, {_nth} dense"] = Method(stage=_s2(_every))
-    METHODS[f"pose, {_nth} dense"] = Method(stage=_pose(_every))
 for _name in ("native windows", "native windows, 3rd dense", "native windows, 4th dense"):
     METHODS[f"{_name}, scattered"] = replace(METHODS[_name], scatter=True)
 for _sinks in (1, 16, 64):
