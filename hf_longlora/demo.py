@@ -63,14 +63,14 @@ class Plan:
 
     @property
     def cost(self) -> float:
-        """Of all, in steps of the base's training: on two slow cores 0.2 s each."""
+        """Of all, in steps of the base's training: 0.25 s of CPU time each on a slow core."""
         evaluated = 3 + len(self.runs)  # the base, with a longer RoPE, too, and the adapter once more when reloaded
         trained = self.base_steps + EXTENSION_STEP * self.extension_steps * len(self.runs)
         return trained + EVALUATED_WINDOW * self.max_windows * evaluated + LOADING
 
 
-# What things cost, in steps of the base's training, by the CPU time of one core of an EPYC without AVX-512.
-EXTENSION_STEP, EVALUATED_WINDOW, LOADING = 1.5, 0.67, 60.0
+# What things cost, in steps of the base's training, by CPU time on an EPYC without AVX-512, where a step takes 0.25 s.
+EXTENSION_STEP, EVALUATED_WINDOW, LOADING = 1.35, 0.9, 60.0
 FULL = Plan(1000, 100, tuple(RUNS), 48)
 LEAST = Plan(250, 40, (RESULT,), 24)
 """What still shows a base that fails beyond its length, and an extended one that doesn't."""
