@@ -9,9 +9,12 @@ import html
 import importlib.util
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +52,9 @@ NOT_RUN = {
     "vllm serve merged --max-model-len 32768": "vLLM",
     "from transformers import BitsAndBytesConfig": "bitsandbytes",
     "# offload.yaml": "a GPU",
+    "# sft.py": "command line",
+    "accelerate launch sft.py --model_name_or_path meta-llama/Llama-2-7b-hf --dataset_name books.jsonl "
+    "--output_dir out --attn_implementation s2attn": "sft.py",
 }
 """First lines of the blocks that say "not run", and what they need (they are parsed all the same, but for vLLM's)."""
 
@@ -246,6 +252,26 @@ def test_what_is_not_run_is_listed():
         assert need in marked[first].needs
         if marked[first].language == "python":
             ast.parse(marked[first].code)
+
+
+@pytest.mark.slow
+def test_trls_script_takes_the_attention_after_the_import(given, monkeypatch):
+    (script,) = (block for block in BLOCKS if block.first == "# sft.py")
+    (command,) = (block for block in BLOCKS if block.first.startswith("accelerate launch sft.py"))
+    Path("sft.py").write_text(script.code)
+    Path("data").mkdir()
+    shutil.copy("books.jsonl", "data")
+    arguments = shlex.split(command.code)[3:]
+    arguments[arguments.index("books.jsonl")] = "data"  # TRL takes a folder
+    arguments += ["--max_steps", "1", "--max_length", "256", "--per_device_train_batch_size", "1", "--use_cpu"]
+    arguments += ["--bf16", "false", "--report_to", "none"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "sft.py", *arguments]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    Path("sft.py").write_text(script.code.replace("import hf_longlora", ""))
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "s2attn" in done.stderr
 
 
 def test_what_needs_a_gpu_is_parsed(tmp_path, monkeypatch):
