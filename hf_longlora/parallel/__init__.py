@@ -5,7 +5,15 @@ attention, and nothing of a trainer, an engine or a launcher.
 """
 
 from .attention import ShardedSequence, s2_attention
-from .model import check_shardable, shard_sequences
+from .model import check_rope, check_shardable, sequence_group, shard_sequences
 from .shards import Shards
 
-__all__ = ["ShardedSequence", "Shards", "check_shardable", "s2_attention", "shard_sequences"]
+__all__ = [
+    "ShardedSequence",
+    "Shards",
+    "check_rope",
+    "check_shardable",
+    "s2_attention",
+    "sequence_group",
+    "shard_sequences",
+]

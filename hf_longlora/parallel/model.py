@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from ..attention.interface import STATE
 from ..attention.switch import attention_modules, get_s2_attention, transformers_model
+from ..rope import WITH_HISTORY, RopeScaling, find_rope
 from .attention import ShardedSequence
 
 
@@ -25,12 +26,26 @@ def check_shardable(model_class: type, config: PreTrainedConfig) -> None:
         kinds.add(f"a window of {window:,} tokens")
     if getattr(model_class, "_is_stateful", False):
         kinds.add("a state from token to token")
+    rope = find_rope(config)
+    if rope is not None:
+        check_rope(rope)
     if kinds:
         raise ValueError(
             f"{model_class.__name__} has layers with {', '.join(sorted(kinds))}, which see no further than a shard of "
             "the sequence: sequence parallelism is for causal attention over the whole length. Train without it; to "
             "hold a large model FSDP2 or ZeRO-3 spread the weights."
         )
+
+
+def check_rope(rope: RopeScaling) -> None:
+    """Raise a `ValueError` if a RoPE goes by the positions in a batch, which each process would find others of."""
+    for parameters in (rope.rope_parameters, *rope.rope_parameters.values()):
+        kind = parameters.get("rope_type") if isinstance(parameters, dict) else None
+        if kind in WITH_HISTORY:
+            raise ValueError(
+                f"RoPE of type {kind!r} has other frequencies for short sequences than for long ones, and the first "
+                "shard of a long one looks short: for sequence parallelism use another rope_type (yarn, linear, abf)."
+            )
 
 
 def shard_sequences(model: nn.Module, group: dist.ProcessGroup | None) -> None:
@@ -52,3 +67,9 @@ def shard_sequences(model: nn.Module, group: dist.ProcessGroup | None) -> None:
         check_shardable(type(inner), inner.config)
     for _, module in attention_modules(inner):
         getattr(module, STATE).find_sequence = None if group is None else partial(ShardedSequence.find, group)
+
+
+def sequence_group(model: nn.Module) -> dist.ProcessGroup | None:
+    """The processes that `shard_sequences` has told the layers of a model of."""
+    find_sequence = get_s2_attention(model).find_sequence
+    return None if find_sequence is None else find_sequence.args[0]  # type: ignore[attr-defined]

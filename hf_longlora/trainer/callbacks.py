@@ -144,7 +144,7 @@ class StageProgressCallback(ProgressCallback):
             left = self._tokens_left(state.global_step) * args.train_batch_size * args.gradient_accumulation_steps
             self.training_bar.set_postfix_str(
                 f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s, {float(logs['peak_memory_gib']):.1f} GiB, "
-                f"all done in {tqdm.format_interval(left * args.world_size / max(speed, 1e-9))}"
+                f"all done in {tqdm.format_interval(left * args.data_parallel / max(speed, 1e-9))}"
             )
         for what, loss in evaluation_losses(logs).items():
             self.training_bar.write(f"step {state.global_step}: {what} {loss:.3f}")

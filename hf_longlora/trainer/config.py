@@ -44,6 +44,8 @@ class LongLoraSFTConfig(SFTConfig):
         attention_kernel: "auto", or the name of a kernel.
         compile_layers: Whether to compile each decoder layer (torch.compile) for training.
         mlp_tile: Tokens that an MLP takes at a time; `None`: all. For sequences whose MLP intermediates don't fit.
+        sequence_parallel: Processes that share each sequence, a shard of it each. They are started with DeepSpeed
+            (`accelerate launch`), and their number is a multiple of it.
         report: Whether a run ends with `report.html` in its output directory.
 
     Raises:
@@ -97,6 +99,10 @@ class LongLoraSFTConfig(SFTConfig):
         default=None,
         metadata={"help": "Tokens that an MLP takes at a time, to save memory at long sequences. Default: all."},
     )
+    sequence_parallel: int = field(
+        default=1,
+        metadata={"help": "Processes that share each sequence (with DeepSpeed); their number is a multiple of it."},
+    )
     report: bool = field(default=True, metadata={"help": "End a run with report.html in its output directory."})
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of AdamW."})
@@ -111,6 +117,10 @@ class LongLoraSFTConfig(SFTConfig):
         check_sparse(self.sparse)
         if self.mlp_tile is not None and self.mlp_tile < 1:
             raise ValueError(f"`mlp_tile` must be a number of tokens, at least 1, got {self.mlp_tile!r}.")
+        if self.sequence_parallel < 1:
+            raise ValueError(
+                f"`sequence_parallel` must be a number of processes, at least 1, got {self.sequence_parallel!r}."
+            )
         if self.eval_strategy == "steps" and self.eval_steps == 0:
             raise ValueError(
                 "`eval_steps=0` would evaluate as often as `logging_steps` says. Give the steps between evaluations, "
@@ -161,6 +171,11 @@ class LongLoraSFTConfig(SFTConfig):
         """
         if isinstance(self.stages, str):
             self.stages = auto_stages(self.stages, base_length, self.max_length or 0, self.max_steps)
+
+    @property
+    def data_parallel(self) -> int:
+        """How many batches are in work at once: processes, or groups of those that share a sequence."""
+        return self.world_size // self.sequence_parallel
 
     @property
     def selective_checkpointing(self) -> bool:

@@ -17,8 +17,8 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
 from peft.utils import CONFIG_NAME
-from torch.utils.data import DataLoader, SequentialSampler
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
@@ -27,6 +27,7 @@ from trl import SFTTrainer
 from ..attention import set_attention_mode, set_s2_attention
 from ..hub.card import base_name, folder_card
 from ..hub.run import RUN_NAME, read_facts, run_facts, write_facts
+from ..parallel import sequence_group, shard_sequences
 from ..planning import local_gpu
 from ..rope import WITH_HISTORY, find_rope, forget_lengths, rope_factor
 from ..tuner.config import check_weights
@@ -63,6 +64,14 @@ from .data import StageData, describe, longest_document, order, with_length
 from .identity import adapter_settings, data_fingerprint, optimizer_settings, weights_fingerprint
 from .layers import compiled_layers, tile_mlps
 from .report import write_report
+from .sequences import (
+    InShards,
+    ShardableCollator,
+    ShardedSequences,
+    check_sequences,
+    gradients_repeated,
+    parallelism_config,
+)
 from .stages import Schedule, StepPlan
 from .trouble import beginnings, diverged, has_diverged, out_of_memory, peak_memory
 from .windows import FILLER, Served, WindowCollator, filler, piece, pieces
@@ -141,6 +150,9 @@ class LongLoraSFTTrainer(SFTTrainer):
         columns, own_collator = train_dataset.column_names, kwargs.get("data_collator") is not None
         check_windows(args, self.schedule, config, model_class, columns, own_collator)
         self._start, self._ropes = start, stage_ropes(start, self.schedule)
+        init: Any = args.model_init_kwargs or {}
+        spread = bool(init.get("device_map")) or hasattr(model, "hf_device_map")
+        check_sequences(args, self.schedule, self._ropes, config, model_class, spread)
         self._stage_callback = ContextStageCallback(self.schedule, self._ropes)
         if isinstance(model, str):
             given: Any = args.model_init_kwargs
@@ -153,6 +165,10 @@ class LongLoraSFTTrainer(SFTTrainer):
         if args.mlp_tile is not None and args.use_liger_kernel:
             # Liger's MLP would shadow the tiled one.
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), "swiglu": False, "geglu": False}
+        if args.sequence_parallel > 1:
+            args.parallelism_config = parallelism_config(args.sequence_parallel, args.world_size)
+            callbacks = [ShardedSequences(), *(callbacks or [])]
+        self._steps_done = 0  # micro-steps of a run that is resumed in shards
         set_seed(args.seed)  # TRL before 1.16 leaves the adapter's random start unseeded
         super().__init__(
             model=model,
@@ -211,7 +227,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         tokenized: Any = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
         self._data_fingerprint = data_fingerprint(tokenized)
         # `train_batch_size` counts GPUs that Trainer has yet to find to hold one model between them (`device_map`).
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel
         longest, served = [], []
         masked = "labels" in tokenized.column_names and bool(
             self.completion_only_loss or args.assistant_only_loss or "labels" in columns
@@ -248,15 +264,25 @@ class LongLoraSFTTrainer(SFTTrainer):
 
     def _get_dataloader(self, **kwargs: Any) -> DataLoader:  # type: ignore[override]  # Trainer calls it by names
         if kwargs.get("is_training") and self._any_windows:
-            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.data_parallel
             rows = self._remove_unused_columns(kwargs["dataset"], description="training")
             kwargs["dataset"] = Served(rows, self.args.order_seed, self.schedule, batch)
-        return super()._get_dataloader(**kwargs)
+        collator = self.data_collator
+        if kwargs.get("is_training") and self.args.sequence_parallel > 1:
+            self.data_collator = ShardableCollator(collator, self.args.sequence_parallel)
+        try:
+            return super()._get_dataloader(**kwargs)
+        finally:
+            self.data_collator = collator
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         # the order is in the dataset already: stage after stage, shuffled within
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(dataset)
+        args = self.args
+        if args.sequence_parallel == 1:
+            return SequentialSampler(dataset)
+        batch = args.train_batch_size, args.sequence_parallel, args.data_parallel
+        return InShards(len(dataset), *batch, done=self._steps_done)
 
     # ----------------------------------------------------------------------------------------------------------------
     # The run
@@ -279,6 +305,12 @@ class LongLoraSFTTrainer(SFTTrainer):
         self._last_log = (time.perf_counter(), self._total_train_tokens)
         if self.is_world_process_zero():
             write_facts(Path(str(self.args.output_dir)), self._known)
+        in_shards = self.args.sequence_parallel > 1
+        if in_shards and resume_from_checkpoint:
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+            # Trainer can't skip batches that are cut into shards: they are read from where the run stands.
+            self._steps_done = state.global_step * self.args.gradient_accumulation_steps
+            self.args.ignore_data_skip = True
         try:
             with compiled_layers(self.model, self.args.compile_layers):
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -290,6 +322,9 @@ class LongLoraSFTTrainer(SFTTrainer):
             raise
         finally:
             set_attention_mode(self.model, "auto")  # the run may have been stopped in a dense step
+            if in_shards:
+                self._steps_done, self.args.ignore_data_skip = 0, False
+                shard_sequences(self.model, None)
         self._write_report()
         return output
 
@@ -306,7 +341,13 @@ class LongLoraSFTTrainer(SFTTrainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         forget_lengths(self.model)  # dynamic RoPE: a batch's numbers don't depend on the lengths of those before
         if not self.is_model_parallel:
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+            if self.args.sequence_parallel > 1 and self.model.training:
+                loss = result[0] if isinstance(result, tuple) else result
+                plugin = self.accelerator.state.deepspeed_plugin
+                times = gradients_repeated(self.args.sequence_parallel, plugin.deepspeed_config)
+                loss.register_hook(lambda gradient: gradient / times)
+            return result
         # `device_map` has spread the model over GPUs, with its head on the last. Trainer counts tokens and wants the
         # loss on the first, and TRL's kernel runs on the current one.
         device = self.model.get_output_embeddings().weight.device
@@ -436,8 +477,21 @@ class LongLoraSFTTrainer(SFTTrainer):
         return self.schedule.step(max(self.state.global_step - 1, 0))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self._clock_stopped():
+        with self._clock_stopped(), self._whole_rows():
             return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _whole_rows(self) -> Iterator[None]:
+        """Batches of an evaluation are not cut: each process has its own."""
+        group = sequence_group(self.model) if self.args.sequence_parallel > 1 else None
+        if group is None:
+            yield
+            return
+        shard_sequences(self.model, None)
+        try:
+            yield
+        finally:
+            shard_sequences(self.model, group)
 
     @contextmanager
     def _clock_stopped(self) -> Iterator[None]:
@@ -558,7 +612,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             **self.schedule.to_dict(),
             "seed": args.seed,
             "data_seed": args.data_seed,
-            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.data_parallel,
             "packing": args.packing_strategy if args.packing else None,
             "order": args.train_sampling_strategy,
             "examples": self._stage_examples,

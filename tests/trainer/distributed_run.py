@@ -1,4 +1,4 @@
-"""A tiny staged run, new or resumed, for `test_distributed.py`: OUTPUT BATCH_SIZE [tied] [bf16] [pose]."""
+"""A tiny staged run, new or resumed, for `test_distributed.py`: OUTPUT BATCH_SIZE [tied] [bf16] ... [pose]."""
 
 import os
 import sys
@@ -51,12 +51,24 @@ def main(output: str, batch_size: int, *options: str) -> None:
     # Of PoSE, a process may have one window where another has four: a step then takes as many forwards in each.
     lengths = [256, 256, 150, 40] if "pose" in options else [256]
     rows = [[3 + (i * 7 + j * j) % 100 for j in range(lengths[i % len(lengths)])] for i in range(40)]
+    data = {"input_ids": rows}
+    if "answers" in options:  # fewer in the one half of a sequence than in the other
+        data["labels"] = [[-100 if j < 90 else token for j, token in enumerate(row)] for row in rows]
+    if "packed" in options:
+        data = {"input_ids": [row[: (64, 192)[i % 2]] for i, row in enumerate(rows)]}
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    steps = 4 if "shards" in options else 3  # gloo gathers no batches of two stages at once
     args = LongLoraSFTConfig(
         output_dir=output,
         stages=[
-            ContextStage(128, 3),
-            ContextStage(256, 3, **({"sparse": "pose", "dense_every": 0} if "pose" in options else {})),
+            ContextStage(128, steps),
+            ContextStage(256, steps, **({"sparse": "pose", "dense_every": 0} if "pose" in options else {})),
         ],
+        sequence_parallel=2 if several and "shards" in options else 1,
+        eval_strategy="steps" if "shards" in options else "no",
+        eval_steps=3,
+        gradient_accumulation_steps=2 if "packed" in options else 1,
+        packing="packed" in options,
         dense_every=2,
         use_cpu=not torch.cuda.is_available(),
         bf16="bf16" in options,
@@ -72,10 +84,15 @@ def main(output: str, batch_size: int, *options: str) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
         # accelerate looks at FSDP's settings on accelerators alone, and takes the CPU for DDP.
         PartialState().distributed_type = DistributedType.MULTI_GPU
+    if several and "shards" in options and not torch.cuda.is_available():
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")  # accelerate does it on accelerators alone
     trainer = LongLoraSFTTrainer(
         model,
         args,
-        train_dataset=Dataset.from_dict({"input_ids": rows}),
+        train_dataset=Dataset.from_dict(data),
+        eval_dataset=Dataset.from_dict({"input_ids": rows[:4]}) if "shards" in options else None,
         processing_class=tokenizer,
         peft_config=LongLoraConfig(r=4),
     )
@@ -87,6 +104,12 @@ def main(output: str, batch_size: int, *options: str) -> None:
         logs = [{key: log[key] for key in keys} for log in trainer.state.log_history if "stage" in log]
         kinds = {type(p).__name__ for p in trainer.model.parameters()}
         run = {"logs": logs, "by": str(trainer.accelerator.distributed_type), "parameters": sorted(kinds)}
+        if "shards" in options:
+            run["others"] = [
+                {key: log[key] for key in ("grad_norm", "eval_loss") if key in log}
+                for log in trainer.state.log_history
+                if "grad_norm" in log or "eval_loss" in log
+            ]
         run["from"] = checkpoint and Path(checkpoint).name
         Path(output, "run.json").write_text(json.dumps(run))
 

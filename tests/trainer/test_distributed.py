@@ -52,9 +52,9 @@ def start(*command: str, gpus: str = "0,1") -> None:
     assert done.returncode == 0, done.stderr[-10000:]
 
 
-def two_processes(config: Path, output: Path, *options: str) -> None:
+def two_processes(config: Path, output: Path, *options: str, processes: int = 2) -> None:
     precision = "bf16" if "bf16" in options else "no"
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes)]
     start(*launch, "--mixed_precision", precision, "--main_process_port", "0", SCRIPT, str(output), "1", *options)
 
 
@@ -109,6 +109,58 @@ def test_two_processes_resume(name, options, tmp_path):
     if name != "ddp":
         with pytest.raises(AssertionError, match=f"optimizer_states was {KEPT[name]}, is whole"):
             two_processes(CONFIGS / "ddp.yaml", out, *options)
+
+
+@slow
+@deepspeed
+@pytest.mark.parametrize(
+    ("name", "processes", "options"),
+    [("zero2", 2, ()), ("zero3", 2, ("answers",)), ("zero2", 2, ("packed",)), ("zero3", 4, ()), ("zero2", 4, ())],
+    ids=str,
+)
+def test_shards_of_sequences_are_whole_ones(name, processes, options, tmp_path):
+    """Losses, gradients, tokens, evaluations and weights of processes that share sequences are those of one.
+
+    With labels on one shard more than on the other, packed documents, and two groups of processes; in both stages, in
+    sparse steps and dense ones.
+    """
+    options = ("shards", *options)
+    start(SCRIPT, str(tmp_path / "one"), str(processes // 2), *options, gpus="0")
+    two_processes(CONFIGS / f"{name}.yaml", tmp_path / "two", *options, processes=processes)
+    one_run, two_run = told(tmp_path / "one"), told(tmp_path / "two")
+    assert "DEEPSPEED" in two_run["by"]
+    assert {log["attention"] for log in one_run["logs"]} == {"s2attn", "dense"}
+    for what in ("logs", "others"):
+        assert len(one_run[what]) == len(two_run[what]) > 8 - (what == "logs")
+        for log, other in zip(one_run[what], two_run[what], strict=True):
+            # A packed row has as many labels as it has not documents, and a step's rows weigh alike in the engine.
+            near = 2e-3 if "packed" in options else 1e-4
+            assert log == {key: pytest.approx(x, rel=near) if key != "attention" else x for key, x in other.items()}
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    if "packed" not in options:
+        assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
+
+
+@slow
+@deepspeed
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_shards_resume(name, tmp_path):
+    """A run in shards goes on where it was, in each stage, also in the middle of what processes have read."""
+    out, config = tmp_path / "out", CONFIGS / f"{name}.yaml"
+    two_processes(config, out, "shards")
+    whole, whole_run = load_file(out / "adapter_model.safetensors"), told(out)
+    for step in (2, 6):
+        again = tmp_path / f"from-{step}"
+        shutil.copytree(out, again)
+        for file in ("adapter_model.safetensors", "run.json"):
+            (again / file).unlink()
+        for later in range(step + 1, 9):
+            (again / f"checkpoint-{later}" / "trainer_state.json").unlink(missing_ok=True)
+        two_processes(config, again, "shards")
+        assert told(again) == whole_run | {"from": f"checkpoint-{step}"}
+        resumed = load_file(again / "adapter_model.safetensors")
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 @slow

@@ -1,0 +1,148 @@
+"""`sequence_parallel`: who reads which row, what a batch is, and what is refused before anything is loaded."""
+
+import importlib.util
+
+import pytest
+from accelerate import ParallelismConfig
+from accelerate.data_loader import BatchSamplerShard
+from datasets import Dataset
+from torch.utils.data import BatchSampler
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
+from hf_longlora.trainer.sequences import InShards, ShardableCollator, gradients_repeated, parallelism_config
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch", "size", "groups"), [(6, 1, 2, 1), (7, 2, 2, 2), (5, 1, 4, 1), (3, 3, 4, 2), (9, 2, 3, 3)]
+)
+def test_each_step_sees_its_own_rows(steps, batch, size, groups):
+    """As accelerate deals batches out to processes, and DeepSpeed goes through those of a group."""
+    for done in range(steps):
+        order = InShards(steps * batch * groups, batch, size, groups, done)
+        sampler = BatchSampler(order, batch, drop_last=False)
+        assert len(order) == len(list(order)) and len(order) % (batch * size * groups) == 0
+        read = [list(BatchSamplerShard(sampler, size * groups, rank)) for rank in range(size * groups)]
+        for step in range(steps - done):
+            for group in range(groups):
+                of_turn = read[group * size + step % size][step // size]
+                first = ((done + step) * groups + group) * batch
+                assert of_turn == list(range(first, first + batch))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_can_be_cut(packed):
+    collator = DataCollatorForLanguageModeling(pad_token_id=5, padding_free=packed, return_position_ids=True)
+    examples = [{"input_ids": [7, 8, 9]}, {"input_ids": [7, 8, 9, 10]}]
+    batch = ShardableCollator(collator, 4)(examples)
+    assert batch.keys() == {"input_ids", "labels", "position_ids", "attention_mask"}
+    assert len({x.shape for x in batch.values()}) == 1 and batch["input_ids"].shape[1] % 4 == 0
+    if packed:
+        assert batch["input_ids"].tolist() == [[7, 8, 9, 7, 8, 9, 10, 5]]
+        assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
+        assert batch["labels"].tolist() == [[-100, 8, 9, -100, 8, 9, 10, -100]]
+        assert batch["attention_mask"].tolist() == [[1] * 7 + [0]]
+    else:
+        assert batch["attention_mask"].sum(1).tolist() == [3, 4]
+
+
+def test_a_collator_without_positions_is_refused():
+    """Each process would count them from its shard's beginning, and take that for a document's."""
+    collator = DataCollatorForLanguageModeling(pad_token_id=5)
+    with pytest.raises(ValueError, match="batches need `position_ids`"):
+        ShardableCollator(collator, 2)([{"input_ids": [7, 8]}])
+
+
+def test_gradients_are_what_deepspeed_makes_of_them():
+    assert gradients_repeated(4, {"zero_optimization": {"stage": 2}}) == 4
+    assert gradients_repeated(4, {"zero_optimization": {"stage": 3}}) == 1
+    assert gradients_repeated(4, {"zero_optimization": {"stage": 3, "reduce_scatter": False}}) == 4
+    assert gradients_repeated(4, {}) == 4
+
+
+def test_accelerate_is_told_of_our_attention():
+    config = parallelism_config(2, 8)
+    assert (config.sp_size, config.sp_backend, config.data_parallel_size) == (2, "deepspeed", 4)
+    assert config.sp_handler.sp_attn_implementation == "s2attn"
+
+
+TINY = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+LLAMA = {**TINY, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+def refused(tiny_tokenizer, tmp_path, model=None, adapter=None, **options):
+    args = LongLoraSFTConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        **{"stages": [ContextStage(128, 2)], "sequence_parallel": 2, **options},
+    )
+    LongLoraSFTTrainer(
+        model or LlamaForCausalLM(LlamaConfig(**LLAMA)),
+        args,
+        train_dataset=Dataset.from_dict({"text": ["a" * 300] * 4}),
+        processing_class=tiny_tokenizer,
+        peft_config=adapter or LongLoraConfig(r=2),
+    )
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As under `accelerate launch` with DeepSpeed, before it starts anything."""
+    monkeypatch.setattr(LongLoraSFTConfig, "world_size", 4)
+    monkeypatch.setattr("hf_longlora.trainer.sequences.started_with_deepspeed", lambda args: True)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "deepspeed" or find_spec(name, *rest))
+
+
+def test_one_process_and_no_deepspeed_are_refused(tiny_tokenizer, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"needs a multiple of 2 processes, and there is one.*accelerate launch"):
+        refused(tiny_tokenizer, tmp_path)
+    monkeypatch.setattr(LongLoraSFTConfig, "world_size", 3)
+    with pytest.raises(ValueError, match="there are 3"):
+        refused(tiny_tokenizer, tmp_path)
+    monkeypatch.setattr(LongLoraSFTConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="goes with DeepSpeed, of any ZeRO stage"):
+        refused(tiny_tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        refused(tiny_tokenizer, tmp_path, sequence_parallel=0)
+
+
+def test_what_cannot_be_in_shards_is_refused(tiny_tokenizer, tmp_path, launched, monkeypatch):
+    monkeypatch.setattr(LongLoraSFTConfig, "world_size", 3)
+    with pytest.raises(ValueError, match=r"4 heads and 2 key/value heads.*one of \[2, 4\]"):
+        refused(tiny_tokenizer, tmp_path, sequence_parallel=3)
+    monkeypatch.setattr(LongLoraSFTConfig, "world_size", 4)
+    mistral = MistralForCausalLM(MistralConfig(**LLAMA, sliding_window=16))
+    with pytest.raises(ValueError, match="a window of 16 tokens"):
+        refused(tiny_tokenizer, tmp_path, mistral)
+    with pytest.raises(ValueError, match="RoPE of type 'dynamic'"):
+        refused(tiny_tokenizer, tmp_path, stages=[ContextStage(128, 2, rope_type="dynamic")])
+    with pytest.raises(ValueError, match="PoSE steps fit one process"):
+        refused(tiny_tokenizer, tmp_path, sparse="pose")
+    with pytest.raises(ValueError, match="`compile_layers` is not for"):
+        refused(tiny_tokenizer, tmp_path, compile_layers=True)
+    spread = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    spread.hf_device_map = {"": 0}
+    with pytest.raises(ValueError, match="`device_map` has one process"):
+        refused(tiny_tokenizer, tmp_path, spread)
+
+
+def test_accelerates_own_key_is_refused(tiny_tokenizer, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="by `sequence_parallel`, not by accelerate's"):
+        refused(tiny_tokenizer, tmp_path, parallelism_config=ParallelismConfig(sp_size=2))
+    with pytest.raises(ValueError, match="torch's context parallelism deals the tokens"):
+        refused(tiny_tokenizer, tmp_path, parallelism_config=ParallelismConfig(cp_size=2))
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+    with pytest.raises(ValueError, match="by `sequence_parallel`, not by accelerate's"):
+        refused(tiny_tokenizer, tmp_path)
+
+
+def test_counts_go_by_groups_of_processes(monkeypatch, tmp_path):
+    monkeypatch.setattr(LongLoraSFTConfig, "world_size", 8)
+    args = LongLoraSFTConfig(
+        output_dir=str(tmp_path), stages=[ContextStage(128, 2)], sequence_parallel=4, use_cpu=True, bf16=False
+    )
+    assert args.data_parallel == 2
