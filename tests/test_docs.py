@@ -48,6 +48,10 @@ from .hub.test_original import trained
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(?:<!-- not run: ([^\n]+) -->\n+)?```(\w*)\n(.*?)^```$", re.M | re.S)
+LAUNCHED = (
+    "accelerate launch --config_file examples/accelerate_configs/zero2.yaml --num_processes 4 "
+    "-m hf_longlora train --config million.yaml"
+)
 NOT_RUN = {
     "vllm serve merged --max-model-len 32768": "vLLM",
     "from transformers import BitsAndBytesConfig": "bitsandbytes",
@@ -55,6 +59,9 @@ NOT_RUN = {
     "# sft.py": "command line",
     "accelerate launch sft.py --model_name_or_path meta-llama/Llama-2-7b-hf --dataset_name books.jsonl "
     "--output_dir out --attn_implementation s2attn": "sft.py",
+    "# million.yaml": "DeepSpeed, several processes",
+    LAUNCHED: "DeepSpeed, several processes",
+    "import torch.distributed as dist": "several processes",
 }
 """First lines of the blocks that say "not run", and what they need (they are parsed all the same, but for vLLM's)."""
 

@@ -410,3 +410,17 @@ def test_a_native_window_that_is_not_known_is_said():
     known = LongLoraConfig(base_length=SHAPE["max_position_embeddings"] // 4)
     assert plan_run(config, [1024], gpu="H200", adapter=known).notes == ()
     assert plan_run(config, [1024], gpu="H200", adapter=known, sparse="pose").lengths
+
+
+def test_cards_that_share_a_sequence():
+    """Two have half of the tokens each, and half of attention's work; weights and optimizer each has whole."""
+    config = LLAMA_8B
+    one, two = (plan_run(config, [65536], gpu="H100", sequence_parallel=n) for n in (1, 2))
+    half = plan_run(config, [32768], gpu="H100")
+    assert two.lengths[0].activations == half.lengths[0].activations
+    assert two.lengths[0].weights == one.lengths[0].weights
+    assert half.lengths[0].seconds_dense < two.lengths[0].seconds_dense < one.lengths[0].seconds_dense
+    assert two.longest >= 2 * one.longest - 2048
+    assert any("2 cards share a sequence" in note for note in two.notes)
+    with pytest.raises(ValueError, match="none is shared"):
+        plan_run(config, [65536], gpu="H100", sequence_parallel=2, sparse="pose")

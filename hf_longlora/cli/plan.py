@@ -62,6 +62,7 @@ def add(commands: Any) -> None:
     plan.add_argument("--activation-offloading", action="store_true", help="checkpoints wait in the host's memory")
     plan.add_argument("--fused", action="store_true", help="with use_liger_kernel or compile_layers")
     plan.add_argument("--mlp-tile", type=int, metavar="N", help="tokens that an MLP takes at a time; default: all")
+    plan.add_argument("--sequence-parallel", type=int, default=1, metavar="N", help="cards that share a sequence")
     plan.add_argument("--no-chunked-loss", action="store_true", help="all logits at once, as TRL before 1.16")
     plan.add_argument(
         "--base-length",
@@ -121,6 +122,7 @@ def run(options: argparse.Namespace) -> None:
         activation_offloading=options.activation_offloading,
         fused=options.fused,
         mlp_tile=options.mlp_tile,
+        sequence_parallel=options.sequence_parallel,
         chunked_loss=not options.no_chunked_loss,
         group_size=options.group_size,
         group_size_ratio=options.group_size_ratio,

@@ -55,7 +55,7 @@ def kept_of_the_mlp(shape: Shape, settings: RunSettings) -> float:
 
 def bytes_at_peak(shape: Shape, settings: RunSettings, length: int) -> tuple[dict[str, float], float]:
     """Bytes on the card at the peak of a step, by what they are for, and those in the host's memory."""
-    tokens, h = float(settings.batch_size * length), shape.hidden
+    tokens, h = settings.batch_size * length / settings.sequence_parallel, shape.hidden
     stream = 4 if settings.dtype == "float32" else 2  # the dtype of what runs from layer to layer
     outside, inside = kept_outside_the_mlp(shape, settings), kept_of_the_mlp(shape, settings)
     whole = inside + 2 * shape.lora_mlp

@@ -107,12 +107,17 @@ def plan_run(
         trainable=shape.trainable,
         lengths=rows,
         longest=longest(shape, settings, card),
-        notes=(*_notes(config.get_text_config(), shape, card), *_dense_lengths(shape, settings, lengths)),
+        notes=(*_notes(config.get_text_config(), shape, settings, card), *_dense_lengths(shape, settings, lengths)),
     )
 
 
-def _notes(config: Any, shape: Shape, gpu: Gpu) -> tuple[str, ...]:
+def _notes(config: Any, shape: Shape, settings: RunSettings, gpu: Gpu) -> tuple[str, ...]:
     notes = []
+    if settings.sequence_parallel > 1:
+        notes.append(
+            f"{settings.sequence_parallel} cards share a sequence: what they send each other takes time that is not "
+            "planned, and none of it has been measured."
+        )
     if config.model_type not in COUNTED:
         notes.append(
             f"The activations of {config.model_type} have not been compared with a real step's: they may be up to "

@@ -58,7 +58,7 @@ def step_seconds(
     shift: Shifted = "half",
 ) -> float:
     """An optimizer step; `group` is `None` for a dense one, `host` the bytes that offloading moves."""
-    tokens = settings.batch_size * length
+    tokens = settings.batch_size * length / settings.sequence_parallel
     passes = 2 + settings.gradient_checkpointing  # forward, backward to the inputs, and the forward again
     products = 2 * tokens * (passes * shape.layer_matrices + shape.trained_matrices)
     products += 2 * tokens * shape.head_matrix * (2 + settings.chunked_loss)
@@ -67,7 +67,8 @@ def step_seconds(
     if settings.quantization:
         moved += passes * 2 * 2 * shape.layer_matrices  # unpacked, and read
     seconds = products / (MATMUL_SHARE * gpu.tflops * 1e12) + moved / (gpu.bandwidth * 1e9)
-    seconds += settings.batch_size * _attention_seconds(shape, settings, gpu, length, group, shift)
+    attention = settings.batch_size * _attention_seconds(shape, settings, gpu, length, group, shift)
+    seconds += attention / settings.sequence_parallel
     seconds = max(seconds, 2 * host / (gpu.link * 1e9))  # there and back, beside the computing
     # The optimizer reads and writes weights and moments, reads gradients; their norm and their zeros are three more.
     update = 40 * shape.trainable / (gpu.bandwidth * 1e9)

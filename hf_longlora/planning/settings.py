@@ -31,6 +31,8 @@ class RunSettings:
         group_size, group_size_ratio, sink_tokens, dense_every: As the trainer's; by default groups are of the base's
             native window.
         sparse: As the trainer's: "s2", or "windows" or "pose" for windows of the base's native window.
+        sequence_parallel: Cards that share a sequence, each with the whole model; what they send each other is not
+            counted.
         backend: Of attention; default the card's fastest.
     """
 
@@ -50,6 +52,7 @@ class RunSettings:
     sink_tokens: int = S2AttentionConfig.sink_tokens
     dense_every: int = 4
     sparse: Sparse = "s2"
+    sequence_parallel: int = 1
     backend: Backend | None = None
 
     def __post_init__(self) -> None:
@@ -63,7 +66,9 @@ class RunSettings:
             raise ValueError("activation offloading is planned with gradient checkpointing only")
         if self.selective_checkpointing and not self.gradient_checkpointing:
             raise ValueError("selective checkpointing is planned with gradient checkpointing only")
-        for name in ("batch_size", "gradient_accumulation_steps", "mlp_tile"):
+        if self.sparse != "s2" and self.sequence_parallel > 1:
+            raise ValueError("windows fit one card: none is shared")
+        for name in ("batch_size", "gradient_accumulation_steps", "mlp_tile", "sequence_parallel"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dense_every < 0:

@@ -72,6 +72,7 @@ def run_settings(
         gradient_checkpointing=args.gradient_checkpointing,
         fused=bool(args.use_liger_kernel or args.compile_layers),
         mlp_tile=args.mlp_tile,
+        sequence_parallel=args.sequence_parallel,
         selective_checkpointing=args.selective_checkpointing,
         activation_offloading=args.activation_offloading,
         group_size=attention.group_size,
@@ -98,7 +99,7 @@ def plan_stages(
         args: The trainer's.
         gpu: The card.
         adapter, dtype, quantization: As for `run_settings`.
-        gpus: Cards, each with the model and sequences of its own.
+        gpus: Cards, each with the model, and with sequences of its own or a share in others' (`sequence_parallel`).
 
     Returns:
         The plan of the last stage, whose notes are the run's, and the stages.
@@ -110,7 +111,9 @@ def plan_stages(
     if isinstance(args.stages, str):
         args.resolve_stages(Start.of("", config, adapter).known)
     schedule = replace(args.schedule, native_window=base_window("", config, adapter))
-    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus
+    if gpus % args.sequence_parallel > 0:
+        raise ValueError(f"sequence_parallel={args.sequence_parallel} needs a multiple of as many GPUs, not {gpus}.")
+    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus // args.sequence_parallel
     plans, stages = [], []
     for number, stage in enumerate(schedule.stages):
         settings = run_settings(args, schedule, number, adapter=adapter, dtype=dtype, quantization=quantization)

@@ -57,8 +57,8 @@ def check_sequences(
         raise ValueError(f"`sequence_parallel` goes with DeepSpeed, of any ZeRO stage: start the run by {LAUNCH}.")
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("`sequence_parallel` needs DeepSpeed: pip install 'deepspeed>=0.18.2'.")
-    if any(schedule.has_pose(number) for number in range(len(schedule.stages))):
-        raise ValueError('Windows of PoSE steps fit one process: set sparse="s2", or leave `sequence_parallel` out.')
+    if any(schedule.has_windows(number) for number in range(len(schedule.stages))):
+        raise ValueError('Steps in windows fit one process: set sparse="s2", or leave `sequence_parallel` out.')
     if args.compile_layers:
         raise ValueError("`compile_layers` is not for `sequence_parallel`: leave one of them out.")
     check_shardable(model_class or type(config), config)

@@ -120,7 +120,7 @@ def test_what_cannot_be_in_shards_is_refused(tiny_tokenizer, tmp_path, launched,
         refused(tiny_tokenizer, tmp_path, mistral)
     with pytest.raises(ValueError, match="RoPE of type 'dynamic'"):
         refused(tiny_tokenizer, tmp_path, stages=[ContextStage(128, 2, rope_type="dynamic")])
-    with pytest.raises(ValueError, match="PoSE steps fit one process"):
+    with pytest.raises(ValueError, match="windows fit one process"):
         refused(tiny_tokenizer, tmp_path, sparse="pose")
     with pytest.raises(ValueError, match="`compile_layers` is not for"):
         refused(tiny_tokenizer, tmp_path, compile_layers=True)
