@@ -116,7 +116,11 @@ def s2_attention_forward(
         return eager_attention(module, query, key, value, dense, causal=causal and query.shape[2] > 1, **options), None
 
     refuse_sparse(module, kwargs)
-    documents, sequence = _documents(module, query, attention_mask, state.find_sequence, kwargs)
+    if state.find_sequence is None:
+        sequence, documents = None, _documents(module, query, attention_mask, kwargs)
+    else:
+        sequence = _sequence(module, query, attention_mask, state.find_sequence, kwargs)
+        documents = sequence.documents
     group_size = None
     if sparse and state.mode not in ("dense", "windows"):
         native = state.native_window if state is not _DEFAULT else native_window(module.config)
@@ -259,25 +263,40 @@ def _shift(shift: Shift, module: nn.Module) -> Literal["half", "none", "all"]:
 
 
 def _documents(
+    module: nn.Module, query: torch.Tensor, mask: S2Mask | torch.Tensor | None, kwargs: dict[str, Any]
+) -> Documents:
+    """The documents of the batch that a layer is in the middle of."""
+    cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    if isinstance(mask, S2Mask):
+        documents = mask.documents(cu_seqlens, position_ids)
+        if mask.causal:
+            return documents
+    elif mask is None:
+        return Documents.find(query.shape[0], query.shape[2], cu_seqlens=cu_seqlens, position_ids=position_ids)
+    raise ValueError(_custom_mask(module))
+
+
+def _sequence(
     module: nn.Module,
     query: torch.Tensor,
     mask: S2Mask | torch.Tensor | None,
-    find_sequence: Callable[..., Any] | None,
+    find: Callable[..., Any],
     kwargs: dict[str, Any],
-) -> tuple[Documents, Any]:
-    """The documents of the batch that a layer is in the middle of, and the sequence where it is in shards."""
-    told = {"cu_seqlens": kwargs.get("cu_seq_lens_q"), "position_ids": kwargs.get("position_ids")}
+) -> Any:
+    """The whole of a batch of shards, by what `S2State.find_sequence` holds."""
+    cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     if isinstance(mask, S2Mask):
-        found = mask.documents(**told, find_sequence=find_sequence), mask.sequence
+        sequence = mask.sequence(find, cu_seqlens, position_ids)
         if mask.causal:
-            return found
+            return sequence
     elif mask is None:
-        size = query.shape[0], query.shape[2]
-        if find_sequence is None:
-            return Documents.find(*size, **told), None
-        sequence = find_sequence(*size, **told, device=query.device)
-        return sequence.documents, sequence
-    raise ValueError(
+        told = {"cu_seqlens": cu_seqlens, "position_ids": position_ids}
+        return find(query.shape[0], query.shape[2], **told, device=query.device)
+    raise ValueError(_custom_mask(module))
+
+
+def _custom_mask(module: nn.Module) -> str:
+    return (
         f"{type(module).__name__} has a custom attention mask (4-D, bidirectional blocks, a prefix). Shifted sparse "
         'attention is causal: pass a 2-D padding mask, or train with attn_implementation="sdpa".'
     )

