@@ -119,6 +119,8 @@ def test_cu_seqlens_are_for_one_row():
         {"group_size_ratio": 0.0},
         {"group_size_ratio": 1.01},
         {"group_size_ratio": -0.25},
+        {"group_size_ratio": True},
+        {"group_size_ratio": "0.25"},
         {"shift": "tokens"},
         {"sink_tokens": -1},
         {"sink_tokens": 4.0},
@@ -147,6 +149,8 @@ def test_config_refuses(kwargs):
         ({}, 4096, 1, 1024),
         ({"group_size_ratio": 1 / 16}, 131072, 8192, 8192),
         ({"group_size_ratio": 1 / 16}, 65536, 8192, 4096),
+        ({}, 12, 2, 2),  # the smallest window that can be a group
+        ({"group_size_ratio": 1 / 16}, 10, None, 2),
         ({"group_size_ratio": 1.0}, 10, 2, 10),
         ({"group_size": 512}, 4096, 64, 512),
         ({"group_size": 512, "group_size_ratio": 0.5}, 4096, 64, 512),

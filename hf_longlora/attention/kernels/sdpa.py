@@ -128,7 +128,11 @@ def _cut(launch: Launch, limit: int) -> Iterator[Launch]:
     if launch.rows > 1:
         per_row = max(1, many // launch.times)
         for row in range(0, launch.rows, per_row):
-            yield launch._replace(row=launch.row + row, rows=min(per_row, launch.rows - row))
+            held = launch._replace(row=launch.row + row, rows=min(per_row, launch.rows - row))
+            if held.rows > 1:
+                yield held
+            else:  # may be more than the limit by itself
+                yield from _cut(held, limit)
         return
     for first in range(0, launch.times, many):
         times = min(many, launch.times - first)
