@@ -12,8 +12,6 @@ from hf_longlora.trainer import last_checkpoint
 
 from .killed_run import STEPS, WRITERS, run
 
-KILLS = 20
-ATTEMPTS = 80
 PATIENCE = 300
 """Seconds for a run that takes two, on a machine with much else to do."""
 
@@ -60,7 +58,8 @@ def finish(child, folder: Path):
     assert child.exitcode == 0, log(folder)[-3000:]
 
 
-def test_killed_at_random_points(start, whole, tmp_path):
+@pytest.mark.parametrize("planned", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_points(start, whole, tmp_path, planned):
     """By SIGTERM and SIGKILL at random moments, between the files of a checkpoint, and with a file half written."""
     killed = tmp_path / "killed"
     finish(start("again", counted=True), tmp_path / "again")
@@ -72,8 +71,8 @@ def test_killed_at_random_points(start, whole, tmp_path):
     draw = random.Random(seed)
     ways = ("SIGTERM", "SIGKILL", "between files", "half a file")
     kills: list[str] = []
-    for number in range(ATTEMPTS):
-        if len(kills) == KILLS:
+    for number in range(4 * planned):
+        if len(kills) == planned:
             break
         how = ways[len(kills) % len(ways)]
         if how in ("SIGTERM", "SIGKILL"):
@@ -87,7 +86,7 @@ def test_killed_at_random_points(start, whole, tmp_path):
         else:
             assert child.exitcode in (-signal.SIGTERM, -signal.SIGKILL), log(killed)[-3000:]
             kills.append(how)
-    assert len(kills) == KILLS, kills
+    assert len(kills) == planned, kills
     finish(start("killed"), killed)
     assert result(killed) == whole
 
