@@ -137,10 +137,17 @@ def test_sft(base, monkeypatch):
     assert reach(current_rope(model.config)) == (4096 // SMALLER, 32768 // SMALLER)
     run_script(
         "sft.py",
-        [*replaced([a for a in arguments if a != "--use_peft"], **values, stages=shorter(stages[:1])), *ON_A_CPU],
+        [
+            *replaced(
+                [a for a in arguments if a != "--use_peft"],
+                **values | {"output_dir": "whole"},
+                stages=shorter(stages[:1]),
+            ),
+            *ON_A_CPU,
+        ],
         monkeypatch,
     )
-    assert Path("out", "model.safetensors").is_file()
+    assert Path("whole", "model.safetensors").is_file()
 
 
 def test_trls_own_script_with_three_names_of_ours(base, monkeypatch):
