@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hf_longlora.attention import Documents
 from hf_longlora.attention.kernels import ragged, sdpa, seen
-from hf_longlora.attention.kernels.in_place import ENGINES
+from hf_longlora.attention.kernels.in_place import ENGINES, rows_follow
 
 UNLIMITED = 10**6
 
@@ -129,3 +129,9 @@ def test_pieces_whose_keys_adjoin_are_told_from_the_others():
     alone, adjoining = (0, 2, 0, 1, 0, 8, 12, 0, 4), (0, 2, 0, 1, 0, 0, 3, -2, 0)
     last = (2, 4, 1, 2, 1, 16, 20, 8, 10)
     assert seen._by_adjoining((*alone, *adjoining, *last)) == ([*alone, *last], [*adjoining])
+
+
+def test_which_rows_follow_one_another():
+    heads_first, tokens_first = torch.empty(2, 4, 20, 8), torch.empty(2, 20, 4, 8).transpose(1, 2)
+    assert rows_follow(tokens_first) and not rows_follow(heads_first)
+    assert rows_follow(heads_first[:1], tokens_first) and not rows_follow(tokens_first, heads_first)

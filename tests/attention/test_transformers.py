@@ -431,6 +431,24 @@ def test_what_is_shifted(models, monkeypatch, shift, layers):
     assert calls == layers
 
 
+@pytest.mark.parametrize(("dropout", "training"), [(0.0, True), (0.5, True), (0.5, False)])
+def test_a_kernel_that_drops_weights_is_asked_for_only_where_some_are_dropped(
+    tiny_llama, monkeypatch, dropout, training
+):
+    asked, select = [], interface.select_kernel
+
+    def record(*args, **needs):
+        asked.append(needs["dropout"])
+        return select(*args, **needs)
+
+    monkeypatch.setattr(interface, "select_kernel", record)
+    model = tiny_llama(attention_dropout=dropout).train(training)
+    set_s2_attention(model, S2AttentionConfig(group_size=GROUP))
+    with s2_attention_mode(model, "s2"):
+        model(input_ids=ids())
+    assert asked == [training and dropout > 0] * 2
+
+
 def test_unsupported_models_are_refused():
     falcon = FalconForCausalLM(FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
     with pytest.raises(ValueError, match="AttentionInterface"):
