@@ -406,7 +406,7 @@ def like(query=(2, 4, 8, 16), key=(2, 2, 8, 16), value=(2, 2, 8, 16), **options)
         ([x.to(torch.int64) for x in like()], "one floating"),
         ([*like()[:2], torch.empty(2, 2, 8, 16, device="meta")], "one device"),
     ],
-    ids=str,
+    ids=lambda given: given if isinstance(given, str) else "tensors",
 )
 def test_tensors_that_do_not_fit_are_refused(tensors, message):
     for kernel in ("auto", *ANYWHERE):
