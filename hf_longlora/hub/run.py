@@ -31,7 +31,9 @@ def run_facts(args: Any, state: TrainerState) -> dict[str, str]:
     """
     logged = [entry for entry in state.log_history if "loss" in entry]
     facts = {}
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.data_parallel
+    # TRL's own configuration, whose run may push an adapter of ours, shares no sequences between processes.
+    replicas = getattr(args, "data_parallel", args.world_size)
+    batch = args.train_batch_size * args.gradient_accumulation_steps * replicas
     steps = f"{state.global_step:,} of {state.max_steps:,}" if state.global_step < state.max_steps else ""
     facts["steps"] = f"{steps or f'{state.global_step:,}'}, batch size {batch:,}"
     if logged and "num_tokens" in logged[-1]:
