@@ -241,7 +241,7 @@ def s2_attention(
     """
     check_group_size(group_size)
     check_sink_tokens(sink_tokens)
-    check_tensors(query, key, value)
+    # Before the tensors are looked at: a process that refused its own, having none, would leave the others waiting.
     sequence = ShardedSequence.find(
         group,
         query.shape[0],
@@ -251,6 +251,7 @@ def s2_attention(
         attention_mask=attention_mask,
         position_ids=position_ids,
     )
+    check_tensors(query, key, value)
     chosen = select_kernel(kernel, query, value)
     out = sequence.attend(query, key, value, group_size, sink_tokens=sink_tokens, kernel=chosen, scale=scale)
     return out.transpose(1, 2)
