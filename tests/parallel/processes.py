@@ -54,8 +54,9 @@ class Processes:
 def _serve(rank: int, folder: str, end: Any) -> None:
     torch.set_num_threads(1)
     store = f"file://{Path(folder) / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=SIZE, timeout=timedelta(seconds=60))
-    groups = {size: dist.new_group(list(range(size))) for size in range(2, SIZE + 1)}
+    limit = timedelta(seconds=60)  # a process that waits for another one fails, and its test with it
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=SIZE, timeout=limit)
+    groups = {size: dist.new_group(list(range(size)), timeout=limit) for size in range(2, SIZE + 1)}
     while True:
         try:
             size, function, arguments = end.recv()
