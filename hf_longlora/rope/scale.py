@@ -49,7 +49,7 @@ AUTO = "auto"
 """The base's own type where it is scaled already, else YaRN (`natural_type`)."""
 ABF_EXPONENT = 1.5
 """The ratio of thetas is the ratio of lengths to this power, so that two extensions are one. SmolLM2-135M, 8,192 ->
-32,768 tokens by theta 100,000 -> 800,000, trained densely: perplexity 25.31 on books, 25.39 by YaRN."""
+65,536 tokens, trained densely: perplexity 25.21 on books, 25.38 by YaRN (`benchmarks/results/pretrained.csv`)."""
 # What a RoPE has besides its scaling, and keeps under any.
 _LASTING = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 
