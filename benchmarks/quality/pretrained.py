@@ -72,6 +72,7 @@ class Method:
         scatter: Whether the native windows of all sparse steps are shuffled among these, so that the windows of a step
             are of different documents.
         stage: Further fields of the stage.
+        then: Those that differ in the second half of the steps.
         args: Further fields of the configuration.
         adapter: Fields of the adapter that differ.
     """
@@ -83,6 +84,7 @@ class Method:
     cut: float = 1.0
     scatter: bool = False
     stage: dict[str, Any] = field(default_factory=dict)
+    then: dict[str, Any] = field(default_factory=dict)
     args: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
 
@@ -112,6 +114,9 @@ for _name, _sparse in {"windows": "windows", "pose of many rows": "pose"}.items(
     METHODS[_name] = Method(stage={"sparse": _sparse, "dense_every": 0})
     for _nth, _every in {"2nd": 2, "3rd": 3, "4th": 4, "10th": 10}.items():
         METHODS[f"{_name}, {_nth} dense"] = Method(stage={"sparse": _sparse, "dense_every": _every})
+    METHODS[f"{_name}, 8th then 2nd dense"] = Method(
+        stage={"sparse": _sparse, "dense_every": 8}, then={"dense_every": 2}
+    )
 for _nth, _every in {"2nd": 2, "3rd": 3, "4th": 4}.items():
     METHODS[f"native windows, {_nth} dense"] = Method(stage=_s2(_every, 0), args={"attention_shift": "none"})
     METHODS[f"s2 native + sinks, {_nth} dense"] = Method(stage=_s2(_every))
@@ -168,6 +173,13 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
+def parts(steps: int, method: Method) -> list[tuple[int, dict[str, Any]]]:
+    """The stages of a run: steps and fields of each."""
+    if not method.then:
+        return [(steps, method.stage)]
+    return [(steps - steps // 2, method.stage), (steps // 2, method.stage | method.then)]
+
+
 def train(run: Run, folder: Path) -> tuple[Any, dict[str, Any]]:
     """Extend the base as `run` says: the model, and what that cost."""
     source, method = SOURCES[run.model], METHODS[run.method]
@@ -194,7 +206,7 @@ def train(run: Run, folder: Path) -> tuple[Any, dict[str, Any]]:
         args = LongLoraSFTConfig(
             **{
                 "output_dir": output,
-                "stages": [ContextStage(run.length, steps, **rope, **method.stage)],
+                "stages": [ContextStage(run.length, part, **rope, **fields) for part, fields in parts(steps, method)],
                 "per_device_train_batch_size": 1,
                 "learning_rate": run.learning_rate,
                 "lr_scheduler_type": "cosine_with_min_lr",
