@@ -34,9 +34,9 @@ from .attention.kernels import KERNELS
 from .attention.mask import READS_MASK, S2Mask, s2_mask
 from .families import Family, find_family
 from .from_hub import adapter_values, read_config
+from .modules import is_norm, language_modules, walk
 from .rope import AUTO, RopeScaling, current_rope, native_window, reach, readings, rotary_modules, type_over
 from .tuner import LongLoraConfig
-from .tuner.modules import is_norm, language_modules, walk
 
 _PROBE = "s2attn_probe"
 _TOKENS = 16

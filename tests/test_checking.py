@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, T5Config
 
 from hf_longlora import LongLoraConfig, S2AttentionConfig
-from hf_longlora.attention.switch import attention_modules
 from hf_longlora.checking import check_model
 from hf_longlora.cli import main
 from hf_longlora.families import FAMILIES, find_family
+from hf_longlora.modules import attention_modules
 from hf_longlora.rope import ROPE_TYPES, current_rope, reach, type_over
 
 from .attention.test_skipping import STATEFUL, UNTOLD

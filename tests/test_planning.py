@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     FalconConfig,
@@ -52,6 +53,8 @@ LLAMA_8B = LlamaConfig(
 )
 EIGHT_LAYERS = copy.copy(LLAMA_8B)
 EIGHT_LAYERS.num_hidden_layers = 8
+OPT = {"ffn_dim": 512, "word_embed_proj_dim": 64}
+JAMBA = {"num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_expand": 2}
 LORA_ONLY = LongLoraConfig(train_norms=False, train_embeddings=False)
 
 
@@ -152,6 +155,17 @@ def test_parameters_are_counted_as_they_are(adapter):
     if adapter is not None:
         model = get_peft_model(model, copy.deepcopy(adapter))
     assert shape.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("family", "special", "mixers"), [("llama", {}, 0), ("opt", OPT, 0), ("jamba", JAMBA, 2 * 256)]
+)
+def test_the_width_of_mlps_is_that_of_mlps(family, special, mixers):
+    """Whatever the class of the layer they stand in is called, and without what mixes tokens beside attention."""
+    config = AutoConfig.for_model(family, **SHAPE, **special)
+    shape = Shape.of(config, RunSettings(adapter=LORA_ONLY))
+    assert shape.mlp == (512 if family == "opt" else 2 * 512)
+    assert shape.layers * shape.mixers == pytest.approx(mixers)
 
 
 def test_the_parts_of_an_8b_step():

@@ -31,7 +31,7 @@ from hf_longlora import (
 )
 from hf_longlora.attention import segments
 from hf_longlora.attention.interface import S2State
-from hf_longlora.attention.switch import attention_modules
+from hf_longlora.modules import attention_modules
 from hf_longlora.rope import apply_rope, scaled_rope
 from hf_longlora.trainer.stages import Schedule
 

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..modules import attention_modules, base_model
 from ..rope import find_rope, native_window
 from .config import AttentionMode, S2AttentionConfig
 from .interface import NAME, STATE, S2State, tell_cache
@@ -16,18 +17,9 @@ from .interface import NAME, STATE, S2State, tell_cache
 logger = logging.get_logger(__name__)
 
 
-def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The attention modules of a transformers model, by transformers' own rule: the class is called `*Attention*`."""
-    for name, module in model.named_modules():
-        is_model = isinstance(module, PreTrainedModel)
-        if "Attention" in type(module).__name__ and hasattr(module, "config") and not is_model:
-            yield name, module
-
-
 def transformers_model(model: nn.Module) -> PreTrainedModel:
     """`model`, or the transformers model in it (a `PeftModel` wraps one)."""
-    get_base_model = getattr(model, "get_base_model", None)
-    inner = model if get_base_model is None else get_base_model()
+    inner = base_model(model)
     if not isinstance(inner, PreTrainedModel):
         raise ValueError(
             f"{type(model).__name__} is not a transformers model; call hf_longlora.s2_attention in its attention."

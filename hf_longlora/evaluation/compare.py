@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..attention import S2AttentionConfig, get_s2_attention, s2_attention_mode, set_s2_attention
 from ..attention.interface import NAME
+from ..modules import base_model
 from .perplexity import perplexity_by_length
 
 logger = logging.get_logger(__name__)
@@ -79,7 +80,7 @@ def compare_attention(
 @contextmanager
 def _attention_kept(model: Any) -> Iterator[S2AttentionConfig | None]:
     """Give the configuration of a model that uses `"s2attn"`; afterwards the model has the attention it has now."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model(model)
     name = getattr(getattr(inner, "config", None), "_attn_implementation", None)
     own = get_s2_attention(model).config if name == NAME else None
     try:

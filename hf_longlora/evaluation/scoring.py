@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..modules import base_model
 from ..rope import forget_lengths
 
 # Rows of logits turned to fp32 at a time: 512 rows of a 128k vocabulary are 256 MiB.
@@ -68,7 +69,7 @@ def position_nll(model: nn.Module, input_ids_BS: torch.Tensor, targets_K: torch.
 
 def _logits(model: nn.Module, input_ids_BS: torch.Tensor, **extra: Any) -> torch.Tensor:
     """One forward, whose numbers follow from its tokens alone: no RoPE remembers the lengths of those before."""
-    forget_lengths(_innermost(model))
+    forget_lengths(base_model(model))
     return model(input_ids=input_ids_BS, use_cache=False, **extra).logits
 
 
@@ -81,20 +82,9 @@ def _cross_entropy(logits_BKV: torch.Tensor, labels_BK: torch.Tensor) -> torch.T
     return torch.cat(losses, dim=1)
 
 
-def _innermost(model: Any) -> Any:
-    """The model of transformers within wrappers (PEFT, DDP)."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
-        else:
-            return model
-
-
 def _takes_logits_to_keep(model: Any) -> bool:
     """Whether the innermost model's forward names `logits_to_keep`; wrappers pass it on in `**kwargs`."""
-    return "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters
+    return "logits_to_keep" in inspect.signature(base_model(model).forward).parameters
 
 
 def vocabulary_size(model: Any) -> int | None:

@@ -24,11 +24,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from ..from_hub import ORIGINAL_NAME, read_config, reason
+from ..modules import input_embedding, is_norm, output_head, walk
 from ..rope import current_rope
 from ..tuner import LongLoraConfig
 from ..tuner.config import check_finite
-from ..tuner.modules import is_norm, walk
-from ..tuner.resolve import input_embedding, output_head
 from ..tuner.stored import check_fit
 from .export import PREFIX, new_folder
 

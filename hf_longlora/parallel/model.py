@@ -7,7 +7,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..attention.interface import STATE
-from ..attention.switch import attention_modules, get_s2_attention, transformers_model
+from ..attention.switch import get_s2_attention, transformers_model
+from ..modules import attention_modules
 from ..rope import WITH_HISTORY, RopeScaling, find_rope
 from .attention import ShardedSequence
 

@@ -38,14 +38,14 @@ def kept_outside_the_mlp(shape: Shape, settings: RunSettings) -> float:
 
     bf16 inputs of LoRA's matrices, those that share one counted once; of each norm its input in fp32 and, if it is
     trained, its normalized input in bf16; queries and attention's output, keys and values in bf16, a fp32 number a
-    head, RoPE's sines and cosines. Fused norms keep their input in bf16.
+    head, RoPE's sines and cosines; what other mixers' inputs are projected to. Fused norms keep their input in bf16.
     """
     norms = (4 + 2 * shape.trains_norms) * shape.norms
     if settings.fused:  # the first norm's input is the layer's, and so the checkpoint
         norms = 2 * shape.norms - 2 * shape.hidden * settings.gradient_checkpointing
     inputs = 2 * shape.lora_inputs if settings.adapter is not None else 2 * (2 * shape.hidden + shape.query)
     attention = 4 * shape.query + 2 * shape.keys_values + 4 * shape.heads + 4 * shape.query / shape.heads
-    return inputs + norms + attention
+    return inputs + norms + attention + 2 * shape.mixers
 
 
 def kept_of_the_mlp(shape: Shape, settings: RunSettings) -> float:

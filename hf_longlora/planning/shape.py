@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..attention import check_skipping, set_s2_attention
+from ..modules import is_attention, is_mlp, is_norm, is_projection, language_modules
 from ..rope import WITH_HISTORY, find_rope, native_window, natural_type
-from ..tuner.modules import is_norm, is_projection, language_modules
 from .settings import RunSettings
 
 
@@ -37,6 +38,8 @@ class Shape:
     """K: all keys' and values' widths."""
     mlp: float
     """W."""
+    mixers: float
+    """What the inputs of a layer's mixers other than attention (Mamba's, linear attention's) are projected to."""
     norms: float
     """Widths of a layer's norms."""
     trains_norms: bool
@@ -51,9 +54,9 @@ class Shape:
     trained_matrices: float
     """Entries of matrices that get gradients themselves; 0 with an adapter."""
     native_window: int | None
+    """Tokens that the base was trained at before any scaling."""
     adds_up: bool
     """Whether the windows of a step run one after the other, as the trainer has it."""
-    """Tokens that the base was trained at before any scaling."""
     windows: tuple[int | None, ...]
     """Of each layer with softmax attention: its window; `None` for all tokens."""
 
@@ -76,12 +79,13 @@ class Shape:
         value_dim = getattr(text, "v_head_dim", None) or head_dim
 
         modules = language_modules(base)
-        inside = tuple(f"{name}." for name, module in modules if name and "Attention" in type(module).__name__)
+        inside = tuple(f"{name}." for name, module in modules if name and is_attention(module))
         if not inside:
             raise ValueError(f"{type(base).__name__} has no attention modules to plan for")
         head = base.get_output_embeddings()
         chosen = getattr(text, "num_experts_per_tok", None) or 1
-        matrices, mlp, norms, largest, packed = 0.0, 0.0, 0.0, 0, 0
+        matrices, mlp, mixers, norms, largest, packed = 0.0, 0.0, 0.0, 0.0, 0, 0
+        parents = dict(modules)
         for name, module in modules:
             if module is head:
                 continue
@@ -94,8 +98,12 @@ class Shape:
                 largest = max(largest, weight.numel())
                 out = getattr(module, "out_features", None) or weight.shape[1]
                 taken = getattr(module, "in_features", None) or weight.shape[0]
-                if taken == hidden and not name.startswith(inside) and out > 1:
-                    mlp += out
+                if taken == hidden and not name.startswith(inside):
+                    parent = parents[name.rpartition(".")[0]]
+                    if is_mlp(parent) or isinstance(parent, GradientCheckpointingLayer):  # OPT has no module for it
+                        mlp += out
+                    else:
+                        mixers += out
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() == 3:  # experts: [experts, out, in]
                     matrices += parameter[0].numel() * chosen
@@ -125,6 +133,7 @@ class Shape:
             query=heads * key_dim,
             keys_values=kv_heads * (key_dim + value_dim),
             mlp=mlp / layers,
+            mixers=mixers / layers,
             norms=norms / layers,
             trains_norms=settings.adapter is None or bool(getattr(settings.adapter, "train_norms", False)),
             lora_inputs=lora_inputs / layers,
@@ -149,7 +158,7 @@ def _put_adapter(base: Any, adapter: PeftConfig, hidden: int) -> tuple[int, floa
         if not len(getattr(module, "lora_A", ())):  # of embeddings, whose LoRA keeps no input, it is empty
             continue
         block = name.rpartition(".")[0]
-        in_attention = "Attention" in type(tuned.get_submodule(block)).__name__
+        in_attention = is_attention(tuned.get_submodule(block))
         if module.in_features > hidden and not in_attention:
             of_mlp += module.in_features
         elif block not in blocks:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..modules import is_attention
 from .state import WITH_HISTORY, RopeScaling, current_rope, find_rope, reach, text_config, write
 
 # Attributes a rotary module derives from its config; a value left from another RoPE would be read again.
@@ -75,7 +76,7 @@ def _scales_softmax(module: nn.Module, *scalings: RopeScaling) -> bool:
     """Whether it is an attention module that folds RoPE's `mscale_all_dim` into its softmax scale (DeepSeek's)."""
     if not any(scaling.parameters.get("mscale_all_dim") for scaling in scalings):
         return False
-    return "Attention" in type(module).__name__ and isinstance(getattr(module, "scaling", None), float)
+    return is_attention(module) and isinstance(getattr(module, "scaling", None), float)
 
 
 def _rescale_softmax(module: nn.Module) -> None:

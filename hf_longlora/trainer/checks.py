@@ -17,6 +17,7 @@ from ..attention import check_skipping, check_supported
 from ..attention.config import dense_by_size
 from ..attention.kernels import check_kernel
 from ..from_hub import refuse_adapter
+from ..modules import base_model
 from ..rope import (
     AUTO,
     RopeScaling,
@@ -251,7 +252,7 @@ def checked_config(model: Any, args: LongLoraSFTConfig) -> tuple[PreTrainedConfi
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     else:
         config = model.config
-        model_class = type(model.get_base_model() if isinstance(model, PeftModel) else model)
+        model_class = type(base_model(model))
     if not isinstance(model_class, type):
         return config, None
     check_supported(model_class, config)
@@ -304,7 +305,7 @@ def check_unmasked(view: Dataset) -> None:
 def base_window(model: Any, config: PreTrainedConfig, peft_config: PeftConfig | None) -> int | None:
     """The native window of a model or of its base, where something says it (`hf_longlora.rope.native_window`)."""
     if isinstance(model, PeftModel):
-        peft_config, model = model.active_peft_config, model.get_base_model()
+        peft_config, model = model.active_peft_config, base_model(model)
     return native_window(config if isinstance(model, str) else model, getattr(peft_config, "base_length", None))
 
 

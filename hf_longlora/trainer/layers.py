@@ -15,23 +15,10 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention.interface import NAME
-from ..tuner.modules import is_norm, walk
-
-
-def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers that gradient checkpointing works on, by transformers' own mark.
-
-    Raises:
-        ValueError: if the model has none.
-    """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no decoder layers that transformers marks as such.")
-    return layers
+from ..modules import decoder_layers, is_attention, is_mlp, is_norm, walk
 
 
 @contextmanager
@@ -46,7 +33,7 @@ def compiled_layers(model: nn.Module, active: bool = True) -> Iterator[None]:
         ValueError: if the model has no decoder layers.
     """
     found = [child for layer in decoder_layers(model) for child in layer.children()] if active else []
-    parts = [m for m in found if _is_attention(m) or _is_mlp(m) or any(is_norm(part) for _, part in walk(m))]
+    parts = [m for m in found if is_attention(m) or is_mlp(m) or any(is_norm(part) for _, part in walk(m))]
     parts = [m for m in parts if not isinstance(m, _TiledMLP)]
     before = [(part, part._compiled_call_impl) for part in parts]
     attention = ALL_ATTENTION_FUNCTIONS[NAME]
@@ -61,14 +48,6 @@ def compiled_layers(model: nn.Module, active: bool = True) -> Iterator[None]:
             part._compiled_call_impl = compiled
         if active:
             AttentionInterface.register(NAME, attention)
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return "Attention" in type(module).__name__
-
-
-def _is_mlp(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("MLP")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -86,7 +65,7 @@ def tile_mlps(model: nn.Module, tile: int) -> None:
         ValueError: if the model has no decoder layers, or one of them no MLP or one with dropout.
     """
     for layer in decoder_layers(model):
-        found = [m for m in layer.children() if _is_mlp(m)]
+        found = [m for m in layer.children() if is_mlp(m)]
         if len(found) != 1:
             raise ValueError(
                 f"`mlp_tile` needs layers with one MLP; {type(layer).__name__} has "

@@ -27,6 +27,7 @@ from trl import SFTTrainer
 from ..attention import set_attention_mode, set_s2_attention
 from ..hub.card import base_name, folder_card
 from ..hub.run import RUN_NAME, read_facts, run_facts, write_facts
+from ..modules import base_model
 from ..parallel import sequence_group, shard_sequences
 from ..planning import local_gpu
 from ..rope import WITH_HISTORY, find_rope, forget_lengths, rope_factor
@@ -198,7 +199,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         self._identity = self._identify()
         if args.selective_checkpointing and isinstance(self.model, PeftModel):
             # TRL changes the method of the PeftModel, and transformers >= 5.24 calls another.
-            trl.models.enable_selective_activation_checkpointing(self.model.get_base_model())
+            trl.models.enable_selective_activation_checkpointing(base_model(self.model))
         if args.mlp_tile is not None:
             tile_mlps(self.model, args.mlp_tile)
         self._stage_callback.apply(self.model, 0, self.processing_class)
@@ -453,8 +454,7 @@ class LongLoraSFTTrainer(SFTTrainer):
     @property
     def _base(self) -> str | None:
         """The base's name as others may read it; none of a model that was made in memory."""
-        model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        return base_name(model.config._name_or_path)
+        return base_name(base_model(self.model).config._name_or_path)
 
     @property
     def _known(self) -> dict[str, str]:

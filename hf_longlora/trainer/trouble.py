@@ -11,6 +11,7 @@ import psutil
 import torch
 from peft import PeftModel
 
+from ..modules import base_model
 from ..planning import Gpu, plan_run
 from ..tuner import LongLoraConfig
 from .plans import run_settings
@@ -131,8 +132,7 @@ def planned_memory(
     if isinstance(adapter, LongLoraConfig):  # one that is on a model holds that model's RoPE and names
         kept = ("r", "target_modules", "rank_pattern", "use_dora", "train_norms", "train_embeddings", "embedding_rank")
         adapter = LongLoraConfig(**{name: getattr(adapter, name) for name in kept})
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = inner.config
+    config = base_model(model).config
     length = schedule.stages[stage].max_length
     found = {}
     try:
@@ -148,7 +148,7 @@ def planned_memory(
 
 def quantization_of(model: Any) -> Literal["4bit", "8bit"] | None:
     """Of a base quantized by bitsandbytes."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model(model)
     if getattr(base, "is_loaded_in_4bit", False):
         return "4bit"
     return "8bit" if getattr(base, "is_loaded_in_8bit", False) else None

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .modules import is_norm
+from ..modules import is_norm
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 

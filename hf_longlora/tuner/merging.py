@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .resolve import input_embedding, output_head
+from ..modules import input_embedding, output_head
 
 
 def changes_base(config: Any) -> bool:

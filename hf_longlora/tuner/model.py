@@ -13,6 +13,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from .. import rope
+from ..modules import is_norm, output_head, walk
 from ..rope import RopeScaling
 from . import masters
 from .base_rope import (
@@ -37,8 +38,7 @@ from .merging import (
     under_others,
     warn_of_changed_base,
 )
-from .modules import is_norm, walk
-from .resolve import output_head, resolve_modules, tie_by_module
+from .resolve import resolve_modules, tie_by_module
 from .stored import check_fit, check_ranks, check_tokens, refuse_foreign_rope
 from .undo import undone_on_failure
 

@@ -13,20 +13,16 @@ from peft.tuners.tuners_utils import (
 )
 from torch import nn
 
+from ..modules import (
+    attention_projections,
+    input_embedding,
+    is_norm,
+    language_modules,
+    output_head,
+    unwrapped,
+    walk,
+)
 from .config import LongLoraConfig, refuse_head
-from .modules import attention_projections, is_norm, language_modules, unwrapped, walk
-
-
-def input_embedding(model: nn.Module) -> Any:
-    """The module of the input embeddings, or what wraps it; `None` where the model names none."""
-    get_embedding: Any = getattr(model, "get_input_embeddings", None)
-    return get_embedding() if get_embedding is not None else None
-
-
-def output_head(model: nn.Module) -> Any:
-    """The module of the output head, or what wraps it; `None` where the model names none."""
-    get_head: Any = getattr(model, "get_output_embeddings", None)
-    return get_head() if get_head is not None else None
 
 
 def resolve_modules(model: nn.Module, config: LongLoraConfig) -> None:

@@ -12,10 +12,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.utils import logging
 
+from ..modules import input_embedding, output_head, unwrapped, walk
 from .config import LongLoraConfig, StoredShapes
 from .merging import merged_adapters
-from .modules import unwrapped, walk
-from .resolve import input_embedding, output_head
 
 logger = logging.get_logger(__name__)
 

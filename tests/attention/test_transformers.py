@@ -26,7 +26,7 @@ from transformers.masking_utils import create_causal_mask
 from hf_longlora import S2AttentionConfig, s2_attention_mode, set_s2_attention
 from hf_longlora.attention import Documents, get_s2_attention, interface
 from hf_longlora.attention.reference import reference_kernel
-from hf_longlora.attention.switch import attention_modules
+from hf_longlora.modules import attention_modules
 
 from .oracle import oracle
 

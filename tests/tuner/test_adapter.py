@@ -35,9 +35,9 @@ from transformers import (
 )
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
+from hf_longlora.modules import is_projection
 from hf_longlora.rope import current_rope, scaled_rope
 from hf_longlora.tuner import LongLoraConfig, LongLoraModel, base_rope, register
-from hf_longlora.tuner.modules import is_projection
 
 from .helpers import LENGTH, TARGET, ids, llama, logits, perturbed
 

@@ -1,4 +1,7 @@
-"""Which modules of a model LongLoRA trains, found by type."""
+"""What the modules of a model are (attention, MLP, norm, projection), by type, and the way through them.
+
+An adapter's layers and wrappers are passed through: what is found are the modules as the base has them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,32 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
+
+
+def base_model(model: Any) -> Any:
+    """The model within the wrappers of PEFT and DDP."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            return model
+
+
+def input_embedding(model: nn.Module) -> Any:
+    """The module of the input embeddings, or what wraps it; `None` where the model names none."""
+    get_embedding: Any = getattr(model, "get_input_embeddings", None)
+    return get_embedding() if get_embedding is not None else None
+
+
+def output_head(model: nn.Module) -> Any:
+    """The module of the output head, or what wraps it; `None` where the model names none."""
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    return get_head() if get_head is not None else None
 
 
 def unwrapped(module: Any) -> Any:
@@ -59,16 +87,38 @@ def is_projection(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D)) or linear
 
 
-def _is_attention(module: nn.Module) -> bool:
-    # A JambaAttentionDecoderLayer is a block that holds an attention module, and an MLP beside it.
+def is_attention(module: nn.Module) -> bool:
+    """By transformers' own rule: the class is called `*Attention*`. A `JambaAttentionDecoderLayer` is a layer that has
+    such a module, and an MLP beside it."""
     name = type(module).__name__
-    return "Attention" in name and not name.endswith("DecoderLayer")
+    return "Attention" in name and not name.endswith("DecoderLayer") and not isinstance(module, PreTrainedModel)
+
+
+def is_mlp(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("MLP")
+
+
+def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The attention modules of a transformers model, copies that an adapter trains among them."""
+    return ((name, m) for name, m in model.named_modules() if is_attention(m) and hasattr(m, "config"))
+
+
+def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers that gradient checkpointing works on, by transformers' own mark.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no decoder layers that transformers marks as such.")
+    return layers
 
 
 def attention_projections(model: nn.Module) -> set[str]:
     """The linear layers inside attention modules, as the shortest suffixes that match them and nothing else."""
     modules = language_modules(model)
-    attentions = tuple(f"{name}." for name, module in modules if name and _is_attention(module))
+    attentions = tuple(f"{name}." for name, module in modules if name and is_attention(module))
     found = {name for name, module in modules if name.startswith(attentions) and is_projection(module)}
     return _shortest_suffixes(found, [name for name, _ in walk(model)])
 
