@@ -114,9 +114,10 @@ for _name, _sparse in {"windows": "windows", "pose of many rows": "pose"}.items(
     METHODS[_name] = Method(stage={"sparse": _sparse, "dense_every": 0})
     for _nth, _every in {"2nd": 2, "3rd": 3, "4th": 4, "10th": 10}.items():
         METHODS[f"{_name}, {_nth} dense"] = Method(stage={"sparse": _sparse, "dense_every": _every})
-    METHODS[f"{_name}, 8th then 2nd dense"] = Method(
-        stage={"sparse": _sparse, "dense_every": 8}, then={"dense_every": 2}
-    )
+    for _early, _late in (("8th", "2nd"), ("2nd", "8th"), ("2nd", "4th")):
+        METHODS[f"{_name}, {_early} then {_late} dense"] = Method(
+            stage={"sparse": _sparse, "dense_every": int(_early[0])}, then={"dense_every": int(_late[0])}
+        )
 for _nth, _every in {"2nd": 2, "3rd": 3, "4th": 4}.items():
     METHODS[f"native windows, {_nth} dense"] = Method(stage=_s2(_every, 0), args={"attention_shift": "none"})
     METHODS[f"s2 native + sinks, {_nth} dense"] = Method(stage=_s2(_every))
