@@ -190,6 +190,9 @@ def test_what_settings_change():
     offloaded = of(activation_offloading=True)
     moved = plain.activations - offloaded.activations
     assert moved == pytest.approx(offloaded.host) == pytest.approx(5 * 32768 * 4096 * 2 / GIB)  # all but 3
+    half = of(activation_offloading=True, offload_share=0.5)
+    assert half.host == pytest.approx(1 * 32768 * 4096 * 2 / GIB)  # 4 of 8, but for 3
+    assert plain.activations - half.activations == pytest.approx(half.host)
     assert of(gradient_checkpointing=False).activations > 4 * plain.activations
     assert of(gradient_checkpointing=False, dense_every=0).seconds < of(dense_every=0).seconds
     tiled, fused = of(mlp_tile=1024), of(fused=True)
@@ -305,6 +308,8 @@ def test_the_longest_is_the_last_that_fits(gpu):
         ({"quantization": "4bit", "adapter": None}, "give an adapter"),
         ({"quantization": "2bit"}, "4bit or 8bit"),
         ({"activation_offloading": True, "gradient_checkpointing": False}, "with gradient checkpointing only"),
+        ({"offload_share": 0.5}, "with activation offloading only"),
+        ({"activation_offloading": True, "offload_share": 0.0}, "offload_share is above 0"),
         ({"batch_size": 0}, "batch_size"),
         ({"mlp_tile": 0}, "mlp_tile"),
         ({"group_size": 1}, "group_size"),

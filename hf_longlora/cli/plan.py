@@ -60,6 +60,7 @@ def add(commands: Any) -> None:
     plan.add_argument("--no-gradient-checkpointing", action="store_true", help="keep all activations")
     plan.add_argument("--selective-checkpointing", action="store_true", help="keep attention's output, alone")
     plan.add_argument("--activation-offloading", action="store_true", help="checkpoints wait in the host's memory")
+    plan.add_argument("--offload-share", type=float, default=1.0, metavar="SHARE", help="of the checkpoints, which do")
     plan.add_argument("--fused", action="store_true", help="with use_liger_kernel or compile_layers")
     plan.add_argument("--mlp-tile", type=int, metavar="N", help="tokens that an MLP takes at a time; default: all")
     plan.add_argument("--sequence-parallel", type=int, default=1, metavar="N", help="cards that share a sequence")
@@ -120,6 +121,7 @@ def run(options: argparse.Namespace) -> None:
         gradient_checkpointing=not options.no_gradient_checkpointing,
         selective_checkpointing=options.selective_checkpointing,
         activation_offloading=options.activation_offloading,
+        offload_share=options.offload_share,
         fused=options.fused,
         mlp_tile=options.mlp_tile,
         sequence_parallel=options.sequence_parallel,

@@ -67,7 +67,10 @@ def bytes_at_peak(shape: Shape, settings: RunSettings, length: int) -> tuple[dic
     host = 0.0
     if settings.gradient_checkpointing:
         checkpoint = stream * h * tokens
-        on_card = min(STASHED, shape.layers) if settings.activation_offloading else shape.layers
+        on_card = float(shape.layers)
+        if settings.activation_offloading:
+            sent = settings.offload_share * shape.layers
+            on_card += min(STASHED, sent) - sent
         saved = on_card * checkpoint
         if settings.selective_checkpointing:  # the output, and a fp32 number a head
             saved += shape.layers * tokens * (2 * shape.query + 4 * shape.heads)

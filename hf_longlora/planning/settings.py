@@ -27,6 +27,7 @@ class RunSettings:
         selective_checkpointing: Whether checkpointing keeps attention's output, by TRL's
             `gradient_checkpointing_kwargs={"selective": True}`.
         activation_offloading: Whether checkpoints wait in the host's memory.
+        offload_share: Of the checkpoints, which share then does; the others stay on the card.
         chunked_loss: Whether the loss is computed by tiles (TRL >= 1.16 does) and never has all logits.
         group_size, group_size_ratio, sink_tokens, dense_every: As the trainer's; by default groups are of the base's
             native window.
@@ -46,6 +47,7 @@ class RunSettings:
     mlp_tile: int | None = None
     selective_checkpointing: bool = False
     activation_offloading: bool = False
+    offload_share: float = 1.0
     chunked_loss: bool = True
     group_size: int | None = None
     group_size_ratio: float | None = None
@@ -64,6 +66,8 @@ class RunSettings:
             raise ValueError("all weights can't be trained on a quantized base: give an adapter")
         if self.activation_offloading and not self.gradient_checkpointing:
             raise ValueError("activation offloading is planned with gradient checkpointing only")
+        if not 0 < self.offload_share <= 1 or (self.offload_share < 1 and not self.activation_offloading):
+            raise ValueError("offload_share is above 0 and at most 1, and with activation offloading only")
         if self.selective_checkpointing and not self.gradient_checkpointing:
             raise ValueError("selective checkpointing is planned with gradient checkpointing only")
         if self.sparse != "s2" and self.sequence_parallel > 1:

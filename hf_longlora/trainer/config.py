@@ -44,6 +44,8 @@ class LongLoraSFTConfig(SFTConfig):
         attention_kernel: "auto", or the name of a kernel.
         compile_layers: Whether to compile each decoder layer (torch.compile) for training.
         mlp_tile: Tokens that an MLP takes at a time; `None`: all. For sequences whose MLP intermediates don't fit.
+        offload_share: With `activation_offloading`, the share of what is saved for the backward that goes to the host;
+            the rest stays on the card. For hosts whose memory does not hold all of it.
         sequence_parallel: Processes that share each sequence, a shard of it each. They are started with DeepSpeed
             (`accelerate launch`), and their number is a multiple of it.
         report: Whether a run ends with `report.html` in its output directory.
@@ -99,6 +101,9 @@ class LongLoraSFTConfig(SFTConfig):
         default=None,
         metadata={"help": "Tokens that an MLP takes at a time, to save memory at long sequences. Default: all."},
     )
+    offload_share: float = field(
+        default=1.0, metadata={"help": "Share of the activations that `activation_offloading` sends to the host."}
+    )
     sequence_parallel: int = field(
         default=1,
         metadata={"help": "Processes that share each sequence (with DeepSpeed); their number is a multiple of it."},
@@ -117,6 +122,10 @@ class LongLoraSFTConfig(SFTConfig):
         check_sparse(self.sparse)
         if self.mlp_tile is not None and self.mlp_tile < 1:
             raise ValueError(f"`mlp_tile` must be a number of tokens, at least 1, got {self.mlp_tile!r}.")
+        if not 0 < self.offload_share <= 1:
+            raise ValueError(f"`offload_share` must be above 0 and at most 1, got {self.offload_share!r}.")
+        if self.offload_share < 1 and not self.activation_offloading:
+            raise ValueError("`offload_share` is of what `activation_offloading` sends: switch that on.")
         if self.sequence_parallel < 1:
             raise ValueError(
                 f"`sequence_parallel` must be a number of processes, at least 1, got {self.sequence_parallel!r}."

@@ -75,6 +75,7 @@ def run_settings(
         sequence_parallel=args.sequence_parallel,
         selective_checkpointing=args.selective_checkpointing,
         activation_offloading=args.activation_offloading,
+        offload_share=args.offload_share,
         group_size=attention.group_size,
         sink_tokens=attention.sink_tokens,
         sparse=schedule.sparse_by(stage),

@@ -64,6 +64,7 @@ from .config import LongLoraSFTConfig
 from .data import StageData, describe, longest_document, order, with_length
 from .identity import adapter_settings, data_fingerprint, optimizer_settings, weights_fingerprint
 from .layers import compiled_layers, tile_mlps
+from .offload import PartialOffload
 from .report import write_report
 from .sequences import (
     InShards,
@@ -202,6 +203,9 @@ class LongLoraSFTTrainer(SFTTrainer):
             trl.models.enable_selective_activation_checkpointing(base_model(self.model))
         if args.mlp_tile is not None:
             tile_mlps(self.model, args.mlp_tile)
+        if args.offload_share < 1:
+            self.maybe_activation_offload_context = PartialOffload(args.offload_share)
+            self.maybe_activation_offload_context.update_model_params(self.model)
         self._stage_callback.apply(self.model, 0, self.processing_class)
         set_attention_mode(self.model, "auto")
 

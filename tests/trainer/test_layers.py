@@ -17,6 +17,7 @@ from hf_longlora import ContextStage, LongLoraConfig
 from hf_longlora.attention import interface
 from hf_longlora.attention.kernels import in_place
 from hf_longlora.trainer.layers import compiled_layers, tile_mlps
+from hf_longlora.trainer.offload import PartialOffload
 
 from .helpers import weights
 
@@ -26,7 +27,7 @@ STAGES = [ContextStage(128, 3)]
 
 def gradients(model, autocast=False):
     """The loss and all gradients of one step with gradient checkpointing."""
-    ids = torch.arange(2 * TOKENS).view(2, TOKENS) % model.config.vocab_size
+    ids = torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS) % model.config.vocab_size
     model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -273,6 +274,71 @@ def test_offloading_without_an_accelerator_is_one_clear_error(make, monkeypatch)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(ValueError, match="activation_offloading"):
         make(stages=STAGES, activation_offloading=True)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_a_share_of_nothing_or_of_more_than_all_is_refused(make, share):
+    with pytest.raises(ValueError, match="above 0 and at most 1"):
+        make(stages=STAGES, activation_offloading=True, offload_share=share)
+
+
+def test_a_share_without_offloading_is_refused(make):
+    with pytest.raises(ValueError, match="switch that on"):
+        make(stages=STAGES, offload_share=0.5)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, [0, 1, 0, 1, 0, 1]), (0.7, [0, 1, 1, 0, 1, 1]), (1, [1] * 6)])
+def test_a_share_goes_to_the_host(monkeypatch, share, expected):
+    """Every so many of equal tensors, in each forward alike; and all come back."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    monkeypatch.setattr(torch, "get_device_module", lambda name: torch.cpu)
+    context = PartialOffload(share, use_pin_memory=False, use_streams=False)
+    host: dict[int, torch.Tensor] = {}
+    monkeypatch.setattr(context, "_send", lambda x: host.setdefault(len(host), x.clone()) is None or len(host) - 1)
+    monkeypatch.setattr(context, "_fetch", host.pop)
+    for _ in range(2):
+        inputs = [torch.randn(5, requires_grad=True) for _ in expected]
+        sent, outs = [], []
+        with context:
+            for x in inputs:
+                before = len(host)
+                outs.append(torch.sin(x))  # which saves x alone
+                sent.append(len(host) - before)
+        assert sent == expected
+        torch.stack(outs).sum().backward()
+        assert not host
+        assert all(torch.equal(x.grad, x.detach().cos()) for x in inputs)
+
+
+def test_a_trainer_offloads_its_share(make, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr("trl.trainer.sft_trainer.get_act_offloading_ctx_manager", lambda model: "TRL's, of all")
+
+    class Fake:
+        def __init__(self, share):
+            self.share = share
+
+        def update_model_params(self, model):
+            seen.append(model)
+
+    monkeypatch.setattr("hf_longlora.trainer.sft_trainer.PartialOffload", Fake)
+    trainer = make(stages=STAGES, activation_offloading=True, offload_share=0.6)
+    assert trainer.maybe_activation_offload_context.share == 0.6 and seen == [trainer.model]
+    assert make(stages=STAGES, activation_offloading=True).maybe_activation_offload_context == "TRL's, of all"
+
+
+@pytest.mark.gpu
+def test_gradients_with_a_share_on_the_host_are_those_without(tiny_llama):
+    plain = tiny_llama().to("cuda")
+    moved = copy.deepcopy(plain)
+    context = PartialOffload(0.5)
+    context.update_model_params(moved)
+    with context:
+        loss, found = gradients(moved)
+    expected_loss, expected = gradients(plain)
+    assert context._sent > 0
+    torch.testing.assert_close((loss, found), (expected_loss, expected))
 
 
 @pytest.mark.gpu
