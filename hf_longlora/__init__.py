@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from .evaluation import loss_by_position, passkey_accuracy, perplexity_by_length
     from .hub import PushAdapterCallback, export_adapter
     from .planning import plan_run
-    from .trainer import ContextStage, LongLoraSFTConfig, LongLoraSFTTrainer
+    from .schedule import ContextStage
+    from .trainer import LongLoraSFTConfig, LongLoraSFTTrainer
     from .tuner import LongLoraConfig, LongLoraModel
 
 __version__ = "0.1.0"
@@ -36,7 +37,7 @@ __all__ = [
     "set_s2_attention",
 ]
 
-ROOMS = ("attention", "tuner", "planning", "evaluation", "hub", "trainer")
+ROOMS = ("attention", "schedule", "tuner", "planning", "evaluation", "hub", "trainer")
 """Where public names live, those first that load least."""
 
 

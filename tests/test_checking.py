@@ -14,6 +14,7 @@ from hf_longlora.cli import main
 from hf_longlora.families import FAMILIES, find_family
 from hf_longlora.modules import attention_modules
 from hf_longlora.rope import ROPE_TYPES, current_rope, reach, type_over
+from hf_longlora.schedule import ContextStage, Schedule
 
 from .attention.test_skipping import STATEFUL, UNTOLD
 from .test_families import COMMON, EVERY, HALF_SLIDING, OUTSIDE, SHARED, TINY, build, vision_language
@@ -218,7 +219,10 @@ def test_an_adapter_is_checked_on_its_base(tmp_path, monkeypatch, capsys):
     model.name_or_path = "base"
     config = LongLoraConfig(r=4, target_length=256, target_modules=["q_proj"], train_norms=False)
     tuned = get_peft_model(model, config)
-    tuned.peft_config["default"].schedule = {"group_sizes": [8, 24], "attention": {"shift": "heads"}}
+    stages = (ContextStage(128, 1, group_size=8), ContextStage(256, 1, group_size=24))
+    schedule = Schedule(stages, S2AttentionConfig(), 0).to_dict()
+    del schedule["sink_tokens"]
+    tuned.peft_config["default"].schedule = schedule
     tuned.save_pretrained("adapter")
     get_peft_model(copy.deepcopy(tuned.unload()), LoraConfig()).save_pretrained("lora")
     LlamaConfig(**COMMON).save_pretrained("base")

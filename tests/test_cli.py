@@ -23,6 +23,7 @@ from hf_longlora.evaluation import compare
 from hf_longlora.evaluation.compare import compare_attention
 from hf_longlora.hub import refresh_card
 from hf_longlora.planning import find_gpu, plan_run
+from hf_longlora.schedule import ContextStage, Schedule
 
 TEXT = "The quick brown fox jumps over the lazy dog, and a long book has many chapters. "
 
@@ -39,7 +40,9 @@ def adapter(tiny_llama, tiny_tokenizer, tmp_path):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.active_peft_config.schedule = {"group_sizes": [16, 32], "attention": {"shift": "all"}}
+    stages = (ContextStage(128, 1, group_size=16), ContextStage(256, 1, group_size=32))
+    attention = S2AttentionConfig(shift="all", sink_tokens=0, kernel="reference")
+    model.active_peft_config.schedule = Schedule(stages, attention, 0).to_dict()
     model.save_pretrained(tmp_path / "adapter")
     lines = [json.dumps({"text": f"{i} " + TEXT * 12, "title": "kept out"}) for i in range(3)]
     (tmp_path / "documents.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
@@ -73,7 +76,8 @@ def test_evaluate(adapter, tiny_tokenizer, capsys):
 def test_an_adapter_trained_in_windows_is_evaluated_densely(adapter, capsys):
     """Unless groups are asked for: within its windows, attention was dense."""
     model, folder = adapter
-    model.active_peft_config.schedule["windows"] = [None, 64]
+    schedule = Schedule((ContextStage(256, 1),), S2AttentionConfig(), 0, native_window=64, sparse="pose")
+    model.active_peft_config.schedule = schedule.to_dict()
     model.save_pretrained(folder / "adapter")
     arguments = ["evaluate", str(folder / "adapter"), "--documents", str(folder / "one.txt"), "--lengths", "256"]
     for options, columns in (([], ["dense"]), (["--group-size", "32"], ["dense", "as trained"])):
@@ -202,9 +206,9 @@ def test_the_active_adapter_says_how_it_was_trained(tiny_llama):
     model = get_peft_model(tiny_llama(), LongLoraConfig(r=4, target_length=256))
     model.add_adapter("other", LongLoraConfig(r=2, target_length=256))
     for name, size in (("default", 32), ("other", 16)):
-        model.peft_config[name].schedule = {"group_sizes": [size], "attention": {"shift": "heads"}}
-    model.peft_config["other"].schedule["sink_tokens"] = [8]
-    assert compare.trained_attention(model) == S2AttentionConfig(group_size=32, sink_tokens=0)
+        stage = ContextStage(256, 1, group_size=size, sink_tokens=size // 2)
+        model.peft_config[name].schedule = Schedule((stage,), S2AttentionConfig(), 0).to_dict()
+    assert compare.trained_attention(model) == S2AttentionConfig(group_size=32, sink_tokens=16)
     model.set_adapter("other")
     assert compare.trained_attention(model) == S2AttentionConfig(group_size=16, sink_tokens=8)
     assert compare.trained_attention(tiny_llama()) is None

@@ -33,7 +33,7 @@ from hf_longlora.attention import segments
 from hf_longlora.attention.interface import S2State
 from hf_longlora.modules import attention_modules
 from hf_longlora.rope import apply_rope, scaled_rope
-from hf_longlora.trainer.stages import Schedule
+from hf_longlora.schedule import Schedule
 
 from .data import CORPORA, load_documents, load_tokenizer, train_windows
 from .trial import TrialCallback

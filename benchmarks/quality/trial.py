@@ -14,7 +14,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_longlora import set_s2_attention
-from hf_longlora.trainer.stages import Schedule
+from hf_longlora.schedule import Schedule
 
 
 def parse(trial: str) -> dict[str, list[str]]:

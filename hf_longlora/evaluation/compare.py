@@ -101,7 +101,7 @@ def trained_attention(model: Any) -> S2AttentionConfig | None:
 def trained_window(model: Any) -> int | None:
     """Tokens in a window, if a model's active LONGLORA adapter ended its training in such."""
     config = _trained(model)
-    return None if config is None else (config.schedule.get("windows") or [None])[-1]
+    return None if config is None else config.trained.window(-1)
 
 
 def _trained(model: Any) -> Any:
@@ -111,4 +111,4 @@ def _trained(model: Any) -> Any:
         return None
     active = model.active_adapters  # a method of transformers' models, a property of PEFT's
     found = (configs[name] for name in (active() if callable(active) else active))
-    return next((config for config in found if getattr(config, "schedule", None)), None)
+    return next((config for config in found if getattr(config, "trained", None)), None)

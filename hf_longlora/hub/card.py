@@ -14,6 +14,7 @@ from transformers.utils import cached_file, logging
 
 from ..evaluation.tables import Records, Table, basis, perplexity_table, retrieval_table
 from ..rope import ABF, RopeScaling, reach, rope_factor, type_over
+from ..schedule import Schedule
 from ..tuner import LongLoraConfig
 from .run import read_facts
 
@@ -86,8 +87,8 @@ def adapter_card(
         title=title,
         about=about.strip(),
         summary=_summary(config, base_model),
-        schedule=_schedule(config.schedule),
-        pose="pose" in _kinds(config.schedule),
+        schedule=_schedule(config.trained),
+        pose="pose" in _kinds(config.trained),
         perplexity=[_perplexity(text, records) for text, records in perplexity.items()],
         plot=f"![Perplexity by context length]({plot})" if plot else "",
         retrieval="\n\n".join(_retrieval(kind, records) for kind, records in found.items()),
@@ -251,23 +252,21 @@ def _summary(config: LongLoraConfig, base_model: str | None) -> str:
     return " ".join(lines)
 
 
-def _schedule(schedule: Mapping[str, Any] | None) -> str:
-    if not schedule:
+def _schedule(schedule: Schedule | None) -> str:
+    if schedule is None:
         return ""
     head = ("stage", "tokens", "steps", "attention", "group", "sink tokens", "a dense step each")
     lines = ["## Schedule", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    sinks, windows = schedule.get("sink_tokens", [0] * len(schedule["stages"])), _windows(schedule)
-    stages = zip(schedule["stages"], schedule["group_sizes"], sinks, windows, strict=True)
-    for number, (stage, group_size, sink_tokens, window) in enumerate(stages, start=1):
-        every = schedule["dense_every"] if stage["dense_every"] is None else stage["dense_every"]
-        if window is not None:
-            kind, size = window
-            cells = (WINDOWED[kind], f"windows of {size:,}", "-", str(every or "never"))
-        elif stage["attention"] == "dense" or group_size >= stage["max_length"]:
+    for number, stage in enumerate(schedule.stages):
+        every, attention = str(schedule.dense_each(number) or "never"), schedule.attention_config(number)
+        if schedule.has_windows(number):
+            kind, window = WINDOWED[schedule.sparse_by(number)], schedule.native_window
+            cells = (kind, f"windows of {window:,}", "-", every)
+        elif schedule.is_dense(number):
             cells = ("dense", "-", "-", "-")
         else:
-            cells = ("shifted sparse", f"{group_size:,}", f"{sink_tokens:,}", str(every or "never"))
-        lines.append(f"| {number} | {stage['max_length']:,} | {stage['max_steps']} | {' | '.join(cells)} |")
+            cells = ("shifted sparse", f"{attention.group_size:,}", f"{attention.sink_tokens:,}", every)
+        lines.append(f"| {number + 1} | {stage.max_length:,} | {stage.max_steps} | {' | '.join(cells)} |")
     if kinds := _kinds(schedule):
         lines += [
             "",
@@ -281,19 +280,11 @@ def _schedule(schedule: Mapping[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def _windows(schedule: Mapping[str, Any]) -> list[tuple[str, int] | None]:
-    """Of each stage with steps in windows, how these are cut and the tokens in one; `None` for others."""
-    stages = schedule["stages"]
-    sizes = schedule.get("windows") or [None] * len(stages)
-    return [
-        None if size is None else (stage.get("sparse") or schedule["sparse"], size)
-        for stage, size in zip(stages, sizes, strict=True)
-    ]
-
-
-def _kinds(schedule: Mapping[str, Any] | None) -> set[str]:
+def _kinds(schedule: Schedule | None) -> set[str]:
     """How the windows of a run were cut, if there were any."""
-    return {window[0] for window in _windows(schedule) if window is not None} if schedule else set()
+    if schedule is None:
+        return set()
+    return {schedule.sparse_by(stage) for stage in range(len(schedule.stages)) if schedule.has_windows(stage)}
 
 
 def _perplexity(text: str, records: Mapping[str, Records]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,8 +101,8 @@ class PushAdapterCallback(TrainerCallback):
                 "PushAdapterCallback can't gather weights that are spread over processes (FSDP, ZeRO-3): use "
                 "push_to_hub=True with hub_strategy='every_save', which goes by the checkpoints."
             )
-        schedule = getattr(model.active_peft_config, "schedule", None) or {"stages": []}
-        self._stage_ends = set(accumulate(stage["max_steps"] for stage in schedule["stages"]))
+        schedule = getattr(model.active_peft_config, "trained", None)
+        self._stage_ends = set() if schedule is None else set(schedule.ends)
         self._last_step = -1
         if state.is_world_process_zero:
             token = self._token or getattr(args, "hub_token", None)

@@ -1,11 +1,11 @@
 """Context extension in stages: stage -> callback -> model."""
 
+from ..schedule import ContextStage, Schedule
 from .checkpoints import last_checkpoint
 from .config import LongLoraSFTConfig
 from .plans import StagePlan, plan_stages
 from .report import update_report
 from .sft_trainer import LongLoraSFTTrainer
-from .stages import ContextStage, Schedule
 
 __all__ = [
     "ContextStage",

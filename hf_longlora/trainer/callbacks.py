@@ -12,8 +12,8 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from ..attention import set_attention_mode, set_s2_attention
 from ..hub.run import evaluation_losses
 from ..rope import RopeScaling, apply_rope, write_length
+from ..schedule import Schedule
 from ..tuner import LongLoraModel
-from .stages import Schedule
 
 
 class ContextStageCallback(TrainerCallback):
@@ -113,7 +113,7 @@ class StageProgressCallback(ProgressCallback):
             return
         self._close()
         self._stage = number
-        before = sum(stage.max_steps for stage in stages[:number])
+        before = self.schedule.ends[number] - stages[number].max_steps
         self.training_bar = tqdm(
             total=stages[number].max_steps,
             initial=state.global_step - before,  # a resumed stage goes on where it was

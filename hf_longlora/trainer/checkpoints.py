@@ -11,7 +11,7 @@ from typing import Any
 from transformers.trainer import SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from .stages import stored_schedule
+from ..schedule import stored_schedule
 
 logger = logging.get_logger(__name__)
 

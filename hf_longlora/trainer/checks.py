@@ -29,11 +29,11 @@ from ..rope import (
     scaled_rope,
     type_over,
 )
+from ..schedule import ContextStage, Schedule
 from ..tuner import LongLoraConfig, LongLoraModel
 from .callbacks import longlora_tuner
 from .config import LongLoraSFTConfig
 from .data import StageData
-from .stages import ContextStage, Schedule
 
 logger = logging.get_logger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 from trl import SFTConfig
 
 from ..attention import S2AttentionConfig
-from .stages import (
+from ..schedule import (
     AUTO_STAGES,
     ContextStage,
     Schedule,

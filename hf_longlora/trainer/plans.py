@@ -11,9 +11,9 @@ from peft import PeftConfig
 from transformers import PreTrainedConfig
 
 from ..planning import Gpu, LengthPlan, RunPlan, RunSettings, plan_run
+from ..schedule import Schedule
 from .checks import Start, base_window
 from .config import LongLoraSFTConfig
-from .stages import Schedule
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from ..evaluation.plots import plot_history, require_matplotlib
 from ..evaluation.tables import basis, perplexity_table, retrieval_table
 from ..hub.card import RETRIEVAL, read_evaluation
 from ..hub.run import evaluation_losses, read_facts, training_seconds
+from ..schedule import Schedule
 from .checkpoints import SCHEDULE_NAME
-from .stages import Schedule
 
 logger = logging.get_logger(__name__)
 
@@ -134,7 +134,7 @@ def _stage_row(
     sparse = {"s2": "sparse", "windows": "windows of {:,}", "pose": "PoSE in windows of {:,}"}[kind]
     sparse = sparse.format(schedule.native_window)
     attention = None if dense or kind != "s2" else schedule.attention_config(number)
-    before = sum(earlier.max_steps for earlier in schedule.stages[:number])
+    before = schedule.ends[number] - stage.max_steps
     done = entries[-1]["step"] - before if entries else 0
     row = [
         f"{number + 1}",

@@ -19,8 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..attention.interface import NAME
 from ..parallel import check_rope, check_shardable, shard_sequences
 from ..rope import RopeScaling
+from ..schedule import Schedule
 from .config import LongLoraSFTConfig
-from .stages import Schedule
 
 LAUNCH = "accelerate launch --config_file examples/accelerate_configs/zero2.yaml (or zero3.yaml) --num_processes GPUS"
 

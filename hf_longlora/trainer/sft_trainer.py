@@ -31,6 +31,7 @@ from ..modules import base_model
 from ..parallel import sequence_group, shard_sequences
 from ..planning import local_gpu
 from ..rope import WITH_HISTORY, find_rope, forget_lengths, rope_factor
+from ..schedule import Schedule, StepPlan
 from ..tuner.config import check_weights
 from ..tuner.stored import rope_seen_to
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
@@ -74,7 +75,6 @@ from .sequences import (
     gradients_repeated,
     parallelism_config,
 )
-from .stages import Schedule, StepPlan
 from .trouble import beginnings, diverged, has_diverged, out_of_memory, peak_memory
 from .windows import FILLER, Served, WindowCollator, filler, piece, pieces
 

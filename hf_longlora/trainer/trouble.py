@@ -13,9 +13,9 @@ from peft import PeftModel
 
 from ..modules import base_model
 from ..planning import Gpu, plan_run
+from ..schedule import Schedule
 from ..tuner import LongLoraConfig
 from .plans import run_settings
-from .stages import Schedule
 
 GOES_ON = "A run that has saved a checkpoint goes on from it (resume_from_checkpoint=True)."
 

@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..attention.segments import Span
-from .stages import Schedule
+from ..schedule import Schedule
 
 FILLER = 2
 """Tokens in a `filler`."""
@@ -174,12 +174,11 @@ class Served(Dataset[dict[str, Any] | Windows]):
     def __init__(self, rows: Any, seed: int, schedule: Schedule, batch: int) -> None:
         self.rows, self.seed, self.schedule, self.batch = rows, seed, schedule, batch
         self._tables = rows.with_format("arrow")  # a place of 65,536 tokens of 8 rows: 1 ms, one row as a list 19 ms
-        ends = list(accumulate((stage.max_steps for stage in schedule.stages), initial=0))
         self._steps = [
             [step for step in range(*span) if schedule.step(step).mode == "windows"]
             if schedule.has_windows(stage)
             else []
-            for stage, span in enumerate(pairwise(ends))
+            for stage, span in enumerate(pairwise([0, *schedule.ends]))
         ]
         """Of each stage, its steps in windows."""
 

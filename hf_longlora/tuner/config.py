@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..attention.config import S2AttentionConfig
 from ..rope import AUTO, ROPE_TYPES, RopeScaling
+from ..schedule import Schedule
 
 StoredShapes = dict[str, tuple[int, ...]]
 """Name in an adapter's file -> shape."""
@@ -86,18 +87,14 @@ class LongLoraConfig(LoraConfig):
     )
 
     @property
-    def trained_attention(self) -> S2AttentionConfig | None:
-        """The pattern that its training ended with, as the schedule says; `None` if it doesn't.
+    def trained(self) -> Schedule | None:
+        """The stages that it was trained with; `None` if it doesn't say."""
+        return Schedule.from_dict(self.schedule) if self.schedule else None
 
-        Adapters stored before there were sink tokens have none.
-        """
-        if not self.schedule:
-            return None
-        return S2AttentionConfig(
-            group_size=self.schedule["group_sizes"][-1],
-            sink_tokens=self.schedule.get("sink_tokens", [0])[-1],
-            shift=self.schedule["attention"]["shift"],
-        )
+    @property
+    def trained_attention(self) -> S2AttentionConfig | None:
+        """The pattern that its training ended with, by whatever kernel; `None` if it doesn't say."""
+        return None if self.trained is None else replace(self.trained.attention_config(-1), kernel="auto")
 
     def __post_init__(self) -> None:
         super().__post_init__()

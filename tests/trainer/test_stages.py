@@ -19,10 +19,10 @@ from hf_longlora import (
 )
 from hf_longlora.attention import get_s2_attention
 from hf_longlora.rope import current_rope, reach, rope_factor
+from hf_longlora.schedule import Schedule, auto_stages
 from hf_longlora.trainer.callbacks import ContextStageCallback
 from hf_longlora.trainer.checks import Start, check_lengths, stage_ropes
 from hf_longlora.trainer.data import order
-from hf_longlora.trainer.stages import Schedule, auto_stages
 
 from .helpers import Stop, texts, weights
 

@@ -20,8 +20,8 @@ from hf_longlora.attention import interface
 from hf_longlora.attention.reference import reference_kernel
 from hf_longlora.evaluation import compare_attention
 from hf_longlora.hub.card import WINDOWED
+from hf_longlora.schedule import Schedule
 from hf_longlora.trainer.report import write_report
-from hf_longlora.trainer.stages import Schedule
 from hf_longlora.trainer.windows import Served, WindowCollator, cut, piece, pieces, slots
 
 from ..test_families import build

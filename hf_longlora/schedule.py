@@ -1,4 +1,7 @@
-"""Context stages and the schedule they make: pure data and pure functions of the optimizer step."""
+"""Context stages and the schedule they make: pure data and pure functions of the optimizer step.
+
+Trainer, card, report, comparison and planner ask it what a stage or a step is; none of them derives it.
+"""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -6,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any, Literal, get_args
 
-from ..attention.config import (
+from .attention.config import (
     AttentionMode,
     S2AttentionConfig,
     Sparse,
@@ -15,7 +18,9 @@ from ..attention.config import (
     check_sink_tokens,
     dense_by_size,
 )
-from ..rope import AUTO
+from .rope import AUTO
+
+__all__ = ["ContextStage", "Schedule"]
 
 StageAttention = Literal["s2attn", "dense"]
 
@@ -167,19 +172,23 @@ class Schedule:
         check_stages(self.stages)
 
     @property
+    def ends(self) -> list[int]:
+        """The steps that are done when each stage ends."""
+        return list(accumulate(stage.max_steps for stage in self.stages))
+
+    @property
     def max_steps(self) -> int:
-        return sum(stage.max_steps for stage in self.stages)
+        return self.ends[-1]
 
     def step(self, global_step: int) -> StepPlan:
         """The plan of the optimizer step that starts after `global_step` steps are done."""
         if not 0 <= global_step < self.max_steps:
             raise ValueError(f"Step {global_step} is outside this schedule of {self.max_steps} steps.")
-        ends = list(accumulate(stage.max_steps for stage in self.stages))
-        index = bisect_right(ends, global_step)
+        index = bisect_right(self.ends, global_step)
         every = self.dense_each(index)
         dense = self.is_dense(index) or (every > 0 and (global_step + 1) % every == 0)
         sparse: AttentionMode = "auto" if self.sparse_by(index) == "s2" else "windows"
-        return StepPlan(index, global_step + 1 == ends[index], "dense" if dense else sparse)
+        return StepPlan(index, global_step + 1 == self.ends[index], "dense" if dense else sparse)
 
     def dense_each(self, stage: int) -> int:
         """Each how many optimizer steps of a stage one is dense; 0 for never."""
@@ -216,6 +225,10 @@ class Schedule:
             config = replace(config, sink_tokens=own.sink_tokens)
         return replace(config, group_size=config.resolve_group_size(own.max_length, self.native_window))
 
+    def window(self, stage: int) -> int | None:
+        """Tokens in a window of a stage; `None` where it has none."""
+        return self.native_window if self.has_windows(stage) else None
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, for checkpoints and cards."""
         return {
@@ -226,7 +239,7 @@ class Schedule:
             "sparse": self.sparse,
             "group_sizes": [self.attention_config(i).group_size for i in range(len(self.stages))],
             "sink_tokens": [self.attention_config(i).sink_tokens for i in range(len(self.stages))],
-            "windows": [self.native_window if self.has_windows(i) else None for i in range(len(self.stages))],
+            "windows": [self.window(i) for i in range(len(self.stages))],
         }
 
     @classmethod
