@@ -102,6 +102,22 @@ def test_keys_before_the_queries(monkeypatch):
                 assert torch.allclose(plain, fused, atol=1e-4)
 
 
+@pytest.mark.parametrize("first", [92, 110, 200])
+def test_no_query_is_worked_on_twice_at_once(first):
+    """A GPU merges the pieces of a launch at the same time: of two with a query in common one would be lost."""
+    documents = Documents((((0, 90), (90, 300)), ((3, 260), (260, 300))), 300)
+    together = 0
+    for part in documents.parts(4, 2, 16, sink_tokens=40):
+        pieces = list(seen.pieces(seen.plan((localize(part, (first, 300)).part,))))
+        at_once = seen.rounds(pieces)
+        assert sorted(piece for own in at_once for piece in own) == sorted(pieces)
+        for own in at_once:
+            queries = [(piece.row, token) for piece in own for token in range(piece.start, piece.end)]
+            assert len(queries) == len(set(queries))
+        together += len(at_once) > 1
+    assert together
+
+
 @on_gpu
 @pytest.mark.parametrize("width", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -15,7 +15,7 @@ These keys are tokens of the text. Sinks that a model has learned (gpt-oss's `s_
 `learned_sinks` everywhere here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import groupby
@@ -78,6 +78,17 @@ def pieces(numbers: Sequence[int]) -> Iterator[Piece]:
     for at in range(0, len(numbers), 9):
         a, b, c, d, *rest = numbers[at : at + 9]
         yield Piece((a, b), (c, d), *rest)
+
+
+def rounds(found: Iterable[Piece]) -> list[list[Piece]]:
+    """The pieces of a part, those together that can be worked on at once: no query is in two of them."""
+    taken: list[list[Piece]] = []
+    for _, alike in groupby(found, key=lambda piece: (piece.row, piece.start)):
+        for number, piece in enumerate(alike):
+            if number == len(taken):
+                taken.append([])
+            taken[number].append(piece)
+    return taken
 
 
 @lru_cache(maxsize=64)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .seen import Piece, pieces
+from .seen import Piece, pieces, rounds
 
 STRETCH = 1024
 """Queries of a program, one tile after the other."""
@@ -54,8 +54,9 @@ class Launch(NamedTuple):
 @lru_cache(maxsize=16)
 def _launches(numbers: tuple[int, ...], device: torch.device) -> tuple[Launch, ...]:
     found = []
-    for (heads, kv_heads), part in groupby(pieces(numbers), key=lambda piece: piece[:2]):
-        own = sorted(part, key=lambda piece: (piece.row, piece.first))  # what sees the same keys, together
+    parts = groupby(pieces(numbers), key=lambda piece: piece[:2])
+    for heads, kv_heads, at_once in ((*of, at_once) for of, part in parts for at_once in rounds(part)):
+        own = sorted(at_once, key=lambda piece: (piece.row, piece.first))  # what sees the same keys, together
         for skipped in range(0, max(piece.last - piece.first for piece in own), KEYS):
             some = [
                 piece._replace(first=piece.first + skipped, last=min(piece.last, piece.first + skipped + KEYS))
