@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hf_longlora import s2_attention
 from hf_longlora.attention import Documents
-from hf_longlora.attention.kernels import KERNELS, ragged, sdpa, seen, select_kernel
+from hf_longlora.attention.kernels import KERNELS, operators, ragged, sdpa, seen, select_kernel
 
 from .oracle import oracle
 
@@ -325,7 +325,7 @@ def test_random_documents(heads, batch, length, group_size, packed, alike, layou
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sdpa, "LAUNCH_TOKENS", limit)
         if by_autograd:
-            patch.setattr(sdpa, "_has_operators", lambda *_: False)
+            patch.setattr(operators, "serve", lambda *_: False)
         patch.setattr(seen, "CHUNK", 4 * limit)
         parts = documents.parts(*heads, group_size, sink_tokens=sink_tokens)
         out = sdpa.sdpa_kernel(*tensors, parts).transpose(1, 2)

@@ -11,7 +11,7 @@ import torch
 
 from hf_longlora import s2_attention
 from hf_longlora.attention import Documents
-from hf_longlora.attention.kernels import KERNELS, seen
+from hf_longlora.attention.kernels import KERNELS, operators, seen
 from hf_longlora.parallel.shards import localize
 
 from .test_kernels import TOLERANCE, check, draw
@@ -116,6 +116,47 @@ def test_no_query_is_worked_on_twice_at_once(first):
             assert len(queries) == len(set(queries))
         together += len(at_once) > 1
     assert together
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
+def test_what_adjoins_is_launched(monkeypatch, device):
+    """Of a group that began in an earlier shard: torch's operators give what plain torch does, and are taken."""
+    monkeypatch.setattr(seen, "_has_triton", lambda: False)
+    monkeypatch.setattr(seen, "CHUNK", 1000)  # several pieces are merged one after the other
+    dtype = torch.bfloat16 if device == "cuda" else torch.float64
+    launched = []
+    for name in ("forward", "backward"):
+        function = getattr(operators, name)
+        monkeypatch.setattr(operators, name, lambda *a, f=function: launched.append(f.__name__) or f(*a))
+    serve = operators.serve
+    documents = Documents((((0, 90), (90, 300)), ((3, 260), (260, 300))), 300)
+    for group_size, first in ((64, 200), (100, 120), (3, 110)):
+        for part in documents.parts(4, 2, group_size):
+            local = localize(part, (first, 300))
+            plan = seen.plan((local.part,))
+            if not plan:
+                continue
+            assert seen._by_adjoining(tuple(plan)) == ([], plan)
+            query, key, value, out, grad, dq, dk, dv = (
+                torch.randn(2, size, n, 16, device=device, dtype=dtype).transpose(1, 2)
+                for n, more in zip((4, 2, 2, 4, 4, 4, 2, 2), (0, 1, 1, 0, 0, 0, 1, 1), strict=True)
+                for size in (more * local.keys + 300 - first,)
+            )
+            lse = torch.randn(4, 2, 300 - first, device=device, dtype=seen._wide(query)).transpose(0, 1)
+            found = []
+            for serves in (lambda *_: False, serve):
+                monkeypatch.setattr(operators, "serve", serves)
+                before = len(launched)
+                merged, total, *gradients = (x.clone() for x in (out, lse, dq, dk, dv))
+                seen.merge(plan, query, key, value, merged, total, 0.2)
+                given = found[0][:2] if found else (merged, total)
+                seen.add_gradients(plan, grad, query, key, value, *given, tuple(gradients), 0.2)
+                count = len(plan) // 9 if serves is serve else 0
+                assert launched[before:] == ["forward"] * count + ["backward"] * count
+                found.append((merged, total, *gradients))
+            for plain, fused in zip(*found, strict=True):
+                assert (plain - fused).norm() / plain.norm() < (1e-12 if device == "cpu" else TOLERANCE[dtype])
+    assert launched
 
 
 @on_gpu

@@ -12,14 +12,13 @@ function itself, and autograd puts the pieces together.
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend
 
-from ..autocast import computed_in
 from ..segments import Part, Segment, Span
+from . import operators
 from .in_place import ENGINES, Call, Engine, Tensors, attend_in_place, heads_of, rows_follow
 from .runs import Run, keys_of, runs
 from .seen import own_keys
@@ -65,7 +64,7 @@ def sdpa_kernel(
     """Attention within segments: `[B, H, S, D]`, `[B, H_kv, E + S, D]` -> `[B, S, H, D_v]`, 0 in padding."""
     if softcap is not None or learned_sinks is not None:
         raise ValueError("The sdpa kernel has neither softcap nor learned sinks.")
-    if dropout_p == 0.0 and _has_operators(query, value):
+    if dropout_p == 0.0 and operators.serve(query, value):
         follow = rows_follow(query, own_keys(query, key), own_keys(query, value))
         launches = plan(tuple(parts), query.shape[2], follow, LAUNCH_TOKENS)
         return attend_in_place("sdpa", query, key, value, launches, parts, scale)
@@ -78,23 +77,6 @@ def sdpa_kernel(
 
 # --------------------------------------------------------------------------------------------------------------------
 # In place, by torch's operators
-
-
-def _has_operators(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether torch has the operators for a call, without padding it first."""
-    width = query.shape[-1]
-    if width != value.shape[-1]:
-        return False
-    if query.device.type == "cpu":
-        return True
-    if query.device.type != "cuda" or torch.cuda.get_device_capability(query.device) < (8, 0):
-        return False
-    return (
-        computed_in(query) in (torch.float16, torch.bfloat16)
-        and width % 8 == 0
-        and width <= 128  # wider heads: FlashAttention's backward has them on some devices only
-        and (torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.cudnn_sdp_enabled())
-    )
 
 
 @lru_cache(maxsize=64)
@@ -183,46 +165,15 @@ def _fold(launch: Launch, x: torch.Tensor, heads: Span) -> torch.Tensor:
     return first.as_strided(size, (step, at_head, at_token, at_width), first.storage_offset())
 
 
-def _cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `scaled_dot_product_attention` would take cuDNN here, and not FlashAttention."""
-    choice = torch._fused_sdp_choice(query, key, value, is_causal=True, enable_gqa=True)
-    return choice == SDPBackend.CUDNN_ATTENTION.value
-
-
 def _forward(launch: Launch, call: Call, scale: float) -> None:
     query, key, value, out, lse = call
-    if query.device.type == "cpu":
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scale)
-    elif _cudnn(query, key, value):
-        found = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            query, key, value, None, True, 0.0, True, scale=scale
-        )
-    else:
-        found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)
+    found = operators.forward(query, key, value, True, scale)
     out.copy_(found[0])
-    lse.copy_(found[1].view(lse.shape))
+    lse.copy_(found[1])
 
 
 def _backward(launch: Launch, grad: torch.Tensor, call: Call, gradients: Tensors, scale: float) -> None:
-    query, key, value, out, lse = call
-    lse, length = lse.contiguous(), launch.length
-    if query.device.type == "cpu":
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, out, lse, 0.0, True, scale=scale
-        )
-    elif _cudnn(query, key, value):
-        seed = torch.zeros((), dtype=torch.int64, device=query.device)  # of dropout, which there is none of
-        rest: tuple[Any, ...] = (seed, seed, None, None, None, length, length, 0.0, True)
-        found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            grad, query, key, value, out, lse[..., None], *rest, scale=scale
-        )
-    else:
-        seed = torch.zeros(2, dtype=torch.uint64, device=query.device)
-        rest = (None, None, length, length, 0.0, True, seed, seed[:0])
-        found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad, query, key, value, out, lse, *rest, scale=scale
-        )
-    for into, gradient in zip(gradients, found, strict=True):
+    for into, gradient in zip(gradients, operators.backward(grad, *call, True, scale), strict=True):
         into.copy_(gradient)
 
 

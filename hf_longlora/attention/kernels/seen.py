@@ -8,8 +8,8 @@ scores of the others, `total = log(exp(own) + sum_j exp(s_j))` and
 
 The launches' backward, run on the merged output and `total`, gives what the own keys give and get; the others' share
 is added to it. Nothing is copied. Neighbouring segments that see the same are one piece of work. Here it is in plain
-torch; on a GPU `seen_triton` does the same for first tokens. What a shard's queries see of earlier shards is more than
-it is made for, up to a group.
+torch; on a GPU `seen_triton` does the same for first tokens. What a shard's queries see of a group that began in
+earlier shards is more than it is made for, up to half the group's square: torch's operators attend to that.
 
 These keys are tokens of the text. Sinks that a model has learned (gpt-oss's `s_aux`) are another thing, called
 `learned_sinks` everywhere here.
@@ -25,6 +25,7 @@ import torch
 from transformers.utils import logging
 
 from ..segments import Part, Span
+from . import operators
 
 logger = logging.get_logger(__name__)
 
@@ -57,6 +58,13 @@ class Piece(NamedTuple):
     def adjoins(self) -> bool:
         """Whether the keys end where the queries begin: those of a group that began in an earlier shard."""
         return self.last == self.start
+
+    def views(self, of_queries: Sequence[torch.Tensor], of_keys: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """What lies at the queries of `[B, H, S, D]` and at the keys of `[B, H_kv, E + S, D]`: `[1, h, tokens, D]`."""
+        before = of_keys[0].shape[2] - of_queries[0].shape[2]
+        queries = [x[self.row, None, slice(*self.heads), self.start : self.end] for x in of_queries]
+        keys = [x[self.row, None, slice(*self.kv_heads), before + self.first : before + self.last] for x in of_keys]
+        return *queries, *keys
 
 
 @lru_cache(maxsize=64)
@@ -136,6 +144,11 @@ def merge(
         few, numbers = _by_adjoining(tuple(numbers))
         seen_triton.merge(few, query, own_keys(query, key), own_keys(query, value), out, lse, scale)
     for piece in pieces(numbers):
+        if piece.adjoins and operators.serve(query, value):
+            queries, keys, values = piece.views((query,), (key, value))
+            given, normalizer = operators.forward(queries, keys, values, False, scale)
+            _merge_given(piece, given, normalizer, out, lse)
+            continue
         keys, values = (_of_keys(piece, query, x).to(_wide(x)) for x in (key, value))
         for tokens in _chunks(piece, query):
             own, attended = _queries(piece, tokens, lse[..., None]), _queries(piece, tokens, out)
@@ -144,6 +157,19 @@ def merge(
             given = (scores - total).exp() @ values
             attended.copy_(attended * (own - total).exp() + given)
             own.copy_(total)
+
+
+def _merge_given(
+    piece: Piece, given: torch.Tensor, normalizer: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """Merge what an operator has given, `[1, h, tokens, D]` with its log-sum-exp `[1, h, tokens]`, in place."""
+    at = piece.row, None, slice(*piece.heads), slice(piece.start, piece.end)
+    size = max(1, CHUNK // (given.shape[1] * given.shape[3]))
+    pieces = zip(*(x.split(size, dim=2) for x in (given, normalizer, out[at], lse[at])), strict=True)
+    for part, others, merged, own in pieces:
+        total = torch.logaddexp(own, others)
+        merged.copy_(merged * (own - total).exp()[..., None] + part * (others - total).exp()[..., None])
+        own.copy_(total)
 
 
 def add_gradients(
@@ -178,6 +204,13 @@ def add_gradients(
         keys, values, own_dk, own_dv = (own_keys(query, x) for x in (key, value, dk, dv))
         seen_triton.add_gradients(few, grad, query, keys, values, out, lse, (dq, own_dk, own_dv), scale)
     for piece in pieces(numbers):
+        if piece.adjoins and operators.serve(query, value):
+            given, queries, merged, keys, values = piece.views((grad, query, out), (key, value))
+            total = lse[piece.row, None, slice(*piece.heads), piece.start : piece.end]
+            found = operators.backward(given, queries, keys, values, merged, total, False, scale)
+            for gradient, part in zip(piece.views((dq,), (dk, dv)), found, strict=True):
+                gradient.add_(part)
+            continue
         keys, values = (_of_keys(piece, query, x).to(_wide(x)) for x in (key, value))
         for_keys, for_values = torch.zeros_like(keys), torch.zeros_like(values)
         for tokens in _chunks(piece, query):
