@@ -9,18 +9,15 @@ from peft import PeftModel
 from .config import LongLoraConfig
 from .merging import merged_adapters
 from .model import LongLoraModel
-from .stored import check_fit, rope_seen_to
-
-# What the weights alone don't say, and a swap leaves as it is.
-_KEPT = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules")
+from .stored import check_fit, differences, rope_seen_to
 
 
 def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "default", **kwargs: Any) -> None:
     """Put the weights and the RoPE of the adapter in `model_id` in the place of `adapter_name`'s, in place.
 
     For a server or an evaluation that follows a run's checkpoints. PEFT's `hotswap_adapter` takes peft_type LORA
-    alone, and its `load_adapter` under a name that is taken reads no RoPE (a frozen adapter refuses it). No module and
-    no parameter is replaced; a failure leaves the model as it was.
+    alone, and its `load_adapter` under a name that is taken leaves the RoPE as it is, so that another one is refused
+    there. No module and no parameter is replaced; a failure leaves the model as it was.
 
     Args:
         model: A model with a LONGLORA adapter.
@@ -39,11 +36,7 @@ def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "defaul
         raise ValueError(f"adapter {adapter_name!r} is merged into the base; call unmerge_adapter() first.")
     own: Any = model.peft_config[adapter_name]
     new: Any = LongLoraConfig.from_pretrained(model_id, **kwargs)
-    if not isinstance(new, LongLoraConfig):
-        raise ValueError(f"{model_id} is a {type(new).__name__} adapter, not a LONGLORA one.")
-    differing = [
-        f"{key} {getattr(new, key)} for {getattr(own, key)}" for key in _KEPT if _of(new, key) != _of(own, key)
-    ]
+    differing = differences(new, own, rope=False)
     if differing:
         raise ValueError(
             f"{model_id} can't take the place of {adapter_name!r}: {'; '.join(differing)}. Load it under a name of "
@@ -59,8 +52,3 @@ def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "defaul
     with rope_seen_to():
         model.load_adapter(model_id, adapter_name, is_trainable=not own.inference_mode, **kwargs)
     own.schedule = new.schedule
-
-
-def _of(config: LongLoraConfig, key: str) -> Any:
-    value = getattr(config, key)
-    return set(value) if isinstance(value, list) else value

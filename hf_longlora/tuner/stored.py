@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from peft import PeftConfig, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.utils import logging
@@ -32,13 +33,15 @@ def rope_seen_to() -> Iterator[None]:
 
 
 def refuse_foreign_rope(model: nn.Module, config: LongLoraConfig, adapter_name: str) -> None:
-    """Before weights are loaded for an adapter that has some: under which RoPE were these trained?
+    """Before weights are loaded for an adapter that has some: were these trained under its RoPE, with its settings?
 
-    PEFT's `load_adapter` under a name that is taken reads no config, and so does a trainer's resumption by it, whose
-    checkpoint is of the same RoPE: an adapter that is being trained is warned of, a frozen one refused.
+    PEFT's `load_adapter` under a name that is taken reads no config, and so does a trainer's resumption by it. The
+    config beside the weights is read here. Of weights that come without a folder (`set_peft_model_state_dict`) nothing
+    is known: an adapter that is being trained is warned of, a frozen one refused.
 
     Raises:
-        ValueError: the adapter is merged into the base, or frozen.
+        ValueError: the adapter is merged into the base, the weights are of another RoPE, rank, scaling or modules, or
+            nothing says of which and the adapter is frozen.
     """
     if adapter_name in merged_adapters(model):
         raise ValueError(
@@ -47,15 +50,69 @@ def refuse_foreign_rope(model: nn.Module, config: LongLoraConfig, adapter_name: 
         )
     if _ROPE_SEEN_TO.get():
         return
+    source = _being_loaded()
+    if source is not None:
+        model_id, download = source
+        differing = differences(LongLoraConfig.from_pretrained(model_id, **download), config)
+        if differing:
+            raise ValueError(
+                f"the name {adapter_name!r} is taken, and load_adapter would put the weights of {model_id} under that "
+                f"adapter's settings: {'; '.join(differing)}. hf_longlora.tuner.hotswap_adapter takes weights and "
+                "RoPE; or load them under a name of their own."
+            )
+        return
     if config.inference_mode:
         raise ValueError(
-            f"the name {adapter_name!r} is taken, and load_adapter would put other weights under that adapter's RoPE. "
-            "hf_longlora.tuner.hotswap_adapter takes weights and RoPE; or load them under a name of their own."
+            f"adapter {adapter_name!r} has weights already, and nothing says under which RoPE the other ones were "
+            "trained. hf_longlora.tuner.hotswap_adapter takes weights and RoPE; or load them under a name of their "
+            "own."
         )
     logger.warning(
         f"Other weights have been loaded for adapter {adapter_name!r}, whose RoPE stays as it is: right for a "
         "checkpoint of the same run. hf_longlora.tuner.hotswap_adapter takes weights and RoPE."
     )
+
+
+def _being_loaded() -> tuple[Any, dict[str, Any]] | None:
+    """The folder or Hub id that PEFT's `load_adapter` is loading, and the options of its download; `None` elsewhere.
+
+    It hands on the weights alone, and what they were trained under stands beside them: so its arguments are read off
+    its frame.
+    """
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not PeftModel.load_adapter.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    return None if frame is None else (frame.f_locals["model_id"], frame.f_locals["hf_hub_download_kwargs"])
+
+
+# What the weights alone don't say, and another adapter's weights leave as it is.
+_KEPT = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules")
+
+
+def differences(new: PeftConfig, own: LongLoraConfig, rope: bool = True) -> list[str]:
+    """In what an adapter differs from one that would take its weights as it is, in words; empty where in nothing.
+
+    Args:
+        new: Beside the weights.
+        own: The adapter's on the model.
+        rope: Whether the RoPE stays, too.
+    """
+    if not isinstance(new, LongLoraConfig):
+        return [f"a {type(new).__name__} adapter, not a LONGLORA one"]
+    found = [f"{key} {getattr(new, key)} for {getattr(own, key)}" for key in _KEPT if _of(new, key) != _of(own, key)]
+    theirs, ours = (config.rope or config.base_rope for config in (new, own))
+    if rope and theirs != ours:
+        found.append(f"RoPE {_rope(theirs)} for {_rope(ours)}")
+    return found
+
+
+def _of(config: LongLoraConfig, key: str) -> Any:
+    value = getattr(config, key)
+    return set(value) if isinstance(value, list) else value
+
+
+def _rope(stored: dict[str, Any] | None) -> Any:
+    return "unknown" if stored is None else stored["rope_parameters"]
 
 
 def check_ranks(config: LongLoraConfig) -> None:

@@ -5,13 +5,14 @@ import logging
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter as pefts_hotswap_adapter
 from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 
-from hf_longlora.rope import current_rope
+from hf_longlora.rope import ROPE_TYPES, current_rope
 from hf_longlora.tuner import LongLoraConfig, hotswap_adapter
 from hf_longlora.tuner.config import check_weights
 from hf_longlora.tuner.stored import fit_vocabulary, trained_vocabulary
@@ -377,22 +378,69 @@ def test_unload_of_a_merged_adapter_gives_the_base(pair):
 # -- other weights under a name that is taken ----
 
 
-def test_load_adapter_over_a_taken_name_keeps_no_wrong_rope(tmp_path, caplog, monkeypatch):
+@pytest.mark.parametrize("trainable", [False, True])
+def test_load_adapter_over_a_taken_name_keeps_no_wrong_rope(tmp_path, caplog, monkeypatch, trainable):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     perturbed(llama()).save_pretrained(tmp_path / "old")
-    perturbed(llama(), LongLoraConfig(target_length=2 * TARGET)).save_pretrained(tmp_path / "new")
-    model = PeftModel.from_pretrained(llama(), tmp_path / "old").eval()
+    model = PeftModel.from_pretrained(llama(), tmp_path / "old", is_trainable=trainable).eval()
     before = logits(model)
-    with pytest.raises(ValueError, match=r"the name 'default' is taken.*hotswap_adapter"):
-        model.load_adapter(tmp_path / "new", "default")
-    assert torch.equal(logits(model), before)
-    # One that is being trained may be a trainer's, going on from a checkpoint.
-    model = PeftModel.from_pretrained(llama(), tmp_path / "old", is_trainable=True)
-    assert "RoPE stays" not in caplog.text
-    model.load_adapter(tmp_path / "new", "default", is_trainable=True)
-    assert "'default', whose RoPE stays as it is" in caplog.text
-    hotswap_adapter(model, str(tmp_path / "new"))
+    for name, words, options in (
+        ("length", r"RoPE .*'factor': 8\.0.* for .*'factor': 4\.0", {"target_length": 2 * TARGET}),
+        ("type", "RoPE .*linear.* for .*yarn", {"target_length": TARGET, "rope_type": "linear"}),
+        ("none", "RoPE .*default.* for .*yarn", {}),
+        ("alpha", "lora_alpha 32 for 16", {"target_length": TARGET, "lora_alpha": 32}),
+    ):
+        perturbed(llama(), LongLoraConfig(**options)).save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=f"the name 'default' is taken.*settings: {words}.*hotswap_adapter"):
+            model.load_adapter(tmp_path / name, "default", is_trainable=trainable)
+        assert torch.equal(logits(model), before)
+    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="a LoraConfig adapter"):
+        hotswap_adapter(model, tmp_path / "lora")
+    hotswap_adapter(model, str(tmp_path / "length"))
     assert model.config.rope_parameters["factor"] == 8.0
+    # The same RoPE is the same adapter, further on: nothing to say.
+    other = perturbed(llama(), LongLoraConfig(target_length=2 * TARGET, init_lora_weights=False))
+    other.save_pretrained(tmp_path / "other")
+    assert not torch.equal(logits(model), logits(other))
+    model.load_adapter(tmp_path / "other", "default", is_trainable=trainable)
+    assert torch.equal(logits(model.eval()), logits(other)) and not caplog.records
+    # Of weights without a folder nothing is known.
+    weights = get_peft_model_state_dict(other)
+    if trainable:
+        set_peft_model_state_dict(model, weights)
+        assert "'default', whose RoPE stays as it is" in caplog.text
+    else:
+        with pytest.raises(ValueError, match=r"nothing says under which RoPE.*hotswap_adapter"):
+            set_peft_model_state_dict(model, weights)
+
+
+@pytest.mark.parametrize("rope_type", ROPE_TYPES)
+def test_an_adapter_loaded_over_itself_is_itself(tmp_path, rope_type):
+    """What a file says of RoPE is what the config in memory says, to the last digit."""
+    model = perturbed(llama(), LongLoraConfig(target_length=TARGET, rope_type=rope_type))
+    before = logits(model)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(logits(model.eval()), before)
+
+
+def test_a_trainer_of_transformers_resumes_under_the_same_rope_alone(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    rows = [{"input_ids": ids(16)[0], "labels": ids(16)[0]}] * 4
+
+    def trainer(target, steps):
+        args = TrainingArguments(
+            tmp_path, max_steps=steps, save_steps=1, per_device_train_batch_size=1, report_to=[], use_cpu=True
+        )
+        return Trainer(get_peft_model(llama(), LongLoraConfig(target_length=target)), args, train_dataset=rows)
+
+    trainer(TARGET, 2).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"checkpoint-1 under .* RoPE"):
+        trainer(2 * TARGET, 2).train(resume_from_checkpoint=checkpoint)
+    assert trainer(TARGET, 2).train(resume_from_checkpoint=checkpoint).global_step == 2
+    assert "RoPE" not in caplog.text
 
 
 def test_other_weights_for_a_merged_adapter_are_refused(pair, tmp_path):
