@@ -24,12 +24,15 @@ class Family:
         model_type: Of transformers' config.
         rope_types: The RoPE types that it can be extended by; none: attention only.
         note: What is special about it.
+        tells_cache: Whether its layers' `use_cache` says in every forward whether a KV cache is filled. Others pass
+            none on, or a False that is the layer's default.
     """
 
     name: str
     model_type: str
     rope_types: tuple[str, ...] = ROPE_TYPES
     note: str | None = None
+    tells_cache: bool = True
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -51,13 +54,14 @@ FAMILIES: tuple[Family, ...] = (
         f"{_HYBRID}; of the scaled types vLLM keeps its position axes under YaRN only",
     ),
     Family("Gemma", "gemma"),
-    Family("Gemma 2", "gemma2", note=_SOFTCAP),
+    Family("Gemma 2", "gemma2", note=_SOFTCAP, tells_cache=False),
     Family(
         "Gemma 3 (text)",
         "gemma3_text",
         ("linear", "yarn", "llama3", "longrope", ABF),
         "sliding layers and their RoPE are left alone; its readers take max_position_embeddings for the extended "
         "length, which dynamic RoPE takes for the original one",
+        tells_cache=False,
     ),
     Family("Phi", "phi"),
     Family("Phi-3", "phi3", ("longrope", ABF), "Phi-4 too; its config takes no other scaled RoPE type"),
@@ -69,6 +73,7 @@ FAMILIES: tuple[Family, ...] = (
         ("yarn", "llama3", "longrope", ABF),
         "sliding layers and their RoPE are left alone; vLLM sizes the sliding layers' table by "
         "max_position_embeddings, which is the original length under linear and dynamic RoPE",
+        tells_cache=False,
     ),
     Family("OLMoE", "olmoe"),
     Family("Granite", "granite"),
@@ -77,14 +82,14 @@ FAMILIES: tuple[Family, ...] = (
     Family("SmolLM3", "smollm3", note="layers without RoPE are sparse as the others are"),
     Family("GPT-NeoX", "gpt_neox", note="Pythia too"),
     Family("StarCoder2", "starcoder2"),
-    Family("StableLM", "stablelm"),
+    Family("StableLM", "stablelm", tells_cache=False),
     Family("Cohere", "cohere"),
     Family("Cohere 2", "cohere2", note="sliding layers are left alone"),
     Family("GLM", "glm"),
     Family("GLM-4", "glm4"),
     Family("GLM-4 MoE", "glm4_moe"),
     Family("Nemotron", "nemotron"),
-    Family("Persimmon", "persimmon"),
+    Family("Persimmon", "persimmon", tells_cache=False),
     Family("Helium", "helium"),
     Family("EXAONE 4", "exaone4", note="sliding layers are left alone"),
     Family("Seed-OSS", "seed_oss"),
@@ -96,11 +101,11 @@ FAMILIES: tuple[Family, ...] = (
     Family("gpt-oss", "gpt_oss", ("yarn",), f"{_SINKS}; it comes with YaRN and is extended by it"),
     Family("Bamba", "bamba", note=_HYBRID),
     Family("Falcon-H1", "falcon_h1", note=_HYBRID),
-    Family("LFM2", "lfm2", note=_HYBRID),
+    Family("LFM2", "lfm2", note=_HYBRID, tells_cache=False),
     Family("MiniMax", "minimax", note=_HYBRID),
     Family("GPT-2", "gpt2", ATTENTION_ONLY, "learned positions: its length is fixed"),
-    Family("GPT-BigCode", "gpt_bigcode", ATTENTION_ONLY, "learned positions: its length is fixed"),
-    Family("OPT", "opt", ATTENTION_ONLY, "learned positions: its length is fixed"),
+    Family("GPT-BigCode", "gpt_bigcode", ATTENTION_ONLY, "learned positions: its length is fixed", False),
+    Family("OPT", "opt", ATTENTION_ONLY, "learned positions: its length is fixed", False),
     Family("Jamba", "jamba", ATTENTION_ONLY, f"no positions, any length; {_HYBRID}"),
     Family("Nemotron-H", "nemotron_h", ATTENTION_ONLY, f"no positions, any length; {_HYBRID}"),
 )

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from hf_longlora import LongLoraConfig, S2AttentionConfig, s2_attention_mode, set_s2_attention
 from hf_longlora.attention import dense, interface, switch
-from hf_longlora.families import FAMILIES
+from hf_longlora.families import FAMILIES, find_family
 from hf_longlora.rope import ROPE_TYPES, current_rope, reach, type_over
 
 from .attention.oracle import oracle
@@ -290,6 +290,30 @@ def test_inference(family):
     expected = stock.generate(x, **options)
     assert torch.equal(s2.generate(x, **options), expected)
     assert torch.equal(s2.train().generate(x, **options), stock.train().generate(x, **options))
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_generation_in_training_mode_of_a_model_that_was_only_loaded_with_s2attn(family):
+    """It is dense, to the logits, or refused; the same without a cache is sparse, or refused where that isn't told."""
+    stock = build(family)
+    s2 = copy.deepcopy(stock)
+    s2.set_attn_implementation("s2attn")
+    if family in OWN_ATTENTION:
+        stock.set_attn_implementation("eager")
+    x = torch.randint(3, 128, (1, 40))
+    options = dict(max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    stock, s2 = stock.train(), s2.train()
+    if not find_family(s2.config).tells_cache:
+        with pytest.raises(ValueError, match=r"set_s2_attention\(model\) first"):
+            s2.generate(x, **options)
+        return
+    expected = torch.stack(stock.generate(x, **options).logits)
+    assert torch.allclose(torch.stack(s2.generate(x, **options).logits), expected, atol=1e-5)
+    if family not in OWN_ATTENTION:  # no kernel on a CPU
+        with torch.no_grad():
+            scores = logits(s2, x)
+            assert not torch.allclose(scores, logits(stock, x), atol=1e-4)
+        assert torch.allclose(scores, logits(s2, x), atol=1e-5)  # with gradients
 
 
 @pytest.mark.parametrize("family", EVERY)

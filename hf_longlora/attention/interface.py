@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from ..families import find_family
 from ..rope import native_window
 from .config import AttentionMode, S2AttentionConfig, Shift
 from .dense import eager_attention
@@ -77,11 +78,11 @@ def s2_attention_forward(
             'attention to "eager" if you want them.'
         )
     state: S2State = getattr(module, STATE, _DEFAULT)
-    if state is _DEFAULT:
-        refuse_untold_cache(module, kwargs)
     learned_sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     alone = left_alone(module, query, key, attention_mask, causal, kwargs.get("sliding_window"))
+    if state is _DEFAULT and alone is None:
+        refuse_untold_cache(module, kwargs)
     training = module.training and not infers(kwargs)
     kwargs.pop(TOLD, None)
     if module.training and not training and state.mode == "auto":
@@ -150,7 +151,8 @@ def s2_attention_forward(
 def tell_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A forward pre-hook of attention modules: tells their attention function whether there is a KV cache.
 
-    What a module doesn't know it passes on. Most families pass `use_cache`, too, but not all (Gemma 3, OLMo 3).
+    What a module doesn't know it passes on. Of `use_cache` that can't be said: some families pass none (Gemma 3), and
+    others a False that is the default of their layers (OLMo 3, Qwen3-VL), cache or not.
     """
     cached = any(kwargs.get(name) is not None for name in ("cache", "past_key_values", "layer_past"))
     return args, {**kwargs, TOLD: cached}
@@ -166,12 +168,19 @@ def infers(kwargs: dict[str, Any]) -> bool:
 
 
 def refuse_untold_cache(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Raise a `ValueError` if a forward in training mode may be generation or not, and nothing says which."""
-    if module.training and "use_cache" not in kwargs and not torch.is_grad_enabled():
+    """Raise a `ValueError` if a forward in training mode may be generation or not, and nothing says which.
+
+    For models that were only loaded with "s2attn", which have no `tell_cache`: `use_cache=True` is a cache, and False
+    is none in the families that are known to mean it.
+    """
+    if not module.training or torch.is_grad_enabled() or kwargs.get("use_cache"):
+        return
+    family = find_family(getattr(module, "config", None))
+    if "use_cache" not in kwargs or family is None or not family.tells_cache:
         raise ValueError(
-            f"{type(module).__name__} does not tell its attention whether there is a KV cache: without gradients and "
-            "in training mode this may be generation, which is dense, or a checkpointed layer, which is sparse. Call "
-            "hf_longlora.set_s2_attention(model) first."
+            f"{type(module).__name__} is not known to tell its attention whether there is a KV cache: without "
+            "gradients and in training mode this may be generation, which is dense, or a checkpointed layer or a "
+            "reference's scores, which are sparse. Call hf_longlora.set_s2_attention(model) first."
         )
 
 

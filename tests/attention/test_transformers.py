@@ -220,6 +220,27 @@ def test_a_family_that_does_not_tell_of_its_cache(monkeypatch):
     assert [group for _, group in calls] == [GROUP] * 4  # forward without gradients, and again with
 
 
+def test_a_family_that_is_not_known_to_tell_of_its_cache(tiny_llama, monkeypatch):
+    """Its layers' `use_cache=False` may be no more than their default (Qwen3-VL's is)."""
+    model = tiny_llama()
+    model.set_attn_implementation("s2attn")
+    model.train()
+    x = ids(1)
+    with torch.no_grad():
+        model(x, use_cache=False)  # Llama's layers mean it
+    model.config.model_type = "something_else"
+    sparse = model(x, use_cache=False).logits
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"is not known to tell .*set_s2_attention\(model\) first"):
+            model(x, use_cache=False)
+        calls = spy(monkeypatch)
+        model(x, use_cache=True)
+        assert not calls
+        assert torch.equal(model.eval()(x, use_cache=False).logits, model(x, use_cache=True).logits) and not calls
+        set_s2_attention(model)
+        assert torch.allclose(model.train()(x, use_cache=False).logits, sparse, atol=1e-6) and len(calls) == 2
+
+
 def test_modes_of_layers_with_states_of_their_own_are_restored(models):
     model = models[0]
     first, second = (module for _, module in attention_modules(model))
