@@ -1,4 +1,3 @@
-import threading
 import time
 from types import SimpleNamespace
 
@@ -6,6 +5,8 @@ import pytest
 import transformers.utils.hub
 from huggingface_hub import close_session, constants, hf_api
 from huggingface_hub.utils import _http, _xet
+
+from hf_longlora.hub import push
 
 from ..trainer.conftest import make  # noqa: F401  (a fixture)
 from .server import TOKEN, Hub
@@ -30,10 +31,20 @@ def hub(monkeypatch, tmp_path):
         # Its own retries wait up to 8 seconds, five times.
         monkeypatch.setattr(_http, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))
         close_session()
+        pushers, start = [], push._Pusher._start
+
+        def started(pusher):
+            start(pusher)
+            pushers.append((pusher, pusher._thread))
+
+        monkeypatch.setattr(push._Pusher, "_start", started)
         yield server
-    for thread in threading.enumerate():  # a push that the server kept waiting
-        if thread.name.startswith("push to "):
-            thread.join(240)
+    for pusher, thread in pushers:
+        with pusher._changed:  # that of a test which failed in mid-training is not told of the end
+            pusher._closing = True
+            pusher._changed.notify_all()
+        thread.join(240)  # the server may have kept it waiting
+        assert not thread.is_alive(), f"{thread.name} goes on"
     close_session()
 
 
