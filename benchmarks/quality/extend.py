@@ -29,7 +29,7 @@ from hf_longlora import (
     s2_attention_mode,
     set_s2_attention,
 )
-from hf_longlora.attention import segments
+from hf_longlora.attention import get_s2_attention, segments
 from hf_longlora.attention.interface import S2State
 from hf_longlora.modules import attention_modules
 from hf_longlora.rope import apply_rope, scaled_rope
@@ -109,9 +109,10 @@ class RotatingDenseLayers(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        shared = get_s2_attention(kwargs["model"])
         for index, (_, module) in enumerate(attention_modules(kwargs["model"].get_base_model())):
-            if (index + state.global_step) % self.period == 0:
-                module.s2_attention_state = S2State(module.s2_attention_state.config, "dense")
+            dense = (index + state.global_step) % self.period == 0
+            module.s2_attention_state = S2State(shared.config, "dense") if dense else shared
 
 
 def attention_cost(run: Run, schedule: Schedule) -> float:

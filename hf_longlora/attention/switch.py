@@ -80,9 +80,9 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) 
             "prompts see themselves both ways. Shifted sparse attention is for decoders; train it with "
             'attn_implementation="sdpa".'
         )
-    state = _state(inner)
+    state: S2State | None = vars(inner).get(STATE)
     window = _window_everywhere(inner.config)
-    if window is not None and state is None:  # once: a trainer calls this at every step
+    if window is not None and state is None:  # once
         logger.warning(
             f"{type(inner).__name__} has a sliding window of {window} tokens in every layer, and layers with a window "
             "stay as they are: nothing is left to be sparse. Load the model with sliding_window=None to have it "
@@ -93,7 +93,7 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) 
     mode: AttentionMode = state.mode if state is not None else "auto"
     find_sequence = state.find_sequence if state is not None else None
     state = S2State(config or S2AttentionConfig(), mode, native_window(inner), find_sequence)
-    for module in modules:
+    for module in (inner, *modules):
         setattr(module, STATE, state)
         takes = inspect.signature(type(module).forward).parameters.values()
         passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes)
@@ -110,12 +110,8 @@ def _window_everywhere(config: PreTrainedConfig) -> int | None:
     return window if kinds is None or set(kinds) == {"sliding_attention"} else None
 
 
-def _state(model: nn.Module) -> S2State | None:
-    return next((getattr(m, STATE) for _, m in attention_modules(model) if hasattr(m, STATE)), None)
-
-
 def get_s2_attention(model: nn.Module) -> S2State:
-    """The state shared by the layers of a model: its configuration and mode.
+    """The state shared by the layers of a model, its configuration and mode: what is set in it is set for all.
 
     Raises:
         ValueError: if the model does not use `"s2attn"`.
@@ -126,12 +122,9 @@ def get_s2_attention(model: nn.Module) -> S2State:
             f"{type(inner).__name__} uses attn_implementation={inner.config._attn_implementation!r}, not {NAME!r}: "
             "call hf_longlora.set_s2_attention(model) first."
         )
-    state = _state(inner)
-    if state is None or not all(hasattr(module, STATE) for _, module in attention_modules(inner)):
-        set_s2_attention(inner, None if state is None else state.config)
-        state = _state(inner)
-    assert state is not None
-    return state
+    if STATE not in vars(inner):
+        set_s2_attention(inner)
+    return vars(inner)[STATE]
 
 
 def set_attention_mode(model: nn.Module, mode: AttentionMode) -> None:
@@ -145,12 +138,18 @@ def set_attention_mode(model: nn.Module, mode: AttentionMode) -> None:
     """
     if mode not in get_args(AttentionMode):
         raise ValueError(f"`mode` must be one of {get_args(AttentionMode)}, got {mode!r}.")
-    get_s2_attention(model)
-    inner = transformers_model(model)
+    states, inner = _states(model), transformers_model(model)
     if mode == "windows":
         check_skipping(type(inner), inner.config)
-    for _, module in attention_modules(inner):
-        getattr(module, STATE).mode = mode  # usually one object; layers may have been given others
+    for state in states:
+        state.mode = mode
+
+
+def _states(model: nn.Module) -> list[S2State]:
+    """The states of a model and of each layer: usually one object; layers may have been given others."""
+    shared = get_s2_attention(model)
+    modules = attention_modules(transformers_model(model))
+    return [shared, *(vars(module).setdefault(STATE, shared) for _, module in modules)]
 
 
 @contextmanager
@@ -160,12 +159,11 @@ def s2_attention_mode(model: nn.Module, mode: AttentionMode) -> Iterator[None]:
     `with s2_attention_mode(model, "s2"):` around an evaluation gives the first column of the paper's Table 6, a model
     tested with the pattern that it was trained with.
     """
-    get_s2_attention(model)
-    modules = [module for _, module in attention_modules(transformers_model(model))]
-    before = [getattr(module, STATE).mode for module in modules]  # layers may have been given states of their own
+    states = _states(model)
+    before = [state.mode for state in states]
     set_attention_mode(model, mode)
     try:
         yield
     finally:
-        for module, own in zip(modules, before, strict=True):
-            getattr(module, STATE).mode = own
+        for state, own in zip(states, before, strict=True):
+            state.mode = own

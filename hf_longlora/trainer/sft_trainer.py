@@ -373,12 +373,15 @@ class LongLoraSFTTrainer(SFTTrainer):
         # Alone, a process stops at the loss; several stop together, at the gradients that they share.
         if self.args.world_size == 1 and not loss.isfinite():
             self._stop_at_divergence("loss")
-        # fp16's loss scaler skips steps with infinite gradients by itself.
-        if self.accelerator.sync_gradients and not self.args.fp16:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            if gradients and not torch.nn.utils.get_total_norm(gradients).isfinite():
-                self._stop_at_divergence("gradient")
         return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Trainer's, which it asks for before each optimizer step; the run stops at one that is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        # fp16's loss scaler skips such steps by itself, and DeepSpeed's engine has taken the step by now.
+        if not (self.args.fp16 or self.is_deepspeed_enabled) and not torch.as_tensor(norm).isfinite():
+            self._stop_at_divergence("gradient")
+        return norm
 
     def _in_pieces(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None, *args: Any, **kwargs: Any

@@ -18,6 +18,7 @@ from hf_longlora import (
     set_s2_attention,
 )
 from hf_longlora.attention import get_s2_attention
+from hf_longlora.modules import attention_modules
 from hf_longlora.rope import current_rope, reach, rope_factor
 from hf_longlora.schedule import Schedule, auto_stages
 from hf_longlora.trainer.callbacks import ContextStageCallback
@@ -323,6 +324,25 @@ def test_a_stage_gives_back_what_the_allocators_keep(monkeypatch, tmp_path):
     for step in (1, 2, 3):
         callback.on_step_end(args, TrainerState(global_step=step), TrainerControl())
         assert given == ["empty_cache", "empty_host_cache"] * (step - 1)
+
+
+def test_a_step_sets_what_all_layers_share_and_walks_over_none(make, monkeypatch):
+    trainer = make(dense_every=2)
+    apply, model = trainer._stage_callback.apply, trainer.model
+    apply(model, 0)
+
+    def named_modules(*args, **kwargs):
+        raise AssertionError("a walk over the model")
+
+    layers = [module for _, module in attention_modules(model.get_base_model())]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "named_modules", named_modules)
+        apply(model, 1)
+        assert {layer.s2_attention_state.mode for layer in layers} == {"dense"}
+        apply(model, 2)
+        assert {layer.s2_attention_state.mode for layer in layers} == {"auto"}
+    apply(model, 3)
+    assert {layer.s2_attention_state.config.group_size for layer in layers} == {64}
 
 
 def test_groups_of_stages_by_default_are_the_base_s_native_window():
