@@ -41,6 +41,7 @@ from hf_longlora.cli import main
 from hf_longlora.cli.train import make_parser
 from hf_longlora.evaluation import retrieval
 
+from .attention.test_compile import UNTRIED
 from .conftest import ASCII
 from .hub.conftest import hub, token  # noqa: F401  (fixtures)
 from .hub.test_original import trained
@@ -302,7 +303,7 @@ def test_the_kernels_are_as_their_table_says():
         devices = "any" if kernel.devices is None else "CUDA"
         dtypes = "any" if kernel.dtypes is None else "bf16, fp16"
         assert kernel.softcap == kernel.learned_sinks
-        can = ["yes" if it else "no" for it in (kernel.dropout, kernel.softcap, kernel.compiles)]
+        can = ["yes" if it else "no" for it in (kernel.dropout, kernel.softcap, name not in UNTRIED)]
         steps = f", in steps of {kernel.head_step}" if kernel.head_step > 1 else ""
         assert shown[name] == [devices, dtypes, f"{kernel.head_dim or 'any'}{steps}", *can]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import torch
 from peft import PeftConfig
 
 from ..attention.config import S2AttentionConfig, Sparse, check_group_size, check_group_size_ratio, check_sink_tokens
+from ..schedule import Schedule
 from .gpus import Backend
 
 
@@ -82,6 +84,47 @@ class RunSettings:
         check_group_size(self.group_size)
         check_group_size_ratio(self.group_size_ratio)
         check_sink_tokens(self.sink_tokens)
+
+    @classmethod
+    def of(
+        cls,
+        args: Any,
+        schedule: Schedule,
+        stage: int,
+        *,
+        adapter: PeftConfig | None,
+        dtype: torch.dtype,
+        quantization: Literal["4bit", "8bit"] | None,
+    ) -> RunSettings:
+        """Those of a stage of a run.
+
+        Args:
+            args: The trainer's, a `LongLoraSFTConfig`.
+            schedule: The stages.
+            stage: Its number, from 0.
+            adapter: That is trained; `None` for all weights.
+            dtype: Of the base's weights.
+            quantization: Of the base.
+        """
+        attention = schedule.attention_config(stage)
+        return cls(
+            adapter=adapter,
+            dtype="float32" if dtype == torch.float32 else "bfloat16",
+            quantization=quantization,
+            batch_size=args.per_device_train_batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            gradient_checkpointing=args.gradient_checkpointing,
+            fused=bool(args.use_liger_kernel or args.compile_layers),
+            mlp_tile=args.mlp_tile,
+            sequence_parallel=args.sequence_parallel,
+            selective_checkpointing=args.selective_checkpointing,
+            activation_offloading=args.activation_offloading,
+            offload_share=args.offload_share,
+            group_size=attention.group_size,
+            sink_tokens=attention.sink_tokens,
+            sparse=schedule.sparse_by(stage),
+            dense_every=1 if schedule.is_dense(stage) else schedule.dense_each(stage),
+        )
 
     @property
     def attention(self) -> S2AttentionConfig:

@@ -11,7 +11,6 @@ from peft import PeftConfig
 from transformers import PreTrainedConfig
 
 from ..planning import Gpu, LengthPlan, RunPlan, RunSettings, plan_run
-from ..schedule import Schedule
 from .checks import Start, base_window
 from .config import LongLoraSFTConfig
 
@@ -43,46 +42,6 @@ class StagePlan:
         )
 
 
-def run_settings(
-    args: LongLoraSFTConfig,
-    schedule: Schedule,
-    stage: int,
-    *,
-    adapter: PeftConfig | None,
-    dtype: torch.dtype,
-    quantization: Literal["4bit", "8bit"] | None,
-) -> RunSettings:
-    """The planner's settings of a stage.
-
-    Args:
-        args: The trainer's.
-        schedule: The stages.
-        stage: Its number, from 0.
-        adapter: That is trained; `None` for all weights.
-        dtype: Of the base's weights.
-        quantization: Of the base.
-    """
-    attention = schedule.attention_config(stage)
-    return RunSettings(
-        adapter=adapter,
-        dtype="float32" if dtype == torch.float32 else "bfloat16",
-        quantization=quantization,
-        batch_size=args.per_device_train_batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        gradient_checkpointing=args.gradient_checkpointing,
-        fused=bool(args.use_liger_kernel or args.compile_layers),
-        mlp_tile=args.mlp_tile,
-        sequence_parallel=args.sequence_parallel,
-        selective_checkpointing=args.selective_checkpointing,
-        activation_offloading=args.activation_offloading,
-        offload_share=args.offload_share,
-        group_size=attention.group_size,
-        sink_tokens=attention.sink_tokens,
-        sparse=schedule.sparse_by(stage),
-        dense_every=1 if schedule.is_dense(stage) else schedule.dense_each(stage),
-    )
-
-
 def plan_stages(
     config: PreTrainedConfig,
     args: LongLoraSFTConfig,
@@ -99,7 +58,7 @@ def plan_stages(
         config: The model's.
         args: The trainer's.
         gpu: The card.
-        adapter, dtype, quantization: As for `run_settings`.
+        adapter, dtype, quantization: As for `RunSettings.of`.
         gpus: Cards, each with the model, and with sequences of its own or a share in others' (`sequence_parallel`).
 
     Returns:
@@ -117,7 +76,7 @@ def plan_stages(
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus // args.sequence_parallel
     plans, stages = [], []
     for number, stage in enumerate(schedule.stages):
-        settings = run_settings(args, schedule, number, adapter=adapter, dtype=dtype, quantization=quantization)
+        settings = RunSettings.of(args, schedule, number, adapter=adapter, dtype=dtype, quantization=quantization)
         plans.append(plan_run(config, [stage.max_length], gpu=gpu, settings=settings))
         stages.append(StagePlan(plans[-1].lengths[0], stage.max_steps, stage.max_steps * sequences))
     return plans[-1], stages

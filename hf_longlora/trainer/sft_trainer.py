@@ -29,7 +29,6 @@ from ..hub.card import base_name, folder_card
 from ..hub.run import RUN_NAME, read_facts, run_facts, write_facts
 from ..modules import base_model
 from ..parallel import sequence_group, shard_sequences
-from ..planning import local_gpu
 from ..rope import WITH_HISTORY, find_rope, forget_lengths, rope_factor
 from ..schedule import Schedule, StepPlan
 from ..tuner.config import check_weights
@@ -320,7 +319,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             with compiled_layers(self.model, self.args.compile_layers):
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
         except torch.OutOfMemoryError as error:
-            message = out_of_memory(self.args, self.schedule, self.state.global_step, self.model, local_gpu())
+            message = out_of_memory(self.args, self.schedule, self.state.global_step, self.model)
             raise torch.OutOfMemoryError(message) from error
         except FloatingPointError:
             self._write_report()

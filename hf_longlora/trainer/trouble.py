@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
-from peft import PeftModel
 
 from ..modules import base_model
-from ..planning import Gpu, plan_run
 from ..schedule import Schedule
-from ..tuner import LongLoraConfig
-from .plans import run_settings
 
 GOES_ON = "A run that has saved a checkpoint goes on from it (resume_from_checkpoint=True)."
 
@@ -54,7 +50,7 @@ def diverged(
     )
 
 
-def out_of_memory(args: Any, schedule: Schedule, global_step: int, model: Any, gpu: Gpu | None) -> str:
+def out_of_memory(args: Any, schedule: Schedule, global_step: int, model: Any) -> str:
     """What to say of the step after `global_step` steps, or of the evaluation then.
 
     Args:
@@ -62,7 +58,6 @@ def out_of_memory(args: Any, schedule: Schedule, global_step: int, model: Any, g
         schedule: The stages.
         global_step: Steps that are done.
         model: What is trained.
-        gpu: The card, if the planner knows it: then it says what each remedy brings.
     """
     if not model.training:
         batch, longest = args.per_device_eval_batch_size, schedule.stages[-1].max_length
@@ -76,24 +71,17 @@ def out_of_memory(args: Any, schedule: Schedule, global_step: int, model: Any, g
     step = min(global_step, schedule.max_steps - 1)
     number = schedule.step(step).stage
     length = schedule.stages[number].max_length
-    remedies = memory_remedies(args, quantization_of(model))
-    planned = planned_memory(args, schedule, number, model, gpu, remedies) if gpu is not None else {}
-    advice = [words + (f" ({planned[words]:.0f} GiB)" if words in planned else "") for words in remedies]
     return (
         f"Out of memory in step {step + 1} (stage {number + 1}: {length:,} tokens in a sequence, "
-        f"{args.per_device_train_batch_size} in a batch; peak {peak_memory(args.device):.1f} GiB"
-        + (f", planned {planned['']:.0f} GiB on one {gpu.name}" if gpu is not None and planned else "")
-        + f"). What helps: {'; '.join(advice)}; shorter stages. "
-        f"{GOES_ON}"
+        f"{args.per_device_train_batch_size} in a batch; peak {peak_memory(args.device):.1f} GiB). "
+        f"What helps: {'; '.join(memory_remedies(args, model))}; shorter stages. {GOES_ON}"
     )
 
 
-def memory_remedies(args: Any, quantization: str | None) -> dict[str, dict[str, Any]]:
-    """What makes a run smaller, in the order of what it costs: in words, and as the planner's settings.
+def memory_remedies(args: Any, model: Any) -> list[str]:
+    """What makes a run smaller, in the order of what it costs, but for what its arguments or the model have already.
 
-    Args:
-        args: The trainer's, which have some of it already.
-        quantization: Of the base.
+    `hf-longlora plan --config` says what each brings.
     """
     batch = args.per_device_train_batch_size
     steps = batch * args.gradient_accumulation_steps
@@ -101,57 +89,17 @@ def memory_remedies(args: Any, quantization: str | None) -> dict[str, dict[str, 
     checkpointing = "gradient_checkpointing"
     if hasattr(args, "activation_checkpointing"):
         checkpointing = "activation_checkpointing"
-    remedies: tuple[tuple[bool, str, dict[str, Any]], ...] = (
-        (
-            batch > 1,
-            f"per_device_train_batch_size=1 and gradient_accumulation_steps={steps}",
-            {"batch_size": 1, "gradient_accumulation_steps": steps},
-        ),
-        (not args.gradient_checkpointing, f"{checkpointing}=True", {"gradient_checkpointing": True}),
-        (
-            args.selective_checkpointing,
-            f"{checkpointing}_kwargs without selective",
-            {"selective_checkpointing": False},
-        ),
-        (args.mlp_tile is None, "mlp_tile=4096 (the MLP by tiles of tokens)", {"mlp_tile": 4096}),
-        (
-            not args.activation_offloading,
-            "activation_offloading=True",
-            {"activation_offloading": True, "gradient_checkpointing": True},
-        ),
-        (quantization is None, "a base quantized to 4 bits (QLoRA)", {"quantization": "4bit"}),
-    )
-    return {words: changes for useful, words, changes in remedies if useful}
-
-
-def planned_memory(
-    args: Any, schedule: Schedule, stage: int, model: Any, gpu: Gpu, remedies: Mapping[str, dict[str, Any]]
-) -> dict[str, float]:
-    """Planned peaks in GiB: as it is (`""`), and with each remedy alone. Empty for what the planner does not know."""
-    adapter: Any = model.active_peft_config if isinstance(model, PeftModel) else None
-    if isinstance(adapter, LongLoraConfig):  # one that is on a model holds that model's RoPE and names
-        kept = ("r", "target_modules", "rank_pattern", "use_dora", "train_norms", "train_embeddings", "embedding_rank")
-        adapter = LongLoraConfig(**{name: getattr(adapter, name) for name in kept})
-    config = base_model(model).config
-    length = schedule.stages[stage].max_length
-    found = {}
-    try:
-        settings = run_settings(
-            args, schedule, stage, adapter=adapter, dtype=config.dtype, quantization=quantization_of(model)
-        )
-        for words, changes in {"": {}, **remedies}.items():
-            found[words] = plan_run(config, [length], gpu=gpu, settings=settings, **changes).lengths[0].total
-    except ValueError:  # settings or models that can't be planned; the words of the remedies stay
-        return {}
-    return found
-
-
-def quantization_of(model: Any) -> Literal["4bit", "8bit"] | None:
-    """Of a base quantized by bitsandbytes."""
     base = base_model(model)
-    if getattr(base, "is_loaded_in_4bit", False):
-        return "4bit"
-    return "8bit" if getattr(base, "is_loaded_in_8bit", False) else None
+    quantized = getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)
+    remedies = {
+        f"per_device_train_batch_size=1 and gradient_accumulation_steps={steps}": batch > 1,
+        f"{checkpointing}=True": not args.gradient_checkpointing,
+        f"{checkpointing}_kwargs without selective": args.selective_checkpointing,
+        "mlp_tile=4096 (the MLP by tiles of tokens)": args.mlp_tile is None,
+        "activation_offloading=True": not args.activation_offloading,
+        "a base quantized to 4 bits (QLoRA)": not quantized,
+    }
+    return [words for words, useful in remedies.items() if useful]
 
 
 def peak_memory(device: torch.device) -> float:

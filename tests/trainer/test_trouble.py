@@ -8,14 +8,11 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from hf_longlora import LongLoraSFTTrainer
-from hf_longlora.planning import find_gpu
 from hf_longlora.trainer import sft_trainer
 from hf_longlora.trainer.trouble import (
     beginnings,
     has_diverged,
-    memory_remedies,
     out_of_memory,
-    planned_memory,
 )
 
 from .helpers import Spy, texts
@@ -183,17 +180,5 @@ def test_out_of_memory_in_an_evaluation_says_so(make):
 def test_advice_leaves_out_what_is_done_already(make):
     trainer = make(per_device_train_batch_size=1, gradient_checkpointing=True, mlp_tile=4096)
     trainer.model.get_base_model().is_loaded_in_4bit = True
-    message = out_of_memory(trainer.args, trainer.schedule, 0, trainer.model, None)
+    message = out_of_memory(trainer.args, trainer.schedule, 0, trainer.model)
     assert "What helps: activation_offloading=True; shorter stages. " in message
-
-
-def test_the_planner_says_what_each_remedy_brings(make):
-    trainer = make(per_device_train_batch_size=4, gradient_checkpointing=True)
-    card = find_gpu("A100-80GB")
-    remedies = memory_remedies(trainer.args, None)
-    planned = planned_memory(trainer.args, trainer.schedule, 1, trainer.model, card, remedies)
-    smaller = next(words for words in remedies if "batch_size=1" in words)
-    assert 0 < planned[smaller] < planned[""] and planned.keys() == {"", *remedies}
-    message = out_of_memory(trainer.args, trainer.schedule, 0, trainer.model, card)
-    assert "GiB on one A100-80GB). What helps: per_device_train_batch_size=1 and " in message
-    assert message.count(" GiB); ") == len(remedies)

@@ -37,8 +37,6 @@ class Kernel:
         dropout: Whether it drops attention weights.
         softcap: Whether it bounds scores.
         learned_sinks: Whether it has sinks that a model has learned (gpt-oss's `s_aux`). Sink tokens all have.
-        linear_memory: Whether its memory grows with the length and not with its square.
-        compiles: Whether `torch.compile` takes it as one graph, where the documents are known. False: not tried.
     """
 
     function: Callable[..., torch.Tensor]
@@ -51,8 +49,6 @@ class Kernel:
     dropout: bool = True
     softcap: bool = False
     learned_sinks: bool = False
-    linear_memory: bool = True
-    compiles: bool = True
 
     def lacks_here(self, device: str) -> str | None:
         """What a type of device, or this machine, has not for it, in words; `None` if it can run."""
@@ -99,10 +95,8 @@ KERNELS: dict[str, Kernel] = {
         value_dim=False,
         dropout=False,
     ),
-    "flex": Kernel(
-        function=flex.flex_kernel, devices=("cuda",), dropout=False, softcap=True, learned_sinks=True, compiles=False
-    ),
-    "reference": Kernel(function=reference_kernel, softcap=True, learned_sinks=True, linear_memory=False),
+    "flex": Kernel(function=flex.flex_kernel, devices=("cuda",), dropout=False, softcap=True, learned_sinks=True),
+    "reference": Kernel(function=reference_kernel, softcap=True, learned_sinks=True),
 }
 
 
