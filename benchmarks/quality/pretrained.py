@@ -72,7 +72,7 @@ class Method:
         scatter: Whether the native windows of all sparse steps are shuffled among these, so that the windows of a step
             are of different documents.
         stage: Further fields of the stage.
-        then: Those that differ in the second half of the steps.
+        sparse_weight: What a gradient of a sparse step counts, beside one of a dense step.
         args: Further fields of the configuration.
         adapter: Fields of the adapter that differ.
     """
@@ -84,7 +84,7 @@ class Method:
     cut: float = 1.0
     scatter: bool = False
     stage: dict[str, Any] = field(default_factory=dict)
-    then: dict[str, Any] = field(default_factory=dict)
+    sparse_weight: float = 1.0
     args: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
 
@@ -114,15 +114,16 @@ for _name, _sparse in {"windows": "windows", "pose of many rows": "pose"}.items(
     METHODS[_name] = Method(stage={"sparse": _sparse, "dense_every": 0})
     for _nth, _every in {"2nd": 2, "3rd": 3, "4th": 4, "10th": 10}.items():
         METHODS[f"{_name}, {_nth} dense"] = Method(stage={"sparse": _sparse, "dense_every": _every})
-    for _early, _late in (("8th", "2nd"), ("2nd", "8th"), ("2nd", "4th")):
-        METHODS[f"{_name}, {_early} then {_late} dense"] = Method(
-            stage={"sparse": _sparse, "dense_every": int(_early[0])}, then={"dense_every": int(_late[0])}
-        )
 for _nth, _every in {"2nd": 2, "3rd": 3, "4th": 4}.items():
     METHODS[f"native windows, {_nth} dense"] = Method(stage=_s2(_every, 0), args={"attention_shift": "none"})
     METHODS[f"s2 native + sinks, {_nth} dense"] = Method(stage=_s2(_every))
 for _name in ("native windows", "native windows, 3rd dense", "native windows, 4th dense"):
     METHODS[f"{_name}, scattered"] = replace(METHODS[_name], scatter=True)
+for _nth, _every in {"3rd": 3, "4th": 4}.items():
+    for _weight in (0.5, 0.25):
+        METHODS[f"windows by {_weight}, {_nth} dense"] = Method(
+            sparse_weight=_weight, stage={"sparse": "windows", "dense_every": _every}
+        )
 for _sinks in (1, 16, 64):
     METHODS[f"s2 native + {_sinks} sinks, 4th dense"] = Method(stage=_s2(4, _sinks))
 for _exponent in (1.0, 1.5, 2.0):
@@ -169,16 +170,23 @@ class StepClock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._started)
 
 
+class SparseWeight(TrainerCallback):
+    """Scales the gradients of the sparse steps, after they were clipped: AdamW goes by their ratio to others."""
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+        self.trainer: Any = None
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.schedule.step(state.global_step).mode != "dense":
+            torch._foreach_mul_([p.grad for p in kwargs["model"].parameters() if p.grad is not None], self.weight)
+
+
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def parts(steps: int, method: Method) -> list[tuple[int, dict[str, Any]]]:
-    """The stages of a run: steps and fields of each."""
-    if not method.then:
-        return [(steps, method.stage)]
-    return [(steps - steps // 2, method.stage), (steps // 2, method.stage | method.then)]
 
 
 def train(run: Run, folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -207,14 +215,14 @@ def train(run: Run, folder: Path) -> tuple[Any, dict[str, Any]]:
         args = LongLoraSFTConfig(
             **{
                 "output_dir": output,
-                "stages": [ContextStage(run.length, part, **rope, **fields) for part, fields in parts(steps, method)],
+                "stages": [ContextStage(run.length, steps, **rope, **method.stage)],
                 "per_device_train_batch_size": 1,
                 "learning_rate": run.learning_rate,
                 "lr_scheduler_type": "cosine_with_min_lr",
                 "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
                 "warmup_steps": min(10, max(1, steps // 5)),
                 "train_sampling_strategy": "sequential",
-                "gradient_checkpointing": False,
+                "gradient_checkpointing": source.checkpointed,
                 "bf16": True,
                 "use_cpu": not torch.cuda.is_available(),
                 "seed": run.seed,
@@ -227,15 +235,16 @@ def train(run: Run, folder: Path) -> tuple[Any, dict[str, Any]]:
                 **method.args,
             }
         )
-        clock = StepClock()
+        clock, weight = StepClock(), SparseWeight(method.sparse_weight)
         trainer = LongLoraSFTTrainer(
             model=model,
             args=args,
             train_dataset=Dataset.from_dict({"input_ids": list(rows)}),
             processing_class=AutoTokenizer.from_pretrained(folder / "base"),
             peft_config=LongLoraConfig(r=run.rank, lora_alpha=2 * run.rank, **method.adapter),
-            callbacks=[clock],
+            callbacks=[clock] if method.sparse_weight == 1 else [clock, weight],
         )
+        weight.trainer = trainer
         trainer.remove_callback(PrinterCallback)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
