@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import shutil
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -53,10 +54,11 @@ def train(dataset, *arguments):
         ({"instruction": QUESTION, "input": "", "output": ANSWER, "file": "a.txt"}, PAIR),
     ],
 )
-def test_columns_as_published(tmp_path, row, read):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_as_published(tmp_path, row, read, streaming):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
-    found = as_trl_reads(load_data(str(tmp_path / "rows.jsonl"))["train"])
-    assert found[:] == {name: [value, value] for name, value in read.items()}
+    found = as_trl_reads(load_data(str(tmp_path / "rows.jsonl"), streaming=streaming)["train"])
+    assert list(found) == [read, read]
 
 
 def test_instructions_with_an_input_and_without_a_template():
@@ -221,6 +223,54 @@ def test_zstandard_without_its_package(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_longlora.cli.data.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"rows.jsonl.zst needs .* pip install zstandard"):
         load_data(str(tmp_path / "rows.jsonl.zst"))
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet", "a.csv", "a.txt.xz", "saved", "many"]
+)
+def test_a_streamed_run_from_the_command_line(folder, name, capsys):
+    """Killed after a step and resumed, it ends with the unbroken run's adapter."""
+    texts = [f"{number}: {LONG}" for number in range(8)]
+    rows = [{"text": text} for text in texts]
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    if name.endswith(".parquet"):
+        Dataset.from_list(rows).to_parquet(name)
+    elif name.endswith(".csv"):
+        Dataset.from_list(rows).to_csv(name, index=False)
+    elif name == "saved":
+        Dataset.from_list(rows).save_to_disk(name)
+    elif name == "many":
+        (folder / name).mkdir()
+        for number, text in enumerate(texts):
+            (folder / name / f"{number}.txt").write_text(text)
+    elif name.endswith(".xz"):
+        (folder / name).write_bytes(lzma.compress(" ".join(texts).encode()))
+    elif name.endswith(".zst"):
+        (folder / name).write_bytes(pytest.importorskip("zstandard").compress(lines))
+    else:
+        (folder / name).write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    options = ["--dataset_streaming", "true", "--shuffle_buffer", "2", "--save_steps", "1"]
+    options += ["--stages", '[{"max_length": 128, "max_steps": 2}, {"max_length": 256, "max_steps": 3}]']
+    assert train(name, *options) == 0
+    unbroken = (folder / "out" / "adapter_model.safetensors").read_bytes()
+    for step in (3, 4, 5):
+        shutil.rmtree(folder / "out" / f"checkpoint-{step}")
+    (folder / "out" / "adapter_model.safetensors").unlink()
+    assert train(name, *options, "--resume", "true") == 0
+    assert (folder / "out" / "adapter_model.safetensors").read_bytes() == unbroken
+    assert "Resuming from out/checkpoint-2." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b'{"text": "one"}\n{"te', "can't be read as data: JSON"), (b"", "holds no data"), (b"Caf\xe9", "is not UTF-8")],
+)
+def test_a_stream_that_can_not_be_read_is_one_message(folder, capsys, content, message):
+    name = "rows.txt" if b"Caf" in content else "rows.jsonl"
+    (folder / name).write_bytes(content)
+    assert train(name, "--dataset_streaming", "true") == 1
+    printed = capsys.readouterr().err
+    assert f"{name} {message}" in printed and printed.count("hf-longlora: error:") == 1
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -80,7 +80,7 @@ def load_data(name: str, config: str | None = None, streaming: bool = False) -> 
         ) from error
 
 
-def _read(files: Sequence[Path], **options: Any) -> Any:
+def _read(files: Sequence[Path], *, streaming: bool, **options: Any) -> Any:
     """Files of one kind, by `datasets`: those of `data_dir` with their splits, else the first one alone."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
@@ -95,7 +95,11 @@ def _read(files: Sequence[Path], **options: Any) -> Any:
     if "data_dir" not in options:
         options["data_files"] = str(files[0])
     try:
-        return load_dataset(builder, **options)
+        data = load_dataset(builder, streaming=streaming, **options)
+        if streaming:  # what can't be read at all is said now
+            for split in data.values():
+                next(iter(split))
+        return data
     except (DatasetGenerationError, ValueError) as error:  # the first says nothing itself, but its cause does
         if isinstance(error.__cause__ or error, UnicodeDecodeError):
             shown = next((file for file in files if not _is_text(file)), shown)
@@ -149,18 +153,16 @@ def as_trl_reads(data: Any, text_field: str = "text", chat: bool = True) -> Any:
     The first that is there counts; a text field of another name than "text" is meant and comes before all others.
 
     Args:
-        data: A map-style dataset; another kind is returned as it is.
+        data: A dataset or a stream.
         text_field: The column of plain text.
         chat: Whether there is a chat template, which messages need and instructions are put in.
 
     Raises:
         ValueError: if there are no such columns, messages are a string that is not JSON or have no chat template.
     """
-    from datasets import Dataset
+    from ..trainer.data import column_names
 
-    if not isinstance(data, Dataset):
-        return data
-    columns = set(data.column_names)
+    columns = set(column_names(data))
     kept = [name for name in KEPT if name in columns]
     if "input_ids" in columns:
         return data
@@ -177,7 +179,7 @@ def as_trl_reads(data: Any, text_field: str = "text", chat: bool = True) -> Any:
     if text_field in columns:
         return data.select_columns([text_field, *kept])
     if {"instruction", "output"} <= columns:
-        return data.map(_instruction, fn_kwargs={"chat": chat}, remove_columns=data.column_names)
+        return data.map(_instruction, fn_kwargs={"chat": chat}, remove_columns=list(columns))
     if {"chosen", "rejected"} <= columns:
         raise ValueError(
             "The data are preferences ('chosen', 'rejected'), which supervised fine-tuning can't learn from. TRL's "
@@ -194,9 +196,12 @@ def _as_messages(data: Any, chat: bool) -> Any:
     """Messages of `role` and `content`, by TRL's converter, with the roles that chat templates know."""
     from trl.data_utils import maybe_convert_to_chatml
 
-    names = [name for name in ("prompt", "completion", "messages") if name in data.column_names]
-    encoded = [name for name in names if name == "messages" and _is_plain(data.features[name])]
-    if not encoded and all(_is_plain(data.features[name]) for name in names):
+    from ..trainer.data import column_names
+
+    columns = column_names(data)
+    names = [name for name in ("prompt", "completion", "messages") if name in columns]
+    encoded = [name for name in names if name == "messages" and _is_plain(data, name)]
+    if not encoded and all(_is_plain(data, name) for name in names):
         return data
     if not chat:
         raise ValueError(
@@ -221,11 +226,13 @@ def _as_messages(data: Any, chat: bool) -> Any:
         return row
 
     # All columns are made anew: of a changed message, `datasets` would keep the old fields beside the new ones.
-    return data.map(convert, with_indices=True, remove_columns=data.column_names)
+    return data.map(convert, with_indices=True, remove_columns=columns)
 
 
-def _is_plain(feature: Any) -> bool:
-    return getattr(feature, "dtype", None) in ("string", "large_string")
+def _is_plain(data: Any, name: str) -> bool:
+    if data.features is None:  # of a stream they may not be known
+        return isinstance(next(iter(data))[name], str)
+    return getattr(data.features[name], "dtype", None) in ("string", "large_string")
 
 
 def _instruction(row: dict[str, Any], chat: bool) -> dict[str, Any]:

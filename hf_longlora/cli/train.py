@@ -125,9 +125,10 @@ def run(options: argparse.Namespace) -> None:
     data = load_data(script.dataset_name, script.dataset_config, script.dataset_streaming)
     # With a template, instructions are a conversation: the model's, if no other is given.
     chat = args.chat_template_path is not None or _has_chat_template(model, args)
-    train = as_trl_reads(
-        split_of(data, script.dataset_train_split, "dataset_train_split"), args.dataset_text_field, chat
-    )
+    train = split_of(data, script.dataset_train_split, "dataset_train_split")
+    if script.dataset_streaming and args.train_sampling_strategy != "sequential":
+        train = train.shuffle(seed=args.order_seed, buffer_size=1)  # its files; the trainer shuffles their examples
+    train = as_trl_reads(train, args.dataset_text_field, chat)
     evaluated = None
     if args.eval_strategy != "no":
         evaluated = split_of(data, script.dataset_test_split, "dataset_test_split")

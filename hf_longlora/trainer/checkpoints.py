@@ -16,6 +16,8 @@ from ..schedule import stored_schedule
 logger = logging.get_logger(__name__)
 
 SCHEDULE_NAME = "context_schedule.json"
+STREAM_NAME = "stream.json"
+"""Where a stream stood."""
 MEANING = {
     "base.weights": "the base's weights are others, or in another dtype",
     "data": "the training data are others, or tokenized otherwise",
@@ -146,13 +148,14 @@ def refuse_others(directory: str | Path, signature: Mapping[str, Any], limited: 
             raise ValueError(f"{path} is no checkpoint, and save_total_limit would have Trainer delete it. {what}")
 
 
-def check_complete(path: str, processes: int, scaled: bool) -> None:
+def check_complete(path: str, processes: int, scaled: bool, streamed: bool) -> None:
     """Raise a `ValueError` unless a checkpoint has all that a run is resumed from; Trainer would go on without.
 
     Args:
         path: The checkpoint's folder.
         processes: Of the run.
         scaled: Whether it scales its losses (fp16).
+        streamed: Whether its data are.
     """
     folder = Path(path)
     parts = {"the trainer's state": TRAINER_STATE_NAME, "the optimizer's state": "optimizer*"}
@@ -161,6 +164,8 @@ def check_complete(path: str, processes: int, scaled: bool) -> None:
         parts["the scale of the losses"] = SCALER_NAME
     if any(folder.glob("global_step*")):  # DeepSpeed's, of optimizer, schedule and scale
         parts = {what: name for what, name in parts.items() if name.startswith(("trainer", "rng"))}
+    if streamed:
+        parts["the place in the stream"] = STREAM_NAME
     missing = [f"{what} ({name})" for what, name in parts.items() if not any(folder.glob(name))]
     if missing:
         raise ValueError(

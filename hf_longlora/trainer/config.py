@@ -48,6 +48,9 @@ class LongLoraSFTConfig(SFTConfig):
             the rest stays on the card. For hosts whose memory does not hold all of it.
         sequence_parallel: Processes that share each sequence, a shard of it each. They are started with DeepSpeed
             (`accelerate launch`), and their number is a multiple of it.
+        shuffle_buffer: Examples of a stream that are read at a time, and shuffled among each other.
+        max_examples: Of the training data, how many are used, the first; `None`: all.
+        max_eval_examples: Of each evaluation dataset, how many are used, the first; a stream needs it.
         report: Whether a run ends with `report.html` in its output directory.
 
     Raises:
@@ -108,6 +111,16 @@ class LongLoraSFTConfig(SFTConfig):
         default=1,
         metadata={"help": "Processes that share each sequence (with DeepSpeed); their number is a multiple of it."},
     )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Examples of a stream that are read at a time, and shuffled among each other."}
+    )
+    max_examples: int | None = field(
+        default=None, metadata={"help": "Of the training data, how many examples are used, the first. Default: all."}
+    )
+    max_eval_examples: int | None = field(
+        default=None,
+        metadata={"help": "Of each evaluation dataset, how many examples are used, the first; a stream needs it."},
+    )
     report: bool = field(default=True, metadata={"help": "End a run with report.html in its output directory."})
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of AdamW."})
@@ -126,6 +139,9 @@ class LongLoraSFTConfig(SFTConfig):
             raise ValueError(f"`offload_share` must be above 0 and at most 1, got {self.offload_share!r}.")
         if self.offload_share < 1 and not self.activation_offloading:
             raise ValueError("`offload_share` is of what `activation_offloading` sends: switch that on.")
+        for name in ("shuffle_buffer", "max_examples", "max_eval_examples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be a number of examples, at least 1, got {getattr(self, name)!r}.")
         if self.sequence_parallel < 1:
             raise ValueError(
                 f"`sequence_parallel` must be a number of processes, at least 1, got {self.sequence_parallel!r}."

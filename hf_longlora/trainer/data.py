@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from .config import LongLoraSFTConfig
 
+COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
+"""Of a prepared dataset, what is of tokens."""
 FILE_FORMATS = ("arrow", "csv", "generator", "json", "pandas", "parquet", "spark", "sql", "text", "webdataset", "xml")
 """What datasets calls a dataset that was loaded from files."""
 
@@ -34,6 +36,38 @@ def order(examples: int, wanted: int, seed: int, shuffle: bool) -> Iterable[int]
         for _ in range(math.ceil(wanted / examples))
     ]
     return torch.cat(passes)[:wanted].tolist()
+
+
+def column_names(dataset: Any) -> list[str]:
+    """The columns of a dataset or of a stream, which may not say them before its first example."""
+    return list(next(iter(dataset), {})) if dataset.column_names is None else dataset.column_names
+
+
+def limited(dataset: Any, examples: int | None) -> Any:
+    """The first examples of a dataset or a stream; `None`: all."""
+    if examples is None:
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.take(examples)
+    return dataset.select(range(min(examples, len(dataset))))
+
+
+def whole(dataset: Any, examples: int | None) -> Any:
+    """An evaluation dataset, or each of a mapping, read up to so many examples: of a stream all are of one text.
+
+    Raises:
+        ValueError: of a stream without a limit.
+    """
+    if isinstance(dataset, Mapping):
+        return {name: whole(part, examples) for name, part in dataset.items()}
+    if not isinstance(dataset, IterableDataset):
+        return dataset if dataset is None or examples is None else limited(dataset, examples)
+    if examples is None:
+        raise ValueError(
+            "The evaluation data are a stream, which may have no end: say by `max_eval_examples` how many of its "
+            "examples are evaluated, the same ones each time."
+        )
+    return Dataset.from_list(list(dataset.take(examples)), features=dataset.features)
 
 
 def lengths(dataset: Dataset) -> np.ndarray:
@@ -70,7 +104,7 @@ class StageData:
         cut: Of them, those of which a part is.
         tokens, used: Tokens there are, and that are left: of those to learn from, where not all are.
         masked: Whether not all are.
-        passes: How often the stage goes through what is left.
+        passes: How often the stage goes through what is left; `None` of a stream, of which this is what was read.
     """
 
     given: int
@@ -79,11 +113,11 @@ class StageData:
     tokens: int
     used: int
     masked: bool
-    passes: float
+    passes: float | None
 
     @classmethod
     def of(
-        cls, tokenized: Dataset, view: Dataset, max_length: int, packing: str | None, masked: bool, served: int
+        cls, tokenized: Dataset, view: Dataset, max_length: int, packing: str | None, masked: bool, served: int | None
     ) -> StageData:
         """Of a dataset that was tokenized, and what TRL has made of it.
 
@@ -93,7 +127,7 @@ class StageData:
             max_length: The stage's.
             packing: How it was packed; `None`: it was not.
             masked: Whether there are tokens that are not to be learned.
-            served: Rows of the view that the stage takes.
+            served: Rows of the view that the stage takes; `None` of a part of a stream.
         """
         before, after = lengths(tokenized), lengths(view)
         longer, full = int((before > max_length).sum()), int((before == max_length).sum())
@@ -102,8 +136,13 @@ class StageData:
         else:  # "wrapped" and "bfd_split" go on in the next row
             dropped, cut = int((before == 0).sum()), longer if packing == "bfd" else 0
         count: Any = learned if masked else lambda dataset: int(lengths(dataset).sum())
-        passes = served / len(view) if len(view) else 0.0
+        passes = None if served is None else served / len(view) if len(view) else 0.0
         return cls(len(before), dropped, cut, count(tokenized), count(view), masked, passes)
+
+    def __add__(self, more: StageData) -> StageData:
+        """Of a stream, what was read so far and what was read then."""
+        names = ("given", "dropped", "cut", "tokens", "used")
+        return replace(self, **{name: getattr(self, name) + getattr(more, name) for name in names})
 
     @property
     def share(self) -> float:
@@ -114,12 +153,16 @@ class StageData:
         lost = [f"{count:,} {what}" for what, count in (("cut", self.cut), ("dropped", self.dropped)) if count]
         kept = f"{self.given - self.dropped:,} of {self.given:,} examples" + (f" ({', '.join(lost)})" if lost else "")
         what = "tokens to learn from" if self.masked else "tokens"
-        return f"{kept}, {self.used:,} of {self.tokens:,} {what} ({self.share:.0%}), {self.passes:.3g} passes"
+        passes = "as streamed" if self.passes is None else f"{self.passes:.3g} passes"
+        return f"{kept}, {self.used:,} of {self.tokens:,} {what} ({self.share:.0%}), {passes}"
 
 
-def describe(dataset: Dataset, args: LongLoraSFTConfig) -> str:
+def describe(dataset: Dataset | IterableDataset, args: LongLoraSFTConfig) -> str:
     """What the training data is, for a card: its name if it was loaded by one, its size, how it is packed."""
     name = dataset.info.dataset_name or ""
     known = "" if name in ("", *FILE_FORMATS) else f"{name}, "
     packed = f", packed ({args.packing_strategy})" if args.packing else ""
+    if isinstance(dataset, IterableDataset):
+        limit = "" if args.max_examples is None else f"the first {args.max_examples:,} examples of "
+        return f"{known}{limit}a stream{packed}"
     return f"{known}{len(dataset):,} examples{packed}"

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 import trl
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
 from peft.utils import CONFIG_NAME
@@ -35,6 +35,7 @@ from ..tuner.config import check_weights
 from ..tuner.stored import rope_seen_to
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
 from .checkpoints import (
+    STREAM_NAME,
     begin_checkpoint,
     check_complete,
     check_signature,
@@ -52,16 +53,18 @@ from .checks import (
     check_dataset,
     check_lengths,
     check_replicas,
+    check_rows,
     check_saving,
     check_trainable,
     check_unmasked,
     check_windows,
     checked_config,
+    read_columns,
     say_data,
     stage_ropes,
 )
 from .config import LongLoraSFTConfig
-from .data import StageData, describe, longest_document, order, with_length
+from .data import COLUMNS, StageData, column_names, describe, limited, longest_document, order, whole, with_length
 from .identity import adapter_settings, data_fingerprint, optimizer_settings, weights_fingerprint
 from .layers import compiled_layers, tile_mlps
 from .offload import PartialOffload
@@ -74,6 +77,7 @@ from .sequences import (
     gradients_repeated,
     parallelism_config,
 )
+from .streams import StreamCollator, StreamedRows, stage_data
 from .trouble import beginnings, diverged, has_diverged, out_of_memory, peak_memory
 from .windows import FILLER, Served, WindowCollator, filler, piece, pieces
 
@@ -94,7 +98,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         model: A model's name or path, a [`~transformers.PreTrainedModel`], or a [`~peft.PeftModel`] with a LONGLORA
             adapter. It is switched to `attn_implementation="s2attn"`.
         args: The stages and everything that `SFTConfig` has.
-        train_dataset: Raw text, conversations, prompt-completion pairs or token ids, as TRL takes them; map-style.
+        train_dataset: Raw text, conversations, prompt-completion pairs or token ids, as TRL takes them. Of a stream
+            (`IterableDataset`) each stage reads what its steps take, from where the stage before it stopped.
         peft_config: A [`LongLoraConfig`], or `None` to train all weights (or the adapter of a `PeftModel`).
         eval_dataset: What TRL takes. It is cut or packed to the last stage's length once, so that losses of all stages
             are of the same text and can be compared; attention is dense, RoPE that of the stage that is trained.
@@ -102,7 +107,7 @@ class LongLoraSFTTrainer(SFTTrainer):
 
     Raises:
         ValueError: before training starts, if the stages, the model, the adapter and the dataset don't fit together.
-        TypeError: if `args` is not a [`LongLoraSFTConfig`] or `train_dataset` is not a map-style dataset.
+        TypeError: if `args` is not a [`LongLoraSFTConfig`] or `train_dataset` no dataset and no stream.
     """
 
     _tag_names = ["trl", "sft", "longlora", "hf_longlora"]
@@ -129,8 +134,9 @@ class LongLoraSFTTrainer(SFTTrainer):
         model: str | PreTrainedModel | PeftModel,
         args: LongLoraSFTConfig,
         *,
-        train_dataset: Dataset,
+        train_dataset: Dataset | IterableDataset,
         peft_config: PeftConfig | None = None,
+        eval_dataset: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -139,7 +145,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         args = copy.copy(args)  # what is resolved here is of this model, and the caller may have others
         # All that can be refused is refused here, while the model is as it was.
         check_arguments(args)
-        check_dataset(train_dataset, args, kwargs.get("formatting_func"))
+        columns = check_dataset(train_dataset, args, kwargs.get("formatting_func"))
+        train_dataset = limited(train_dataset, args.max_examples)
         config, model_class = checked_config(model, args)
         start = Start.of(model, config, peft_config)
         if isinstance(args.stages, str):
@@ -148,7 +155,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         check_attention(args, self.schedule)
         check_adapter(model, peft_config, self.schedule)
         check_trainable(model, peft_config)
-        columns, own_collator = train_dataset.column_names, kwargs.get("data_collator") is not None
+        own_collator = kwargs.get("data_collator") is not None
         check_windows(args, self.schedule, config, model_class, columns, own_collator)
         self._start, self._ropes = start, stage_ropes(start, self.schedule)
         init: Any = args.model_init_kwargs or {}
@@ -160,9 +167,11 @@ class LongLoraSFTTrainer(SFTTrainer):
             args.model_init_kwargs = {"attn_implementation": "s2attn"} | dict(given or {})
         else:
             set_s2_attention(model)
-        self._train_source: Dataset | None = train_dataset
+        self._train_source: Dataset | IterableDataset | None = train_dataset
+        self._columns = columns
         self._stage_examples: list[int] = []
-        self._stage_data: list[StageData] = []
+        self._stage_data: dict[int, StageData] = {}
+        self._stream_state = ""  # of what was last trained on
         if args.mlp_tile is not None and args.use_liger_kernel:
             # Liger's MLP would shadow the tiled one.
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), "swiglu": False, "geglu": False}
@@ -175,6 +184,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             model=model,
             args=args,
             train_dataset=train_dataset,
+            eval_dataset=whole(eval_dataset, args.max_eval_examples),
             peft_config=peft_config,
             callbacks=[self._stage_callback, *(callbacks or [])],
             **kwargs,
@@ -213,47 +223,62 @@ class LongLoraSFTTrainer(SFTTrainer):
 
     def _prepare_dataset(
         self,
-        dataset: Dataset,
+        dataset: Any,
         processing_class: Any,
         args: Any,
         packing: bool,
         formatting_func: Callable[[dict[str, Any]], str] | None,
         dataset_name: str,
-    ) -> Dataset:
+    ) -> Any:
         """Of the training dataset, what each stage will see, one after the other. Other datasets: as TRL does."""
         prepare = super()._prepare_dataset
-        columns = dataset.column_names
         if dataset is not self._train_source:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         self._train_source = None  # the first that TRL prepares; an evaluation set may be the same object
+        if isinstance(dataset, IterableDataset) and formatting_func is None:
+            dataset = check_rows(dataset, read_columns(self._columns, args.dataset_text_field))
         # TRL tokenises, then truncates or packs; without a length it stops in between.
-        whole = with_length(args, None)
-        tokenized: Any = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
-        self._data_fingerprint = data_fingerprint(tokenized)
-        # `train_batch_size` counts GPUs that Trainer has yet to find to hold one model between them (`device_map`).
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel
-        longest, served = [], []
-        masked = "labels" in tokenized.column_names and bool(
-            self.completion_only_loss or args.assistant_only_loss or "labels" in columns
+        tokenized: Any = prepare(
+            dataset, processing_class, with_length(args, None), False, formatting_func, dataset_name
         )
-        for number, stage in enumerate(self.schedule.stages, start=1):
-            own = with_length(args, stage.max_length)
-            view = prepare(tokenized, processing_class, own, packing, None, f"stage {number}")
-            self._stage_examples.append(len(view))
-            strategy = args.packing_strategy if packing else None
-            wanted = stage.max_steps * batch
-            seen = StageData.of(tokenized, view, stage.max_length, strategy, masked, wanted)
-            self._stage_data.append(seen)
-            longest.append(longest_document(view) if seen.used else 0)
-            if self.schedule.has_windows(number - 1):
+        names = column_names(tokenized)
+        masked = "labels" in names and bool(
+            self.completion_only_loss or args.assistant_only_loss or "labels" in self._columns
+        )
+        longest: list[int] = []
+        served: list[Dataset] = []
+
+        def look(number: int, view: Dataset, data: StageData) -> None:
+            self._stage_data[number] = data
+            longest.append(longest_document(view) if data.used else 0)
+            if self.schedule.has_windows(number):
                 check_unmasked(view)
-            if len(view) > 0:
-                shuffle = args.train_sampling_strategy != "sequential"
-                served.append(view.select(order(len(view), wanted, args.order_seed + number, shuffle)))
+
+        if isinstance(tokenized, IterableDataset):
+            documents = tokenized.select_columns([name for name in COLUMNS if name in names])
+            rows = StreamedRows(documents, args, self.schedule, masked)
+            head = rows.head()
+            self._data_fingerprint = data_fingerprint(head)
+            for number in range(len(self.schedule.stages)):
+                look(number, *rows.view(head, number))
+        else:
+            self._data_fingerprint = data_fingerprint(tokenized)
+            # `train_batch_size` counts GPUs that Trainer has yet to find to hold one model between them.
+            batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel
+            strategy = args.packing_strategy if packing else None
+            for number, stage in enumerate(self.schedule.stages):
+                own = with_length(args, stage.max_length)
+                view = prepare(tokenized, processing_class, own, packing, None, f"stage {number + 1}")
+                self._stage_examples.append(len(view))
+                wanted = stage.max_steps * batch
+                look(number, view, StageData.of(tokenized, view, stage.max_length, strategy, masked, wanted))
+                if len(view) > 0:
+                    shuffle = args.train_sampling_strategy != "sequential"
+                    served.append(view.select(order(len(view), wanted, args.order_seed + number + 1, shuffle)))
         check_lengths(self._start, self.schedule, self._ropes, longest)
         if args.process_index == 0:
-            say_data(self._stage_data, args)
-        return concatenate_datasets(served)
+            say_data(list(self._stage_data.values()), args)
+        return rows if isinstance(tokenized, IterableDataset) else concatenate_datasets(served)
 
     @property
     def _any_windows(self) -> bool:
@@ -267,13 +292,16 @@ class LongLoraSFTTrainer(SFTTrainer):
         return self.schedule.native_window
 
     def _get_dataloader(self, **kwargs: Any) -> DataLoader:  # type: ignore[override]  # Trainer calls it by names
-        if kwargs.get("is_training") and self._any_windows:
+        streamed = kwargs.get("is_training") and isinstance(kwargs["dataset"], StreamedRows)
+        if kwargs.get("is_training") and self._any_windows and not streamed:
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.data_parallel
             rows = self._remove_unused_columns(kwargs["dataset"], description="training")
             kwargs["dataset"] = Served(rows, self.args.order_seed, self.schedule, batch)
         collator = self.data_collator
         if kwargs.get("is_training") and self.args.sequence_parallel > 1:
             self.data_collator = ShardableCollator(collator, self.args.sequence_parallel)
+        if streamed:
+            self.data_collator = StreamCollator(collator)
         try:
             return super()._get_dataloader(**kwargs)
         finally:
@@ -306,6 +334,13 @@ class LongLoraSFTTrainer(SFTTrainer):
             resume_from_checkpoint = self._check_checkpoint(resume_from_checkpoint)
         if self.args.save_strategy != "no":
             refuse_others(str(self.args.output_dir), self._signature(), bool(self.args.save_total_limit))
+        if isinstance(self.train_dataset, StreamedRows):
+            self._stream_state, done = "", 0
+            if resume_from_checkpoint:
+                state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+                self._stream_state = Path(resume_from_checkpoint, STREAM_NAME).read_text()
+                done = state.global_step * self._signature()["batch_size"]
+            self.train_dataset.resume(self._stream_state, done)
         self._last_log = (time.perf_counter(), self._total_train_tokens)
         if self.is_world_process_zero():
             write_facts(Path(str(self.args.output_dir)), self._known)
@@ -364,6 +399,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         return result.to(self.args.device)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._stream_state = inputs.pop("stream", self._stream_state)
         self._last_batch = {key: inputs[key] for key in ("input_ids", "position_ids") if key in inputs}
         # PEFT casts each adapter's input to its fp32 weights, and autocast casts it back: bit by bit the same, but
         # four copies of the hidden states a layer, written twice and kept for the backward.
@@ -470,7 +506,8 @@ class LongLoraSFTTrainer(SFTTrainer):
     @property
     def stage_data(self) -> dict[str, str]:
         """What each stage sees of the data: `data of stage 1` -> a line."""
-        return {f"data of stage {number}": str(data) for number, data in enumerate(self._stage_data, start=1)}
+        seen = self._stage_data | stage_data(self._stream_state)
+        return {f"data of stage {number + 1}": str(data) for number, data in seen.items()}
 
     @property
     def _documents(self) -> str:
@@ -575,6 +612,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
             begin_checkpoint(Path(folder), self._signature() | {"tokens": self._total_train_tokens})
+            if self._stream_state:
+                Path(folder, STREAM_NAME).write_text(self._stream_state)
         # A checkpoint holds the fp32 masters, so that a resumed run is the same run; a saved adapter the base's dtype.
         tuner = longlora_tuner(self.model)
         if tuner is not None:
@@ -614,6 +653,7 @@ class LongLoraSFTTrainer(SFTTrainer):
     def _signature(self) -> dict[str, Any]:
         """What makes a run this run: a checkpoint of another one can't be resumed."""
         args = self.args
+        streamed = isinstance(self.train_dataset, StreamedRows)
         return {
             **self.schedule.to_dict(),
             "seed": args.seed,
@@ -622,6 +662,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             "packing": args.packing_strategy if args.packing else None,
             "order": args.train_sampling_strategy,
             "examples": self._stage_examples,
+            "streamed": [args.shuffle_buffer, args.max_examples] if streamed else None,
             "optimizer_states": optimizer_states(self.accelerator),
             **self._identity,
         }
@@ -656,7 +697,8 @@ class LongLoraSFTTrainer(SFTTrainer):
         if self.args.ignore_data_skip:
             raise ValueError("`ignore_data_skip` would show the stage that is resumed the first stage's sequences.")
         tokens = check_signature(path, self._signature())
-        check_complete(path, self.args.world_size, getattr(self.accelerator, "scaler", None) is not None)
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        check_complete(path, self.args.world_size, scaled, isinstance(self.train_dataset, StreamedRows))
         if longlora_tuner(self.model) is not None:
             check_weights(path)
         self._total_train_tokens = tokens

@@ -165,38 +165,44 @@ class Served(Dataset[dict[str, Any] | Windows]):
     again before the first. So each token is used once, and rows of equal lengths make examples of equal lengths.
 
     Args:
-        rows: As the trainer serves them, step after step.
+        rows: As the trainer serves them, step after step: all of a run, or some that follow each other.
         seed: The run's. Chunks are drawn by it and the place of their row.
         schedule: The stages.
         batch: Examples of an optimizer step, of all processes.
+        start: The place of the first row in the run.
     """
 
-    def __init__(self, rows: Any, seed: int, schedule: Schedule, batch: int) -> None:
-        self.rows, self.seed, self.schedule, self.batch = rows, seed, schedule, batch
+    def __init__(self, rows: Any, seed: int, schedule: Schedule, batch: int, start: int = 0) -> None:
+        self.rows, self.seed, self.schedule, self.batch, self.start = rows, seed, schedule, batch, start
         self._tables = rows.with_format("arrow")  # a place of 65,536 tokens of 8 rows: 1 ms, one row as a list 19 ms
-        self._steps = [
-            [step for step in range(*span) if schedule.step(step).mode == "windows"]
+        end = start + len(rows)
+        self._places = [
+            [
+                place
+                for step in range(max(first, start // batch), min(last, -(-end // batch)))
+                if schedule.step(step).mode == "windows"
+                for place in range(max(step * batch, start), min((step + 1) * batch, end))
+            ]
             if schedule.has_windows(stage)
             else []
-            for stage, span in enumerate(pairwise([0, *schedule.ends]))
+            for stage, (first, last) in enumerate(pairwise([0, *schedule.ends]))
         ]
-        """Of each stage, its steps in windows."""
+        """Of each stage, the places of its steps in windows that have a row here."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, place: int) -> dict[str, Any] | Windows:
-        step, number = divmod(place, self.batch)
-        plan = self.schedule.step(step)
+    def __getitem__(self, index: int) -> dict[str, Any] | Windows:
+        place = self.start + index
+        plan = self.schedule.step(place // self.batch)
         if plan.mode != "windows":
-            return self.rows[place]
+            return self.rows[index]
         size = self.schedule.native_window
         assert size is not None
-        steps, count = self._steps[plan.stage], ceil(self.schedule.stages[plan.stage].max_length / size)
-        own = bisect_left(steps, step) * self.batch + number
-        taken = [divmod((own - slot) % (len(steps) * self.batch), self.batch) for slot in range(count)]
-        places = [steps[index] * self.batch + number for index, number in taken]
-        table = self._tables[places]
+        among, count = self._places[plan.stage], ceil(self.schedule.stages[plan.stage].max_length / size)
+        own = bisect_left(among, place)
+        places = [among[(own - slot) % len(among)] for slot in range(count)]
+        table = self._tables[[place - self.start for place in places]]
         pose = self.schedule.sparse_by(plan.stage) == "pose"
         found = []
         for slot, place in enumerate(places):

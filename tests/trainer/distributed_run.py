@@ -56,6 +56,7 @@ def main(output: str, batch_size: int, *options: str) -> None:
         data["labels"] = [[-100 if j < 90 else token for j, token in enumerate(row)] for row in rows]
     if "packed" in options:
         data = {"input_ids": [row[: (64, 192)[i % 2]] for i, row in enumerate(rows)]}
+    train_dataset = Dataset.from_dict(data)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     steps = 4 if "shards" in options else 3  # gloo gathers no batches of two stages at once
     args = LongLoraSFTConfig(
@@ -69,6 +70,7 @@ def main(output: str, batch_size: int, *options: str) -> None:
         eval_steps=3,
         gradient_accumulation_steps=2 if "packed" in options else 1,
         packing="packed" in options,
+        shuffle_buffer=5,
         dense_every=2,
         use_cpu=not torch.cuda.is_available(),
         bf16="bf16" in options,
@@ -91,7 +93,7 @@ def main(output: str, batch_size: int, *options: str) -> None:
     trainer = LongLoraSFTTrainer(
         model,
         args,
-        train_dataset=Dataset.from_dict(data),
+        train_dataset=train_dataset.to_iterable_dataset(num_shards=4) if "stream" in options else train_dataset,
         eval_dataset=Dataset.from_dict({"input_ids": rows[:4]}) if "shards" in options else None,
         processing_class=tokenizer,
         peft_config=LongLoraConfig(r=4),

@@ -33,7 +33,8 @@ deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed (pip install deepspeed)"
 )
 CASES = [pytest.param("ddp", (), id="ddp", marks=slow), pytest.param("ddp", ("pose",), id="ddp-pose")]
-RESUMED = [pytest.param("ddp", (), id="ddp")]
+CASES += [pytest.param("ddp", ("stream",), id="ddp-stream", marks=slow)]
+RESUMED = [pytest.param("ddp", (), id="ddp"), pytest.param("ddp", ("stream",), id="ddp-stream")]
 for kind, marks in (("fsdp2", [slow]), ("zero2", [slow, deepspeed]), ("zero3", [slow, deepspeed])):
     CASES += [pytest.param(kind, o, id="-".join((kind, *o)), marks=marks) for o in OPTIONS]
     RESUMED += CASES[-1:]
