@@ -199,7 +199,7 @@ def _as_messages(data: Any, chat: bool) -> Any:
     from ..trainer.data import column_names
 
     columns = column_names(data)
-    names = [name for name in ("prompt", "completion", "messages") if name in columns]
+    names: list[str] = [name for name in ("prompt", "completion", "messages") if name in columns]
     encoded = [name for name in names if name == "messages" and _is_plain(data, name)]
     if not encoded and all(_is_plain(data, name) for name in names):
         return data

@@ -63,7 +63,7 @@ def test_examples_whose_answers_lie_past_a_stage_s_length_are_counted(make, said
     pairs = {"prompt": ["q" * (200 if i < 36 else 20) for i in range(40)], "completion": ["a" * 30] * 40}
     stages = [ContextStage(64, 3, rope_type=None), ContextStage(256, 3)]
     trainer = make(dataset=Dataset.from_dict(pairs), packing=False, stages=stages)
-    first, second = trainer._stage_data
+    first, second = trainer._stage_data.values()
     assert (first.given, first.dropped, first.cut, first.masked) == (40, 36, 0, True)
     assert (second.given, second.dropped, second.cut) == (40, 0, 0)
     assert first.used * 10 == first.tokens == second.used == second.tokens
