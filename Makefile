@@ -6,6 +6,8 @@ TORCH ?=
 # Test processes, and further arguments for pytest: make test ARGS="-k rope -x"; for the demo: make demo ARGS=--full
 JOBS ?= 2
 ARGS ?=
+# For make wheel-test, without ARGS: what a user sees.
+SHOWN := tests/test_docs.py tests/test_examples.py tests/test_cli.py tests/test_data.py tests/test_imports.py
 # For make bench: a folder of texts to measure quality on (benchmarks/README.md), and where what is not kept goes.
 CORPUS ?=
 # For make test-third-party: a checkout of TRL, where GitHub can't be reached.
@@ -14,11 +16,12 @@ WORK ?= runs/bench
 
 VENV := .venv
 VENV_LOWEST := .venv-lowest
+VENV_WHEEL := .venv-wheel
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-third-party bench docs lint format clean FORCE
+.PHONY: help demo test test-lowest test-third-party wheel-test bench docs lint format clean FORCE
 export TORCH
 
 help:
@@ -70,6 +73,22 @@ test-third-party: $(VENV)/.installed ## PEFT's, transformers' and TRL's own suit
 	else echo "TRL's SFT tests were NOT run: its sdist has none, and GitHub (huggingface/trl, v$$version) can't be reached." \
 		"TRL_SOURCE=DIR takes a checkout." >&2; fi
 
+# What is built is installed where there is no checkout: first alone, then with what the tests need. Those of the sdist are run
+# without its package, so that what they import is what was installed.
+wheel-test: ## the wheel and the sdist in an environment of their own: README, commands, examples (ARGS=tests: the suite)
+	rm -rf $(VENV_WHEEL)
+	$(PYTHON) -m venv $(VENV_WHEEL)
+	.ci/install-torch $(VENV_WHEEL)/bin/python
+	$(VENV_WHEEL)/bin/python -m pip install -qq --disable-pip-version-check build
+	$(VENV_WHEEL)/bin/python -m build --outdir $(VENV_WHEEL)/dist
+	$(VENV_WHEEL)/bin/python -m pip install -qq --disable-pip-version-check $(VENV_WHEEL)/dist/*.whl
+	mkdir $(VENV_WHEEL)/alone $(VENV_WHEEL)/sdist
+	cd $(VENV_WHEEL)/alone && env -u PYTHONPATH ../bin/python -I $(CURDIR)/tests/installed.py ../bin/hf-longlora
+	$(VENV_WHEEL)/bin/python -m pip install -qq --disable-pip-version-check "$$(echo $(VENV_WHEEL)/dist/*.whl)[dev]"
+	tar -xzf $(VENV_WHEEL)/dist/*.tar.gz -C $(VENV_WHEEL)/sdist --strip-components 1
+	rm -r $(VENV_WHEEL)/sdist/hf_longlora $(VENV_WHEEL)/sdist/hf_longlora_command.py
+	cd $(VENV_WHEEL)/sdist && env -u PYTHONPATH ../bin/python -m pytest -n $(JOBS) $(or $(ARGS),$(SHOWN))
+
 # Results of a GPU are kept (benchmarks/results); those of a CPU show no more than that the scripts run.
 bench: $(VENV)/.installed ## what this machine can measure: attention, a training step, with CORPUS=DIR quality
 	@set -e; if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then set -x; \
@@ -94,7 +113,7 @@ format: $(VENV)/.installed ## rewrite the code as lint wants it
 	$(BIN)/ruff format .
 
 clean: ## remove the virtual environments, caches and build outputs
-	rm -rf $(VENV) $(VENV_LOWEST) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_LOWEST) $(VENV_WHEEL) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment is brought up to date when pyproject.toml or its constraints change, or TORCH names another torch than last time.

@@ -148,7 +148,7 @@ def refuse_others(directory: str | Path, signature: Mapping[str, Any], limited: 
             raise ValueError(f"{path} is no checkpoint, and save_total_limit would have Trainer delete it. {what}")
 
 
-def check_complete(path: str, processes: int, scaled: bool, streamed: bool) -> None:
+def check_complete(path: str, processes: int, scaled: bool, streamed: bool = False) -> None:
     """Raise a `ValueError` unless a checkpoint has all that a run is resumed from; Trainer would go on without.
 
     Args:
