@@ -7,7 +7,7 @@ import lzma
 import shutil
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from trl import SFTTrainer
 
 from hf_longlora import LongLoraSFTConfig, LongLoraSFTTrainer
@@ -225,30 +225,40 @@ def test_zstandard_without_its_package(tmp_path, monkeypatch):
         load_data(str(tmp_path / "rows.jsonl.zst"))
 
 
-@pytest.mark.parametrize(
-    "name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet", "a.csv", "a.txt.xz", "saved", "many"]
-)
-def test_a_streamed_run_from_the_command_line(folder, name, capsys):
-    """Killed after a step and resumed, it ends with the unbroken run's adapter."""
-    texts = [f"{number}: {LONG}" for number in range(8)]
+def write(path, texts):
+    """Texts in a file, or a folder, of the kind that its name says."""
     rows = [{"text": text} for text in texts]
     lines = "\n".join(map(json.dumps, rows)).encode()
-    if name.endswith(".parquet"):
-        Dataset.from_list(rows).to_parquet(name)
-    elif name.endswith(".csv"):
-        Dataset.from_list(rows).to_csv(name, index=False)
-    elif name == "saved":
-        Dataset.from_list(rows).save_to_disk(name)
-    elif name == "many":
-        (folder / name).mkdir()
+    if path.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    elif path.suffix == ".csv":
+        Dataset.from_list(rows).to_csv(path, index=False)
+    elif path.name == "saved":
+        Dataset.from_list(rows).save_to_disk(path)
+    elif path.name == "many":
+        path.mkdir()
         for number, text in enumerate(texts):
-            (folder / name / f"{number}.txt").write_text(text)
-    elif name.endswith(".xz"):
-        (folder / name).write_bytes(lzma.compress(" ".join(texts).encode()))
-    elif name.endswith(".zst"):
-        (folder / name).write_bytes(pytest.importorskip("zstandard").compress(lines))
+            (path / f"{number}.txt").write_text(text)
+    elif path.suffix == ".zst":
+        path.write_bytes(pytest.importorskip("zstandard").compress(lines))
     else:
-        (folder / name).write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+        path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)(lines))
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.json", "a.parquet", "a.csv", "saved", "many"]
+)
+def test_each_kind_of_file_is_streamed(tmp_path, name):
+    texts = [f"{number}: {QUESTION}" for number in range(5)]
+    write(tmp_path / name, texts)
+    stream = as_trl_reads(load_data(str(tmp_path / name), streaming=True)["train"])
+    assert isinstance(stream, IterableDataset) and sorted(row["text"] for row in stream) == texts
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "many"])
+def test_a_streamed_run_from_the_command_line(folder, name, capsys):
+    """Killed after a step and resumed, it ends with the unbroken run's adapter."""
+    write(folder / name, [f"{number}: {LONG}" for number in range(8)])
     options = ["--dataset_streaming", "true", "--shuffle_buffer", "2", "--save_steps", "1"]
     options += ["--stages", '[{"max_length": 128, "max_steps": 2}, {"max_length": 256, "max_steps": 3}]']
     assert train(name, *options) == 0
