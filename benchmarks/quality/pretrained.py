@@ -53,7 +53,7 @@ from hf_longlora.rope import apply_rope, scaled_rope
 from ..provenance import RESULTS, append_row, provenance, read_rows
 from .models import SOURCES, train_rows
 
-STEPS = {16_384: 100, 32_768: 100, 65_536: 50, 131_072: 25}
+STEPS = {16_384: 100, 32_768: 100, 65_536: 50, 131_072: 20}
 WINDOWS = {16_384: 16, 32_768: 16, 65_536: 8, 131_072: 4}
 SPLITS = ("validation", "test")
 LAST = 2048
