@@ -1,5 +1,6 @@
 """RoPE scaling: what is written, what transformers and vLLM derive from it, and what it does to a live model."""
 
+import copy
 import math
 import random
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     CohereForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -19,6 +22,7 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     Phi3Config,
     Phi3ForCausalLM,
 )
@@ -166,8 +170,6 @@ def cohere():
 
 
 def deepseek():
-    from transformers import DeepseekV3Config
-
     yarn = {**THETA, "rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0}
     return DeepseekV3Config(
         **{**SHAPE, "max_position_embeddings": 128},
@@ -332,8 +334,6 @@ def test_frequencies_are_those_of_the_formula(rope_type):
 
 def test_a_softmax_scale_made_of_rope_follows_it(tmp_path):
     """DeepSeek folds mscale_all_dim into its attention when it is built."""
-    from transformers import DeepseekV3ForCausalLM
-
     model = build(DeepseekV3ForCausalLM, deepseek())
     attention = model.model.layers[0].self_attn
     base, before = current_rope(model.config), attention.scaling
@@ -716,6 +716,29 @@ def test_failed_apply_leaves_the_model_alone():
     assert all(torch.equal(value, before[key]) for key, value in buffers(model).items())
 
 
+def test_apply_that_fails_late_gives_back_what_it_has_changed(monkeypatch):
+    model = build(DeepseekV3ForCausalLM, deepseek())
+    base, before = current_rope(model.config), buffers(model)
+    attention = [layer.self_attn for layer in model.model.layers]
+    scales, rescale, calls = [module.scaling for module in attention], rope.live._rescale_softmax, []
+
+    def fails_at_the_second(module):
+        calls.append(module)
+        if len(calls) == 2:
+            raise RuntimeError("no memory")
+        rescale(module)
+
+    monkeypatch.setattr(rope.live, "_rescale_softmax", fails_at_the_second)
+    scaling = scaled_rope(model.config, 1024)
+    with pytest.raises(ValueError, match="can't be put on DeepseekV3ForCausalLM: no memory"):
+        apply_rope(model, scaling)
+    assert current_rope(model.config) == base and [module.scaling for module in attention] == scales
+    assert all(torch.equal(value, before[key]) for key, value in buffers(model).items())
+    apply_rope(model, scaling)
+    assert all(module.scaling != scale for module, scale in zip(attention, scales, strict=True))
+    assert not torch.equal(buffers(model)["model.rotary_emb.inv_freq"], before["model.rotary_emb.inv_freq"])
+
+
 def test_apply_keeps_hooks_and_device_and_shared_config():
     model = build(LlamaForCausalLM, llama())
     rotary, calls = model.model.rotary_emb, []
@@ -777,3 +800,147 @@ def test_longrope_s_long_factors_are_yarn_s_ramp(theta, original):
     factors = torch.tensor(longrope.parameters["long_factor"], dtype=torch.float64)
     assert factors[0] == 1.0 and factors[-1] == 8.0 and ((factors > 1) & (factors < 8)).sum() > 5
     torch.testing.assert_close(plain / factors, expected.double(), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize(("theta", "original"), [(10.0, 700), (10_000.0, 6), (10_000.0, 40)])
+def test_longrope_s_ramp_at_its_edges_is_yarn_s(theta, original):
+    """Where the slowest dimension turns more than once, and where the fastest turns less."""
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": original}
+    config = LlamaConfig(**shape, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    longrope = scaled_rope(config, 8 * original, "longrope")
+    plain = 1.0 / theta ** (torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+    write_rope(config, scaled_rope(config, 8 * original, "yarn"))
+    expected, _ = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    factors = torch.tensor(longrope.parameters["long_factor"], dtype=torch.float64)
+    torch.testing.assert_close(plain / factors, expected.double(), rtol=1e-5, atol=0.0)
+
+
+def test_settings_that_a_type_needs_and_a_base_has_not():
+    assert scaled_rope(llama(), 256, "llama3").parameters == {
+        **THETA,
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    assert scaled_rope(llama(), 256, "longrope").parameters["short_factor"] == [1.0] * 8
+    nothing = llama(rope_parameters={**THETA, "rope_type": "default", "attention_factor": None})
+    assert "attention_factor" not in scaled_rope(nothing, 256, "yarn").parameters
+
+
+def test_where_the_original_length_is_written_beside():
+    """It is evidence for a linear RoPE; dynamic RoPE's readers, and Gemma 3's, take it from elsewhere."""
+    for config, kind, original in ((llama(), "linear", 64), (llama(), "dynamic", None), (gemma3(), "linear", None)):
+        assert scaled_rope(config, 256, kind).original_max_position_embeddings == original
+
+
+def test_explicit_parameters_of_layers_that_are_not_scaled_are_refused():
+    config = gemma3()
+    sliding, linear = config.rope_parameters["sliding_attention"], {"rope_type": "linear", "factor": 4.0}
+    given = {"full_attention": linear, "sliding_attention": sliding}
+    assert scaled_rope(config, rope_parameters=given) == scaled_rope(config, rope_parameters=linear)
+    assert scaled_rope(config, rope_parameters={"full_attention": linear}) == scaled_rope(
+        config, rope_parameters=linear
+    )
+    for wrong in ({**given, "sliding_attention": linear}, {"sliding_attention": sliding}, {**given, "more": linear}):
+        with pytest.raises(ValueError, match="only 'full_attention' layers can be scaled"):
+            scaled_rope(config, rope_parameters=wrong)
+
+
+def test_explicit_parameters_are_held_to_what_a_base_takes():
+    fixed = llama(rope_parameters={**THETA, "rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0})
+    with pytest.raises(ValueError, match="alpha"):
+        scaled_rope(fixed, 256, rope_parameters={"rope_type": "linear"})
+    own = {"rope_type": "default", "rope_theta": 5e5}
+    assert scaled_rope(fixed, 256, rope_parameters=own).parameters == own  # no scaling at all
+    assert reach(scaled_rope(llama(), rope_parameters=own)) == (64, 64)
+    short = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 7}
+    with pytest.raises(ValueError, match="longrope needs long_factor with 8 numbers, got 7"):
+        scaled_rope(llama(), 256, rope_parameters=short)
+
+
+def test_what_vllm_is_told_of_dynamic_rope_and_no_more():
+    told = vllm_overrides(llama(), scaled_rope(llama(), 256, "dynamic"))
+    assert sorted(told) == ["max_position_embeddings", "rope_parameters"] and told["max_position_embeddings"] == 256
+    assert sorted(told["rope_parameters"]) == ["rope_theta", "rope_type"]
+
+
+def test_what_a_config_must_say_of_its_rope():
+    def config(parameters, **fields):
+        return SimpleNamespace(
+            **{"model_type": "other", "max_position_embeddings": 64, **fields}, rope_parameters=parameters
+        )
+
+    with pytest.raises(ValueError, match="'other' has RoPE and no `max_position_embeddings`"):
+        current_rope(config({**THETA, "rope_type": "default"}, max_position_embeddings=None))
+    with pytest.raises(ValueError, match="without a 'full_attention' entry"):
+        current_rope(config({"sliding_attention": {**THETA, "rope_type": "default"}}))
+    with pytest.raises(ValueError, match="no rope_theta"):  # a layer type without RoPE hides none behind it
+        current_rope(config({"sliding_attention": None, "full_attention": {"rope_type": "default"}}))
+    assert current_rope(config({**THETA, "type": "linear", "factor": 2.0})).rope_type == "linear"  # of before
+
+
+def test_how_far_a_rope_reaches_where_little_is_said():
+    def of(longest, **parameters):
+        return RopeScaling({**THETA, **parameters}, longest)
+
+    assert reach(of(128, rope_type="yarn", factor=4.0)) == (128, 512)
+    assert reach(of(128, rope_type="yarn", factor=4.0, original_max_position_embeddings=64)) == (64, 256)
+    assert reach(of(128, rope_type="yarn", original_max_position_embeddings=64)) == (64, 128)
+    assert reach(of(128, rope_type="llama3", factor=4.0)) == (128, 128)
+    assert reach(of(128, rope_type="llama3", factor=4.0, original_max_position_embeddings=64), 32) == (32, 128)
+    for parameters in ({"factor": 1.0}, {"factor": None}, {}):  # a factor of 1 leaves nothing open
+        scaling = of(128, rope_type="linear", **parameters)
+        assert rope.readings(llama(), scaling) == [(128, 128)]
+
+
+def test_factors_for_logs():
+    base = current_rope(llama())
+    assert rope_factor(base) == rope_factor(base, base) == 1.0
+    larger = scaled_rope(llama(), 256, "abf")
+    assert rope_factor(larger) == 1.0 and rope_factor(larger, base) == 4.0
+    ramp = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
+    assert rope_factor(RopeScaling({**THETA, "rope_type": "longrope", **ramp}, 512)) == 8.0
+    assert rope.type_over(RopeScaling({"rope_theta": 5e5, "rope_type": "yarn", "factor": 2.0}, 128), base) == "yarn"
+
+
+def test_the_native_window_is_what_is_known_best():
+    model = build(LlamaForCausalLM, llama())
+    assert rope.native_window(model) == 64 and rope.native_window(model, 32) == 32
+    setattr(model, rope.NATIVE_WINDOW, 48)
+    assert rope.native_window(model) == 48 and rope.native_window(model, 32) == 32
+
+
+def test_which_rotary_modules_are_the_language_model_s():
+    """Those with its config or one of the same RoPE; towers for pictures and sound have others, or none."""
+    model = build(LlamaForCausalLM, llama())
+    rotary = model.model.rotary_emb
+    rotary.config = copy.deepcopy(model.config)
+    model.tower = type(rotary)(config=llama(rope_parameters={"rope_type": "default", "rope_theta": 777.0}))
+    model.patches = torch.nn.Module()
+    model.patches.register_buffer("inv_freq", torch.ones(4))
+    assert rope.rotary_modules(model) == [rotary]
+    rotary.config = model.config
+    assert rope.rotary_modules(model) == [rotary]
+    before = model.tower.inv_freq.clone()
+    apply_rope(model, scaled_rope(model.config, 256))
+    assert torch.equal(model.tower.inv_freq, before)
+    del model.model.rotary_emb
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no rotary module"):
+        apply_rope(model, scaled_rope(llama(), 256))
+
+
+def test_a_model_that_generates_nothing_is_extended_too():
+    model = LlamaModel(llama())
+    assert getattr(model, "generation_config", None) is None
+    apply_rope(model, scaled_rope(model.config, 256))
+    assert current_rope(model.config).max_position_embeddings == 256
+
+
+def test_head_widths_that_are_left_open_are_written_where_transformers_multiplies_by_them():
+    for kind, written in (("yarn", 16), ("dynamic", 16), ("linear", None)):
+        config = llama()
+        config.head_dim = None
+        write_rope(config, scaled_rope(config, 256, kind))
+        assert config.head_dim == written

@@ -317,15 +317,10 @@ def _validated(config: Any, scaling: RopeScaling) -> RopeScaling:
         for key in ("short_factor", "long_factor"):
             if len(parameters.get(key) or ()) != want:
                 raise ValueError(f"longrope needs {key} with {want} numbers, got {len(parameters.get(key) or ())}.")
-    if not hasattr(config, "validate_rope"):
-        return scaling
     trial = copy.deepcopy(config)
     write(trial, scaling)
     try:
-        trial.standardize_rope_params()
         trial.validate_rope()
     except (KeyError, TypeError) as error:
         raise ValueError(f"rope_parameters {parameters} are not valid: {error}") from error
-    if trial.rope_parameters != scaling.rope_parameters:
-        return RopeScaling.from_dict({**scaling.to_dict(), "rope_parameters": dict(trial.rope_parameters)})
     return scaling
