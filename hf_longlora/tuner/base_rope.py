@@ -83,8 +83,6 @@ def resolve_rope(model: nn.Module, config: LongLoraConfig) -> None:
         # Nothing to scale; what the adapter is trained on is written down all the same, if it can be read.
         found = find_rope_of_base(model)
         config.base_rope = found.to_dict() if found is not None else None
-    if config.rope is not None and not rope.rotary_modules(model):
-        raise ValueError(f"{type(model).__name__} has no rotary module: its RoPE can't be scaled.")
 
 
 def refuse_other_rope(configs: Mapping[str, Any], wanted: dict[str, Any] | None, adapter_name: str) -> None:

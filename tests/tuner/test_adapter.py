@@ -12,7 +12,14 @@ import peft
 import pytest
 import torch
 from packaging.version import Version
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -36,7 +43,7 @@ from transformers import (
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_longlora.modules import is_projection
-from hf_longlora.rope import current_rope, scaled_rope
+from hf_longlora.rope import current_rope, native_window, scaled_rope
 from hf_longlora.tuner import LongLoraConfig, LongLoraModel, base_rope, register
 
 from .helpers import LENGTH, TARGET, ids, llama, logits, perturbed
@@ -496,6 +503,91 @@ def test_failed_injection_leaves_the_model_alone():
         assert [p.requires_grad for p in model.parameters()] == trainable
         ignored = {"base_model_name_or_path": None, "revision": None}
         assert broken.to_dict() | ignored == stored | ignored
+
+
+def test_a_failure_at_the_last_moment_leaves_no_trace(monkeypatch):
+    """After the layers are in and the base's RoPE is written down; beside another adapter that stays as it is."""
+
+    def fail(model, scaling):
+        raise ValueError("no room")
+
+    model = llama()
+    attributes, before = set(vars(model)), logits(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_longlora.rope.apply_rope", fail)
+        with pytest.raises(ValueError, match="no room"):
+            get_peft_model(model, LongLoraConfig(target_length=TARGET, base_length=LENGTH // 2))
+    assert set(vars(model)) == attributes and not model._forward_pre_hooks
+    assert torch.equal(logits(model), before)
+    adapted = perturbed(model)
+    expected = logits(adapted)
+    with pytest.raises(ValueError):
+        adapted.add_adapter("second", LongLoraConfig(target_length=TARGET, target_modules=["q_proj", "rotary_emb"]))
+    assert torch.equal(logits(adapted), expected)
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted), before)
+
+
+@keeps_all
+def test_rope_goes_with_layers_that_are_switched_by_themselves():
+    """transformers' own methods throw the tuner away and speak to the layers alone."""
+    model = inject_adapter_in_model(LongLoraConfig(target_length=TARGET), llama()).eval()
+    layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.1)
+    adapted, plain = logits(model), logits(llama())
+    assert not torch.allclose(adapted, plain, atol=0.1)
+    for enabled, expected, length in ((False, plain, LENGTH), (True, adapted, TARGET)):
+        for layer in layers:
+            layer.enable_adapters(enabled)
+        assert torch.equal(logits(model), expected)
+        assert model.config.max_position_embeddings == length
+    hooks = len(model._forward_pre_hooks)
+    again = inject_adapter_in_model(LongLoraConfig(target_length=TARGET), model, adapter_name="second")
+    assert len(again._forward_pre_hooks) == hooks == 1
+
+
+def test_who_is_told_that_a_reference_is_the_base_without_its_extension():
+    def told(*configs, **changes):
+        model = get_peft_model(llama(), configs[0])
+        for name, config in enumerate(configs[1:]):
+            model.add_adapter(str(name), config)
+        for name, value in changes.items():
+            setattr(model.peft_config["default"], name, value)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with model.disable_adapter():
+                pass
+        return [str(w.message) for w in caught if "Without its adapter" in str(w.message)]
+
+    extended = LongLoraConfig(target_length=TARGET)
+    (message,) = told(extended, LongLoraConfig(target_length=TARGET))  # once
+    assert f"for {LENGTH} tokens" in message and f"of {TARGET}." in message
+    assert not told(LongLoraConfig())
+    assert not told(LongLoraConfig(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}))  # the base's own
+    assert not told(LongLoraConfig(target_length=TARGET), inference_mode=True)
+    # One that is not trained hides none that is.
+    assert told(LongLoraConfig(target_length=TARGET), LongLoraConfig(target_length=TARGET), inference_mode=True)
+
+
+def test_what_is_kept_of_a_base_while_it_carries_an_adapter_and_no_longer():
+    model = llama()
+    tuner = LongLoraModel(model, {"default": LongLoraConfig(target_length=TARGET, rope_type="abf")}, "default")
+    assert native_window(model) == native_window(llama()) == LENGTH and len(model._forward_pre_hooks) == 1
+    tuner.set_rope(target_length=2 * TARGET, rope_type="abf")
+    assert native_window(model) == LENGTH and current_rope(model.config).max_position_embeddings == 2 * TARGET
+    base = tuner.unload()
+    assert not base._forward_pre_hooks and not [name for name in vars(base) if "longlora" in name]
+    adapted = get_peft_model(base, LongLoraConfig(target_length=TARGET))
+    assert not base._forward_pre_hooks  # its tuner is told of every switch
+    adapted.base_model.set_rope()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with adapted.disable_adapter():
+            assert current_rope(base.config) == current_rope(llama().config)
+    del base.model.rotary_emb
+    with pytest.raises(ValueError, match="has no rotary module"):
+        adapted.base_model.set_rope(target_length=TARGET)
 
 
 def test_an_adapter_that_does_not_fit_leaves_frozen_what_was_and_trained_what_was(tmp_path):

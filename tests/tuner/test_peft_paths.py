@@ -80,9 +80,9 @@ def test_an_adapter_of_a_resized_base_is_loaded(variant, tied, tmp_path):
     assert torch.equal(logits(loaded, new), logits(model, new))
 
 
-@pytest.mark.parametrize("variant", CHANGE_THE_BASE)
-def test_a_start_that_changes_the_base_says_so(variant):
-    model = adapted(variant)
+@pytest.mark.parametrize("options", [*({"init_lora_weights": name} for name in CHANGE_THE_BASE), {"kasa_config": {}}])
+def test_a_start_that_changes_the_base_says_so(options):
+    model = get_peft_model(llama(), LongLoraConfig(**options)).eval()
     with pytest.warns(UserWarning, match="is not the base"), model.disable_adapter():
         assert not torch.equal(logits(model), logits(llama()))
     with pytest.warns(UserWarning, match="is not the base"):
