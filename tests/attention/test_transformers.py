@@ -16,6 +16,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
     MistralConfig,
     MistralForCausalLM,
     T5Config,
@@ -23,7 +24,7 @@ from transformers import (
 )
 from transformers.masking_utils import create_causal_mask
 
-from hf_longlora import S2AttentionConfig, s2_attention_mode, set_s2_attention
+from hf_longlora import S2AttentionConfig, s2_attention, s2_attention_mode, set_s2_attention
 from hf_longlora.attention import Documents, get_s2_attention, interface
 from hf_longlora.attention.reference import reference_kernel
 from hf_longlora.modules import attention_modules
@@ -172,6 +173,35 @@ def test_what_is_generated_in_training_mode_is_what_dense_attention_thinks(model
     with s2_attention_mode(model, "dense"):
         assert torch.allclose(scored(use_cache=False), logits, atol=1e-5)
     assert not torch.allclose(scored(use_cache=False), logits, atol=1e-3)  # the pattern
+
+
+@pytest.mark.parametrize(("mode", "times"), [("auto", 1), ("dense", 0), ("s2", 0)])
+def test_who_scores_what_the_model_says_is_warned_where_that_is_by_another_attention(models, monkeypatch, mode, times):
+    said = []
+    monkeypatch.setattr(interface.logger, "warning_once", lambda message: said.append(message) if not said else None)
+    model = models[0].train()
+    model(ids(), use_cache=True).logits.sum().backward()
+    with s2_attention_mode(model, mode):
+        model.eval().generate(ids(), max_new_tokens=2)
+        assert not said
+        model.train().generate(ids(), max_new_tokens=2)
+    assert len(said) == times and all("generates in training mode" in message for message in said)
+
+
+def test_a_module_that_says_nothing_of_causality_is_causal():
+    module = torch.nn.Module()
+    module.config, module.layer_idx, module.num_key_value_groups = LlamaConfig(max_position_embeddings=64), 0, 2
+    query, key, value = (torch.randn(1, heads, 40, 8) for heads in (4, 2, 2))
+
+    def attend(**kwargs):
+        return interface.s2_attention_forward(module, query, key, value, None, use_cache=False, **kwargs)[0]
+
+    expected = s2_attention(query, key, value, group_size=10).transpose(1, 2)
+    assert torch.allclose(attend(), expected, atol=1e-6)
+    both_ways = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True).transpose(1, 2)
+    assert torch.allclose(attend(is_causal=False), both_ways, atol=1e-6)
+    module.is_causal = False
+    assert torch.allclose(attend(), both_ways, atol=1e-6)
 
 
 def test_a_cache_alone_or_no_gradients_alone_is_training(models, monkeypatch):

@@ -103,12 +103,15 @@ def test_which_stages_and_steps_are_in_windows(sparse):
         ({"max_length": 0, "max_steps": 1}, "max_length"),
         ({"max_length": 8, "max_steps": 0}, "max_steps"),
         ({"max_length": 8, "max_steps": True}, "max_steps"),
+        ({"max_length": 8.5, "max_steps": 1}, "max_length.*whole number"),
         ({"max_length": 8, "max_steps": 1, "group_size": 1}, "group_size"),
         ({"max_length": 8, "max_steps": 1, "group_size_ratio": 1.5}, "group_size_ratio"),
         ({"max_length": 8, "max_steps": 1, "group_size_ratio": "1/16"}, "group_size_ratio.*'1/16'"),
         ({"max_length": 8, "max_steps": 1, "sink_tokens": -1}, "sink_tokens"),
         ({"max_length": 8, "max_steps": 1, "sink_tokens": 0.5}, "sink_tokens"),
         ({"max_length": 8, "max_steps": 1, "dense_every": -1}, "dense_every"),
+        ({"max_length": 8, "max_steps": 1, "dense_every": True}, "dense_every.*got True"),
+        ({"max_length": 8, "max_steps": 1, "dense_every": 2.5}, "dense_every.*whole number"),
         ({"max_length": 8, "max_steps": 1, "attention": "sparse"}, "attention"),
         ({"max_length": 8}, "missing.*max_steps"),
         ({"max_length": 8, "max_steps": 1, "lenght": 3}, "unknown.*lenght"),
@@ -117,6 +120,20 @@ def test_which_stages_and_steps_are_in_windows(sparse):
 def test_bad_stages_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         ContextStage.of(fields)
+
+
+def test_a_schedule_holds_its_stages_to_their_order():
+    for stages, message in (((), "`stages` is empty"), ((ContextStage(64, 1), ContextStage(32, 1)), "Stage 2 has")):
+        with pytest.raises(ValueError, match=message):
+            schedule(*stages)
+
+
+def test_groups_that_were_stored_are_as_they_were_by_whatever_rule():
+    plan = schedule(ContextStage(128, 1), ContextStage(256, 1, sparse="windows"))
+    stored = plan.to_dict() | {"group_sizes": [24, 40], "sink_tokens": [1, 2]}
+    first, second = Schedule.from_dict(stored).stages
+    assert (first.group_size, first.sink_tokens) == (24, 1)
+    assert (second.group_size, second.sink_tokens) == (None, None)  # it has none
 
 
 @pytest.mark.parametrize(
