@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-third-party wheel-test bench docs lint format clean FORCE
+.PHONY: help demo test test-eval test-lowest test-third-party wheel-test bench docs lint format clean FORCE
 export TORCH
 
 help:
@@ -53,6 +53,10 @@ OTHERS_PYTEST = HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/$(VENV)/hub PYTHONPATH=$
 # TRL's SFT tests, twice. Those that fail with TRL's own trainer, for want of the Hub mostly, are not run with ours.
 TRL_PYTEST = HF_DATASETS_CACHE=$(CURDIR)/$(VENV)/hub/arrow OMP_NUM_THREADS=1 TRL_STOCK=stock.xml $(OTHERS_PYTEST)
 OF_LORA = -k "-LoraConfig- or [LoraConfig- or (lora and not Config)"
+
+test-eval: $(VENV)/.installed ## the tests of RULER, by lm-eval, which they install
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[eval]'
+	$(BIN)/python -m pytest tests/evaluation/test_ruler.py $(ARGS)
 
 test-third-party: $(VENV)/.installed ## PEFT's, transformers' and TRL's own suites, with our adapter, attention and trainer in the place of theirs
 	$(BIN)/python -m pip install -qq --disable-pip-version-check parameterized pytest-datadir

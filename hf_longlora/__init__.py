@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention import S2AttentionConfig, s2_attention, s2_attention_mode, set_s2_attention
-    from .evaluation import loss_by_position, passkey_accuracy, perplexity_by_length
+    from .evaluation import loss_by_position, passkey_accuracy, perplexity_by_length, ruler_accuracy
     from .hub import PushAdapterCallback, export_adapter
     from .planning import plan_run
     from .schedule import ContextStage
@@ -32,6 +32,7 @@ __all__ = [
     "passkey_accuracy",
     "perplexity_by_length",
     "plan_run",
+    "ruler_accuracy",
     "s2_attention",
     "s2_attention_mode",
     "set_s2_attention",

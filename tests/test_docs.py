@@ -56,6 +56,7 @@ LAUNCHED = (
 NOT_RUN = {
     "vllm serve merged --max-model-len 32768": "vLLM",
     "from transformers import BitsAndBytesConfig": "bitsandbytes",
+    "hf-longlora evaluate out --tasks ruler --lengths 8192 16384 32768 --trials 100 --output-dir out": "lm-eval",
     "# offload.yaml": "a GPU",
     "# sft.py": "command line",
     "accelerate launch sft.py --model_name_or_path meta-llama/Llama-2-7b-hf --dataset_name books.jsonl "

@@ -12,12 +12,13 @@ from .data import DTYPES
 def add(commands: Any) -> None:
     evaluate = commands.add_parser(
         "evaluate",
-        help="perplexity by length, loss by position, retrieval by length and depth, of a model or an adapter",
+        help="perplexity by length, loss by position, retrieval, and RULER, of a model or an adapter",
         description=(
             "Measure a model, or an adapter on its base, on long documents: perplexity by context length with dense "
             "attention (what inference uses) beside the pattern of sparse training, with a warning where dense is "
             "worse; loss by position in the longest context, and whether its far half helps; and, if asked for, the "
-            "retrieval of one passkey, or of one among several, by length and depth. Writes evaluation.json and plots."
+            "retrieval of one passkey, or of one among several, by length and depth, and tasks of RULER by length. "
+            "Writes evaluation.json and plots."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -25,17 +26,16 @@ def add(commands: Any) -> None:
     evaluate.add_argument(
         "--documents",
         nargs="+",
-        required=True,
         metavar="FILE",
-        help="files and folders as `train` reads them: .txt and .md, a document each; .jsonl, .json, .parquet, .csv, "
-        "a document in each row, whatever its columns",
+        help="for perplexity and loss, files and folders as `train` reads them: .txt and .md, a document each; "
+        ".jsonl, .json, .parquet, .csv, a document in each row, whatever its columns",
     )
     evaluate.add_argument(
         "--lengths", nargs="+", type=int, required=True, metavar="N", help="context lengths in tokens"
     )
     evaluate.add_argument("--stride", type=int, help="tokens scored in each window; default 256, or half the shortest")
     evaluate.add_argument("--max-windows", type=int, help="at most this many windows at each length")
-    evaluate.add_argument("--batch-size", type=int, default=1, help="windows in a forward")
+    evaluate.add_argument("--batch-size", type=int, default=1, help="windows in a forward, or tasks' texts")
     evaluate.add_argument(
         "--group-size",
         type=int,
@@ -70,6 +70,22 @@ def add(commands: Any) -> None:
     evaluate.add_argument(
         "--retrieval-lengths", nargs="+", type=int, metavar="N", help="lengths for passkeys; default: --lengths"
     )
+    evaluate.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="tasks of RULER at each of --lengths, by lm-eval (pip install 'hf-longlora[eval]'): niah_single_1, "
+        "niah_multikey_2, niah_multikey_3, vt, cwe, fwe, or ruler for them all",
+    )
+    evaluate.add_argument(
+        "--trials", type=int, default=100, help="texts of each of --tasks at each length; RULER's own number is 500"
+    )
+    evaluate.add_argument(
+        "--chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="give tasks' texts as a user's message; default: if the tokenizer has a template",
+    )
     evaluate.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights")
     evaluate.add_argument("--device", help="cuda, cpu, ...; default: a GPU if there is one")
     evaluate.add_argument("--output-dir", default="longlora-evaluation", help="where evaluation.json and plots go")
@@ -81,25 +97,23 @@ def run(options: argparse.Namespace) -> None:
     from peft.utils import CONFIG_NAME
     from transformers.trainer import TRAINER_STATE_NAME
 
-    from ..attention import S2AttentionConfig, set_s2_attention
-    from ..evaluation import (
-        compare_attention,
-        loss_by_position,
-        multi_needle_accuracy,
-        passkey_accuracy,
-        perplexity_by_length,
-    )
-    from ..evaluation.compare import trained_attention, trained_window
+    from ..evaluation import multi_needle_accuracy, passkey_accuracy, ruler_accuracy
     from ..evaluation.plots import require_matplotlib
+    from ..evaluation.ruler import check_tasks, require_lm_eval
     from ..hub.card import base_name, weights_sha256
     from .data import check_writable, load_documents, texts_of
 
+    tasks = check_tasks(options.tasks) if options.tasks else []
+    if not (options.documents or tasks or options.passkey or options.needles):
+        raise ValueError("nothing to measure: give --documents, --passkey, --needles or --tasks")
     require_matplotlib()
+    if tasks:
+        require_lm_eval()
     out = Path(options.output_dir)
     check_writable(out)
-    splits = load_documents(options.documents)
+    splits = load_documents(options.documents) if options.documents else None
     model, tokenizer = load(options.model, options.dtype, options.device)
-    documents = texts_of(splits, tokenizer)
+    documents = texts_of(splits, tokenizer) if splits is not None else None
     measured = weights_sha256(options.model) if isinstance(model, PeftModel) else None
     taken = any((out / name).is_file() for name in (CONFIG_NAME, "config.json", TRAINER_STATE_NAME))
     own = out.is_dir() and Path(options.model).is_dir() and out.samefile(options.model)
@@ -114,6 +128,26 @@ def run(options: argparse.Namespace) -> None:
         # A text too short to hide its passkeys is refused now, not after an hour of windows.
         if trials := getattr(options, name):
             measure(model, tokenizer, min(texts), options.depths, trials=min(trials, 1), progress=False)
+    how = {"batch_size": options.batch_size, "chat_template": options.chat_template}
+    if tasks:  # likewise
+        ruler_accuracy(model, tokenizer, min(options.lengths), tasks, trials=1, progress=False, **how)
+    results: dict[str, Any] = {"model": base_name(options.model), "adapter_sha256": measured}
+    if documents is not None:
+        results |= _on_documents(model, tokenizer, documents, options)
+    for name, measure in retrieval:
+        if trials := getattr(options, name):
+            results[name] = measure(model, tokenizer, texts, options.depths, trials=trials)
+    if tasks:
+        results["ruler"] = ruler_accuracy(model, tokenizer, options.lengths, tasks, trials=options.trials, **how)
+    _report(results, out, _extension(model))
+
+
+def _on_documents(model: Any, tokenizer: Any, documents: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity by length, dense and as trained, and loss by position, dense."""
+    from ..attention import S2AttentionConfig, set_s2_attention
+    from ..evaluation import compare_attention, far_context, loss_by_position, perplexity_by_length
+    from ..evaluation.compare import trained_attention, trained_window
+
     windows = {"max_windows": options.max_windows, "batch_size": options.batch_size, "tokenizer": tokenizer}
     dense_only = options.dense_only
     if not dense_only and options.group_size is None and trained_attention(model) is None:
@@ -137,13 +171,9 @@ def run(options: argparse.Namespace) -> None:
         records = compare_attention(
             model, documents, options.lengths, attention=attention, stride=options.stride, **windows
         )
-    results: dict[str, Any] = {"model": base_name(options.model), "adapter_sha256": measured, "perplexity": records}
     longest = max(options.lengths)
-    results["positions"] = loss_by_position(model, documents, longest, buckets=_doubling(longest), **windows)
-    for name, measure in retrieval:
-        if trials := getattr(options, name):
-            results[name] = measure(model, tokenizer, texts, options.depths, trials=trials)
-    _report(results, out, _extension(model))
+    positions = loss_by_position(model, documents, longest, buckets=_doubling(longest), **windows)
+    return {"perplexity": records, "positions": positions, "far_context": far_context(positions)}
 
 
 def _doubling(length: int) -> list[int]:
@@ -171,21 +201,19 @@ def _report(results: dict[str, Any], out: Path, extension: dict[str, int]) -> No
     from rich.table import Table
     from transformers.trainer import TRAINER_STATE_NAME
 
-    from ..evaluation import far_context, plot_perplexity, plot_positions, plot_retrieval
-    from ..evaluation.tables import perplexity_table, retrieval_table
+    from ..evaluation import plot_perplexity, plot_positions, plot_retrieval
+    from ..evaluation.tables import perplexity_table, retrieval_table, ruler_table
     from ..hub import refresh_card
+    from ..hub.card import EVALUATION_NAME
     from ..trainer import update_report
 
-    records, name = results["perplexity"], results["model"]
+    name, file = results["model"], out / EVALUATION_NAME
     out.mkdir(parents=True, exist_ok=True)
-    results["far_context"] = far_context(results["positions"])
-    (out / "evaluation.json").write_text(json.dumps(results, indent=2))
-    title = f"{name}: perplexity by context length"
-    written = [
-        out / "evaluation.json",
-        plot_perplexity(records, out / "perplexity.png", title=title, **extension),
-        plot_positions({"dense": results["positions"]}, out / "positions.png", title=f"{name}: loss by position"),
-    ]
+    earlier = json.loads(file.read_text()) if file.is_file() else {}
+    if results["adapter_sha256"] is None or earlier.get("adapter_sha256") != results["adapter_sha256"]:
+        earlier = {}
+    file.write_text(json.dumps(earlier | results, indent=2))  # what else was measured of the same weights stays
+    written = [file]
     console = Console()
 
     def show(corner: str, table: tuple[list[str], list[list[str]]]) -> None:
@@ -195,14 +223,21 @@ def _report(results: dict[str, Any], out: Path, extension: dict[str, int]) -> No
             shown.add_row(*row)
         console.print(shown)
 
-    show("Perplexity at", perplexity_table(records))
-    print(results["far_context"])
+    if "perplexity" in results:
+        records, title = results["perplexity"], f"{name}: perplexity by context length"
+        written.append(plot_perplexity(records, out / "perplexity.png", title=title, **extension))
+        positions, title = {"dense": results["positions"]}, f"{name}: loss by position"
+        written.append(plot_positions(positions, out / "positions.png", title=title))
+        show("Perplexity at", perplexity_table(records))
+        print(results["far_context"])
     titles = {"passkey": "Passkey", "needles": "One passkey of several"}
     for kind in (kind for kind in titles if kind in results):
         head, rows = retrieval_table(results[kind])
         show(f"{titles[kind]} found at depth", (head, [[f"{length} tokens", *found] for length, *found in rows]))
         title = f"{name}: {titles[kind].lower()}"
         written.append(plot_retrieval(results[kind], out / f"{kind}.png", title=title))
+    if "ruler" in results:
+        show("RULER at", ruler_table(results["ruler"]))
     if (out / TRAINER_STATE_NAME).is_file():
         written.append(update_report(out))  # of the run that has ended there
     if (out / CONFIG_NAME).is_file() and refresh_card(out):

@@ -30,6 +30,17 @@ def retrieval_table(records: Records) -> Table:
     return ["tokens", *(f"{depth:.0%}" for depth in depths)], rows
 
 
+def ruler_table(records: Records) -> Table:
+    """A row for each length, a column for each task and their mean, of what `ruler_accuracy` returned."""
+    tasks = list(dict.fromkeys(record["task"] for record in records))
+    rows = []
+    for length in sorted({record["length"] for record in records}):
+        found = {record["task"]: record["accuracy"] for record in records if record["length"] == length}
+        mean = sum(found.values()) / len(found)
+        rows.append([f"{length:,} tokens", *(f"{found[task]:.1%}" for task in tasks), f"{mean:.1%}"])
+    return ["tokens", *tasks, "mean"], rows
+
+
 def basis(records: Records) -> str:
     """What each number rests on, `"1,280 tokens of 12 documents"` or `"10 texts"`; `""` if records don't tell."""
     if all("trials" in record for record in records):

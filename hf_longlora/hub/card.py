@@ -12,7 +12,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.utils import cached_file, logging
 
-from ..evaluation.tables import Records, Table, basis, perplexity_table, retrieval_table
+from ..evaluation.tables import Records, Table, basis, perplexity_table, retrieval_table, ruler_table
 from ..rope import ABF, RopeScaling, reach, rope_factor, type_over
 from ..schedule import Schedule
 from ..tuner import LongLoraConfig
@@ -36,6 +36,7 @@ def adapter_card(
     base_model: str | None = None,
     perplexity: Mapping[str, Mapping[str, Records]] | None = None,
     retrieval: Mapping[str, Records] | None = None,
+    ruler: Records = (),
     training: Mapping[str, Any] | None = None,
     about: str = "",
     plot: str | None = None,
@@ -51,6 +52,7 @@ def adapter_card(
         base_model: The base's name on the Hub; a folder's name if it isn't there.
         perplexity: For each text, what `compare_attention` returned (`"dense"`, `"as trained"`, or further names).
         retrieval: What `passkey_accuracy` returned as `"passkey"`, `multi_needle_accuracy` as `"needles"`.
+        ruler: What `ruler_accuracy` returned.
         training: Facts to list as they are: data, tokens, hardware, time.
         about: A paragraph for the top.
         plot: The picture of the perplexities, a file beside the card.
@@ -77,7 +79,8 @@ def adapter_card(
         license=license,
         tags=[*TAGS, *(tag for tag in tags if tag not in TAGS)],
         model_name=name,
-        eval_results=[*_perplexity_results(perplexity), *_retrieval_results(retrieval or {})] or None,
+        eval_results=[*_perplexity_results(perplexity), *_retrieval_results(retrieval or {}), *_ruler_results(ruler)]
+        or None,
     )
     text = ModelCard.from_template(
         data,
@@ -92,6 +95,7 @@ def adapter_card(
         perplexity=[_perplexity(text, records) for text, records in perplexity.items()],
         plot=f"![Perplexity by context length]({plot})" if plot else "",
         retrieval="\n\n".join(_retrieval(kind, records) for kind, records in found.items()),
+        ruler=_ruler(ruler) if ruler else "",
         training="\n".join(["## Training", "", *(f"- {what}: {value}" for what, value in training.items())])
         if training
         else "",
@@ -100,7 +104,7 @@ def adapter_card(
         revision=f', revision="{config.revision}"' if config.revision and base_model else "",
         max_length=reach(RopeScaling.from_dict(config.rope))[1] if config.rope is not None else None,
         dynamic=config.rope is not None and RopeScaling.from_dict(config.rope).rope_type == "dynamic",
-        limits=_limits(perplexity, retrieval),
+        limits=_limits(perplexity, retrieval, ruler),
     )
     return ModelCard(str(text).rstrip() + "\n")
 
@@ -129,6 +133,7 @@ def folder_card(
         base_model=base_model or base_name(config.base_model_name_or_path),
         perplexity={"held-out documents": records} if records else None,
         retrieval={kind: evaluation[kind] for kind in RETRIEVAL if evaluation.get(kind)},
+        ruler=evaluation.get("ruler", ()),
         training=read_facts(folder),
         plot=PLOT_NAME if records and (folder / PLOT_NAME).is_file() else None,
         **options,
@@ -234,6 +239,20 @@ def _retrieval_results(retrieval: Mapping[str, Records]) -> list[EvalResult]:
     ]
 
 
+def _ruler_results(ruler: Records) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="ruler",
+            dataset_name=f"RULER ({record['task']})",
+            metric_type="accuracy",
+            metric_name=f"{record['task']} at {record['length']} tokens",
+            metric_value=round(float(record["accuracy"]), 4),
+        )
+        for record in ruler
+    ]
+
+
 def _summary(config: LongLoraConfig, base_model: str | None) -> str:
     trained = [f"LoRA (r = {config.r}, alpha = {config.lora_alpha}) on the attention projections"]
     trained += [what for what, on in (("norms", config.train_norms), ("embeddings", config.train_embeddings)) if on]
@@ -299,13 +318,25 @@ def _retrieval(title: str, records: Records) -> str:
     return "\n".join([*lines, *(["", f"Each is of {tried}."] if tried else [])])
 
 
+def _ruler(records: Records) -> str:
+    chat = " in the tokenizer's chat template" if all(record["chat_template"] for record in records) else ""
+    lines = ["## RULER, by length of the text", "", *_table(ruler_table(records)), ""]
+    lines.append(
+        f"Each is of {basis(records)}{chat}: tasks of RULER ([arXiv 2404.06654](https://arxiv.org/abs/2404.06654)) "
+        "as lm-eval makes and scores them."
+    )
+    return "\n".join(lines)
+
+
 def _table(table: Table) -> list[str]:
     head, rows = table
     return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def _limits(perplexity: Mapping[str, Mapping[str, Records]], retrieval: Mapping[str, Records] | None) -> str:
-    if not perplexity and not retrieval:
+def _limits(
+    perplexity: Mapping[str, Mapping[str, Records]], retrieval: Mapping[str, Records] | None, ruler: Records
+) -> str:
+    if not perplexity and not retrieval and not ruler:
         return "This adapter has not been evaluated: measure it on text like yours (`hf-longlora evaluate`)."
     parts = []
     if perplexity:
@@ -315,4 +346,6 @@ def _limits(perplexity: Mapping[str, Mapping[str, Records]], retrieval: Mapping[
         )
     if retrieval:
         parts.append("A passkey is the easiest thing to find in a text that repeats itself: it is no test of reading.")
+    if ruler:
+        parts.append("RULER's texts are made up: what is asked for stands there word for word.")
     return " ".join(parts)

@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..evaluation.plots import plot_history, require_matplotlib
-from ..evaluation.tables import basis, perplexity_table, retrieval_table
+from ..evaluation.tables import basis, perplexity_table, retrieval_table, ruler_table
 from ..hub.card import RETRIEVAL, read_evaluation
 from ..hub.run import evaluation_losses, read_facts, training_seconds
 from ..schedule import Schedule
@@ -172,6 +172,8 @@ def _evaluation(folder: Path, results: Mapping[str, Any]) -> list[str]:
             parts += [f"<h2>{title}, by length and depth</h2>", _table(*retrieval_table(records))]
             parts += [f"<p>Each is of {tried}.</p>"] if tried else []
             parts += _picture(folder / f"{kind}.png")
+    if records := results.get("ruler"):
+        parts += ["<h2>RULER, by length</h2>", _table(*ruler_table(records)), f"<p>Each is of {basis(records)}.</p>"]
     return parts
 
 

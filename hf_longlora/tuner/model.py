@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from .. import rope
@@ -127,6 +127,14 @@ class LongLoraModel(LoraModel):
         head = output_head(self.model)
         if isinstance(head, TrainableTokensWrapper) and getattr(head.original_module, "bias", None) is None:
             vars(head)["bias"] = None  # fused losses ask for weight and bias, and the wrapper has the weight only
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As the model's own; a head that an adapter has a copy of is tied as it is, and has no weight to assign to.
+
+        lm-eval calls it on each model that it gets.
+        """
+        if not isinstance(output_head(self.model), AuxiliaryTrainingWrapper):
+            self.model.tie_weights(*args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -20,6 +20,10 @@ RECORDS = {
         "as trained": [{"length": 256, "perplexity": 11.75}],
     }
 }
+RULER = [
+    {"task": task, "length": 8192, "accuracy": accuracy, "error": 0.1, "trials": 20, "chat_template": True}
+    for task, accuracy in (("vt", 0.5), ("cwe", 0.25))
+]
 PASSKEY = [
     {"length": length, "depth": depth, "accuracy": accuracy, "trials": 10}
     for length, depth, accuracy in ((64, 0.0, 1.0), (64, 1.0, 0.9), (256, 0.0, 0.5), (256, 1.0, 1.0))
@@ -140,13 +144,16 @@ def test_a_card_is_brought_up_to_date_unless_it_was_edited(config, tmp_path):
     folder_card(tmp_path, name="someone/long", tags=["mine"], dataset="someone/books", license="mit").save(
         tmp_path / "README.md"
     )
-    evaluation = {"perplexity": RECORDS["books"], "passkey": PASSKEY, "needles": PASSKEY[:2]}
+    evaluation = {"perplexity": RECORDS["books"], "passkey": PASSKEY, "needles": PASSKEY[:2], "ruler": RULER}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     assert refresh_card(tmp_path)  # under the name that it has
     card = ModelCard.load(tmp_path / "README.md")
     assert 'from_pretrained(base, "someone/long")' in card.text and "Each is of 10 texts." in card.text
     assert "# long\n" in card.text and "| dense | 12.50 | 11.25 |" in card.text
     assert "## Passkeys found, by" in card.text and "## Passkeys found among several, by" in card.text
+    assert "| tokens | vt | cwe | mean |" in card.text and "| 8,192 tokens | 50.0% | 25.0% | 37.5% |" in card.text
+    assert "Each is of 20 texts in the tokenizer's chat template: tasks of RULER" in card.text
+    assert [r.metric_value for r in card.data.eval_results if r.dataset_type == "ruler"] == [0.5, 0.25]
     assert "mine" in card.data.tags and card.data.tags.count("longlora") == 1
     assert (card.data.datasets, card.data.license) == (["someone/books"], "mit")
     edited = str(card).replace(MARK, "") + "\nMine.\n"

@@ -261,6 +261,20 @@ def test_tied_weight_is_saved_once(saved):
     assert not any("lm_head" in key for key in keys)
 
 
+def test_weights_can_be_tied_again(saved):
+    """As lm-eval does with each model that it gets."""
+    base, adapter, adapted, _ = saved
+    model = by_peft(base, adapter).eval()
+    model.tie_weights()
+    assert (logits(model) - adapted).abs().max() <= 1e-6
+    plain = get_peft_model(load(base), LongLoraConfig(target_length=TARGET, train_embeddings=False))
+    inner = plain.get_base_model()
+    tied = inner.get_output_embeddings().weight is inner.get_input_embeddings().weight
+    inner.lm_head.weight = torch.nn.Parameter(inner.lm_head.weight.detach().clone())
+    plain.tie_weights()
+    assert (inner.get_output_embeddings().weight is inner.get_input_embeddings().weight) == tied
+
+
 def test_adapter_config_is_complete_json(saved):
     stored = json.loads(Path(saved[1], "adapter_config.json").read_text())
     assert stored["peft_type"] == "LONGLORA"
