@@ -35,6 +35,7 @@ from .attention.mask import READS_MASK, S2Mask, s2_mask
 from .families import Family, find_family
 from .from_hub import adapter_values, read_config
 from .modules import is_norm, language_modules, walk
+from .parallel import check_shardable
 from .rope import AUTO, RopeScaling, current_rope, native_window, reach, readings, rotary_modules, type_over
 from .tuner import LongLoraConfig
 
@@ -78,6 +79,8 @@ class ModelCheck:
     sink_tokens: int = 0
     window: int | None = None
     """Tokens in a window (`sparse="windows"` or "pose"); `None` if it can't be trained in any."""
+    shared: bool = False
+    """Whether several processes can share its sequences (`sequence_parallel`)."""
     length: int | None = None
     rope: tuple[RopeScaling, RopeScaling] | None = None
     """Before and after; `None` without RoPE."""
@@ -158,6 +161,11 @@ def check_model(
     except ValueError as error:
         found.notes.append(f"No steps in windows: {error}")
     _put_adapter(built, found, wanted)
+    try:
+        check_shardable(type(built), built.config)  # with the RoPE that it is given
+        found.shared = True
+    except ValueError as error:
+        found.notes.append(f"No sequence_parallel: {error}")
     _group_size(found, built.config, native, target_length, attention or S2AttentionConfig())
     _run(built, found)
     _judge(found, built.config)
@@ -423,6 +431,8 @@ def _lines(found: ModelCheck) -> Iterator[str]:
         yield f"groups      {found.group_size:,} tokens{sinks}, at {found.length:,}"
     if found.window is not None:
         yield f"windows     {found.window:,} tokens (sparse='windows' or 'pose')"
+    if found.shared:
+        yield "shared      a sequence by several processes (sequence_parallel)"
     if found.targets:
         yield f"LoRA on     {', '.join(found.targets)}"
     if found.norms or found.embeddings:

@@ -39,6 +39,8 @@ def test_it_says_what_happens(family):
     skips = bool(known.rope_types) and family not in STATEFUL | UNTOLD
     assert found.window == (reach(config)[0] if skips else None)
     assert any(note.startswith("No steps in windows") for note in found.notes) != skips
+    assert any(note.startswith("No sequence_parallel") for note in found.notes) != found.shared
+    assert not found.shared or (len(found.sparse) == total and family not in STATEFUL)
 
     tuned = get_peft_model(model, LongLoraConfig(target_length=target))
     trained = {n for n, p in tuned.named_parameters() if p.requires_grad}
@@ -67,6 +69,7 @@ def test_the_words():
         "the last 1 of 2 key/value heads, with 2 of 4 query heads",
         "100 tokens and the first 4 of a document, at 2,048",
         "windows     64 tokens (sparse=",
+        "shared      a sequence by several processes",
         "LoRA on     k_proj, o_proj, q_proj, v_proj",
         "5 norms",
         "1 embedding (model.embed_tokens)",
@@ -316,3 +319,12 @@ def test_a_linear_config_that_may_be_read_in_two_ways_is_shown_in_both(tmp_path,
         assert f"RoPE        linear, {4 * length:,} tokens of originally {length:,}" in said
         assert f"-> linear, 131,072 tokens of originally {length:,} (factor {factor}, rope_theta 100000)" in said
         assert f"groups      {group} tokens and the first 4 of a document, at 131,072" in said
+
+
+def test_what_processes_can_not_share_is_said():
+    """By the RoPE that the model is given, not only by that it has."""
+    config = LlamaConfig(**COMMON)
+    assert check_model(config, target_length=4096).shared
+    dynamic = check_model(config, target_length=4096, rope_type="dynamic")
+    assert not dynamic.shared and not dynamic.refused
+    assert any(note.startswith("No sequence_parallel: RoPE of type 'dynamic'") for note in dynamic.notes)

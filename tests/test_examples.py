@@ -283,6 +283,15 @@ def test_extend_llama_pg19(base):
     twin("extend_llama_pg19.yaml", "--resume", "--mlp_tile", "100")  # nothing is left to do
 
 
+def test_million_tokens(base):
+    """In one process, that is: several are in `trainer/test_distributed.py`."""
+    base("meta-llama/Llama-3.1-8B")
+    twin("million_tokens.yaml", "--mlp_tile", "100", "--sequence_parallel", "1")
+    model, _ = loaded("out")
+    rope = current_rope(model.config)
+    assert (rope.rope_type, rope.parameters["factor"], reach(rope)) == ("llama3", 128.0, (16, 2048))
+
+
 def test_qlora_24gb(base):
     pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
     base(hidden_size=64, intermediate_size=128, dtype=torch.bfloat16)
@@ -292,7 +301,7 @@ def test_qlora_24gb(base):
     assert config.r == 8
 
 
-@pytest.mark.parametrize("name", ["extend_llama_pg19.yaml", "qlora_24gb.yaml"])
+@pytest.mark.parametrize("name", ["extend_llama_pg19.yaml", "million_tokens.yaml", "qlora_24gb.yaml"])
 def test_a_runs_options_are_known_and_its_stages_extend_its_model(name):
     values = options_of(name)
     parser = make_parser()
@@ -304,7 +313,7 @@ def test_a_runs_options_are_known_and_its_stages_extend_its_model(name):
     assert [reach(rope)[1] for rope in ropes] == [stage["max_length"] for stage in values["stages"]]
 
 
-@pytest.mark.parametrize("name", ["extend_llama_pg19.yaml", "qlora_24gb.yaml"])
+@pytest.mark.parametrize("name", ["extend_llama_pg19.yaml", "million_tokens.yaml", "qlora_24gb.yaml"])
 def test_a_plan_in_a_comment_is_what_the_planner_says(name, folder, capsys):
     """To 5%; and its command has the settings of the file."""
     values, text = options_of(name), (EXAMPLES / name).read_text()
@@ -314,6 +323,8 @@ def test_a_plan_in_a_comment_is_what_the_planner_says(name, folder, capsys):
         _, *arguments = shlex.split(command)
         assert arguments[1] == values["model_name_or_path"]
         assert arguments[arguments.index("--mlp-tile") + 1] == str(values["mlp_tile"])
+        sharing = arguments[arguments.index("--sequence-parallel") + 1] if "--sequence-parallel" in arguments else "1"
+        assert sharing == str(values.get("sequence_parallel", 1))
         assert ("--fused" in arguments) == values.get("use_liger_kernel", False)
         assert ("--quantized" in arguments) == values.get("load_in_4bit", False)
         accumulation = arguments[arguments.index("--accumulation") + 1] if "--accumulation" in arguments else "1"

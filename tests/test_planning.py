@@ -18,6 +18,7 @@ from transformers import (
     Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     Qwen3Config,
     TrainerCallback,
@@ -441,5 +442,7 @@ def test_cards_that_share_a_sequence():
     assert half.lengths[0].seconds_dense < two.lengths[0].seconds_dense < one.lengths[0].seconds_dense
     assert two.longest >= 2 * one.longest - 2048
     assert any("2 cards share a sequence" in note for note in two.notes)
+    with pytest.raises(ValueError, match="a window of 4,096 tokens"):
+        plan_run(MistralConfig(sliding_window=4096), [65536], gpu="H100", sequence_parallel=2)
     with pytest.raises(ValueError, match="none is shared"):
         plan_run(config, [65536], gpu="H100", sequence_parallel=2, sparse="pose")

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from ..attention.config import dense_by_size
 from ..from_hub import read_config
+from ..parallel import check_shardable
 from ..tuner import LongLoraConfig
 from .gpus import Gpu, find_gpu
 from .memory import COUNTED, GIB, bytes_at_peak, fits, in_windows, largest_step, longest
@@ -96,6 +97,8 @@ def plan_run(
         name, config = model, read_config(model)
     else:
         name, config = model.name_or_path or model.model_type, model
+    if settings.sequence_parallel > 1:
+        check_shardable(type(config), config)
     shape = Shape.of(config, settings)
     if shape.native_window is None and settings.sparse != "s2":
         raise ValueError(f"Steps in windows can't be planned: {UNKNOWN}")

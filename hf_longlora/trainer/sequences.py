@@ -1,23 +1,24 @@
 """One sequence over several processes: what the trainer needs for `sequence_parallel`.
 
 The engine is DeepSpeed's, as accelerate and transformers run it (`sp_backend="deepspeed"`): it makes the processes'
-groups, cuts batches into shards and adds up losses. The attention among the shards is ours (`hf_longlora.parallel`),
-in the place of the one that it registers, which is dense.
+groups, cuts batches into shards and adds up gradients. The attention among shards is ours (`hf_longlora.parallel`), in
+the place of the one that it registers, which is dense and wants heads to divide by processes. So is the loss: theirs
+is a mean over each batch's labels, and batches of few labels weigh as much as those of many.
 """
 
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import ParallelismConfig  # type: ignore[import-untyped]
 from torch.utils.data import Sampler
-from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
-from ..attention.interface import NAME
-from ..parallel import check_rope, check_shardable, shard_sequences
+from ..parallel import check_rope, check_shardable, sequence_group, shard_sequences
 from ..rope import RopeScaling
 from ..schedule import Schedule
 from .config import LongLoraSFTConfig
@@ -32,6 +33,7 @@ def check_sequences(
     config: PreTrainedConfig,
     model_class: type[PreTrainedModel] | None,
     spread: bool,
+    others: Mapping[str, Any],
 ) -> None:
     """Refuse `sequence_parallel` where it can't be, before anything is loaded.
 
@@ -42,6 +44,7 @@ def check_sequences(
         config: The model's.
         model_class: The model's, if it is known.
         spread: Whether `device_map` spreads the model over the GPUs of one process.
+        others: The remaining arguments of TRL's trainer.
     """
     size = args.sequence_parallel
     if size == 1:
@@ -65,14 +68,24 @@ def check_sequences(
     for rope in ropes:
         if rope is not None:
             check_rope(rope)
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    if heads % size > 0 or (kv_heads % size > 0 and size % kv_heads > 0):
-        fit = [n for n in range(2, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+    for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+        if others.get(name) is not None:
+            raise ValueError(f"With `sequence_parallel` no process has the logits of a whole row: `{name}` gets none.")
+    if args.loss_type == "dft" or args.label_smoothing_factor > 0 or others.get("compute_loss_func") is not None:
         raise ValueError(
-            f"DeepSpeed wants {heads} heads and {kv_heads} key/value heads to divide by `sequence_parallel={size}`: "
-            f"it can be one of {fit} here. (hf_longlora.parallel by itself takes any.)"
+            "With `sequence_parallel` the loss is the mean over the labels: leave out loss_type='dft', "
+            "`label_smoothing_factor` and `compute_loss_func`."
+        )
+    accelerator: Any = args.accelerator_config
+    if not accelerator.even_batches:
+        raise ValueError("With `sequence_parallel` processes meet in each batch: leave `even_batches` on.")
+    text = config.get_text_config()
+    balance = getattr(args, "router_aux_loss_coef", None)  # TRL's default is the model's
+    balance = getattr(text, "router_aux_loss_coef", 0.0) if balance is None else balance
+    if hasattr(text, "output_router_logits") and balance:
+        raise ValueError(
+            "The balance of experts is counted over whole batches, and with `sequence_parallel` no process has one: "
+            "set router_aux_loss_coef=0."
         )
 
 
@@ -83,30 +96,121 @@ def started_with_deepspeed(args: LongLoraSFTConfig) -> bool:
 
 def parallelism_config(size: int, processes: int) -> ParallelismConfig:
     """accelerate's configuration of sequences over `size` processes."""
-    config = ParallelismConfig(sp_size=size, sp_backend="deepspeed", dp_shard_size=processes // size)
-    # It lists the names it knows, where DeepSpeed takes any that is registered and that the model has.
-    config.sp_handler.sp_attn_implementation = NAME  # type: ignore[union-attr]
-    return config
+    return ParallelismConfig(sp_size=size, sp_backend="deepspeed", dp_shard_size=processes // size)
 
 
 def gradients_repeated(size: int, deepspeed: Mapping[str, Any]) -> int:
-    """How many times too large gradients come out of DeepSpeed, by its configuration.
+    """How many times too large DeepSpeed's sum of all processes' gradients comes out, by its configuration.
 
-    Each process of a group has the loss of all of them, and so gradients that are added up over processes come from
-    each loss: `size` times. ZeRO-3, if it scatters them, divides them by all processes, and all else by the groups.
+    ZeRO-3, if it scatters them, divides it by all processes, and all else by the groups of `size`.
     """
     zero = deepspeed.get("zero_optimization", {})
     return 1 if zero.get("stage") == 3 and zero.get("reduce_scatter", True) else size
 
 
-class ShardedSequences(TrainerCallback):
-    """Puts the attention among shards in the place of DeepSpeed's, once accelerate has had that registered."""
+def processes_of_a_sequence(size: int) -> dist.ProcessGroup:
+    """The group of `size` processes that this one belongs to: DeepSpeed's, which its engine reads, made once."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp as state  # type: ignore[import-not-found]
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        from deepspeed.utils import groups  # type: ignore[import-not-found]
+    if state._SEQUENCE_PARALLEL_GROUP is None:
+        state.initialize_sequence_parallel(size)
+    if state.get_sequence_parallel_world_size() != size:
+        raise ValueError(
+            f"This process shares sequences with {state.get_sequence_parallel_world_size() - 1} others since an "
+            f"earlier run: DeepSpeed makes its groups once. Start sequence_parallel={size} in processes of its own."
+        )
+    return state.get_sequence_parallel_group()
 
-        del ALL_ATTENTION_FUNCTIONS[NAME]  # DeepSpeed's, which hides ours
-        shard_sequences(kwargs["model"], groups._get_sequence_parallel_group())
+
+class _Groups:
+    """Stands where accelerate finds `UlyssesSPAttentionHF`: makes the groups, and leaves the attention as it is."""
+
+    @classmethod
+    def register_with_transformers(cls, *, sequence_parallel_size: int, **ignored: Any) -> Any:
+        from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+        processes_of_a_sequence(sequence_parallel_size)
+        return parallel_state_sp
+
+
+@contextmanager
+def own_attention(model: Any, size: int) -> Iterator[None]:
+    """Within it sequences are shared by `size` processes, and DeepSpeed's engine runs without DeepSpeed's attention.
+
+    accelerate has the latter registered whenever it starts the engine, takes no other, and it would refuse heads that
+    don't divide: for that moment the name that accelerate looks up is something else.
+    """
+    if size == 1:
+        yield
+        return
+    from deepspeed.runtime.sequence_parallel import ulysses_sp
+
+    theirs, group = ulysses_sp.UlyssesSPAttentionHF, sequence_group(model)
+    ulysses_sp.UlyssesSPAttentionHF = _Groups
+    shard_sequences(model, processes_of_a_sequence(size))
+    try:
+        yield
+    finally:
+        ulysses_sp.UlyssesSPAttentionHF = theirs
+        shard_sequences(model, group)
+
+
+class ShardedLoss(Trainer):
+    """The loss of a step whose rows lie in shards: a mean over all labels of the step, whatever process has them.
+
+    To be mixed in behind TRL's trainer, which asks `Trainer` for the loss of shards.
+    """
+
+    args: LongLoraSFTConfig
+    model: Any
+    _labels: torch.Tensor
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, which counts no labels of shards: those of the step, over all processes."""
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        if self.args.sequence_parallel > 1:
+            own = sum((batch["shift_labels"] != -100).sum() for batch in batches)
+            self._labels = self.accelerator.gather(torch.as_tensor(own, device=self.args.device)).sum().clamp(min=1)
+        return batches, count
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.args.sequence_parallel == 1 or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = {"labels": inputs["shift_labels"], "num_items_in_batch": self._labels}
+        outputs = model(**{**inputs, **labels})
+        # What Trainer makes of it: divides by the micro-steps, and logs the mean over processes.
+        loss = outputs.loss * (self.current_gradient_accumulation_steps * self.args.world_size)
+        if loss.requires_grad:
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            times = gradients_repeated(self.args.sequence_parallel, config)
+            loss.register_hook(lambda gradient: gradient / times)
+        return (loss, outputs) if return_outputs else loss
+
+
+def shards_in_turn(inputs: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> Iterator[dict[str, torch.Tensor]]:
+    """Shards of the batches that the processes of a group have: this one's of the first's, of the second's, ...
+
+    Args:
+        inputs: This process's batch, `[B, S]` each, `S` a multiple of the processes.
+
+    Yields:
+        `[B, S / processes]` each, with `shift_labels` beside `labels`: those of the next tokens, -100 at the end.
+    """
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    own = torch.tensor(inputs["input_ids"].shape, device=inputs["input_ids"].device)
+    shapes = [torch.empty_like(own) for _ in range(size)]
+    dist.all_gather(shapes, own, group=group)
+    for turn, shape in enumerate(shapes):
+        shard = {}
+        for name, x in sorted(inputs.items()):
+            whole = x.contiguous() if turn == rank else x.new_empty(shape.tolist())
+            dist.broadcast(whole, group=group, group_src=turn)
+            if name == "labels":
+                whole = torch.nn.functional.pad(whole, (0, 1), value=-100)[:, 1:]
+            shard[name] = whole.chunk(size, dim=1)[rank].contiguous()
+        yield shard | {"shift_labels": shard["labels"]}
 
 
 class ShardableCollator:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 import trl
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, concatenate_datasets
@@ -28,7 +29,7 @@ from ..attention import set_attention_mode, set_s2_attention
 from ..hub.card import base_name, folder_card
 from ..hub.run import RUN_NAME, read_facts, run_facts, write_facts
 from ..modules import base_model
-from ..parallel import sequence_group, shard_sequences
+from ..parallel import sequence_group
 from ..rope import WITH_HISTORY, find_rope, forget_lengths, rope_factor
 from ..schedule import Schedule, StepPlan
 from ..tuner.config import check_weights
@@ -72,10 +73,11 @@ from .report import write_report
 from .sequences import (
     InShards,
     ShardableCollator,
-    ShardedSequences,
+    ShardedLoss,
     check_sequences,
-    gradients_repeated,
+    own_attention,
     parallelism_config,
+    shards_in_turn,
 )
 from .streams import StreamCollator, StreamedRows, stage_data
 from .trouble import beginnings, diverged, has_diverged, out_of_memory, peak_memory
@@ -86,7 +88,7 @@ logger = logging.get_logger(__name__)
 LAST_GOOD_NAME = "last-good"
 
 
-class LongLoraSFTTrainer(SFTTrainer):
+class LongLoraSFTTrainer(SFTTrainer, ShardedLoss):
     """Extend a model's context in stages, in one run (LongLoRA, arXiv 2309.12307).
 
     A [`~trl.SFTTrainer`] in everything but this: sequences, RoPE, group size and attention follow the stages of
@@ -160,7 +162,7 @@ class LongLoraSFTTrainer(SFTTrainer):
         self._start, self._ropes = start, stage_ropes(start, self.schedule)
         init: Any = args.model_init_kwargs or {}
         spread = bool(init.get("device_map")) or hasattr(model, "hf_device_map")
-        check_sequences(args, self.schedule, self._ropes, config, model_class, spread)
+        check_sequences(args, self.schedule, self._ropes, config, model_class, spread, kwargs)
         self._stage_callback = ContextStageCallback(self.schedule, self._ropes)
         if isinstance(model, str):
             given: Any = args.model_init_kwargs
@@ -177,7 +179,6 @@ class LongLoraSFTTrainer(SFTTrainer):
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), "swiglu": False, "geglu": False}
         if args.sequence_parallel > 1:
             args.parallelism_config = parallelism_config(args.sequence_parallel, args.world_size)
-            callbacks = [ShardedSequences(), *(callbacks or [])]
         self._steps_done = 0  # micro-steps of a run that is resumed in shards
         set_seed(args.seed)  # TRL before 1.16 leaves the adapter's random start unseeded
         super().__init__(
@@ -298,7 +299,7 @@ class LongLoraSFTTrainer(SFTTrainer):
             rows = self._remove_unused_columns(kwargs["dataset"], description="training")
             kwargs["dataset"] = Served(rows, self.args.order_seed, self.schedule, batch)
         collator = self.data_collator
-        if kwargs.get("is_training") and self.args.sequence_parallel > 1:
+        if self.args.sequence_parallel > 1:
             self.data_collator = ShardableCollator(collator, self.args.sequence_parallel)
         if streamed:
             self.data_collator = StreamCollator(collator)
@@ -344,14 +345,14 @@ class LongLoraSFTTrainer(SFTTrainer):
         self._last_log = (time.perf_counter(), self._total_train_tokens)
         if self.is_world_process_zero():
             write_facts(Path(str(self.args.output_dir)), self._known)
-        in_shards = self.args.sequence_parallel > 1
-        if in_shards and resume_from_checkpoint:
+        size = self.args.sequence_parallel
+        if size > 1 and resume_from_checkpoint:
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
             # Trainer can't skip batches that are cut into shards: they are read from where the run stands.
             self._steps_done = state.global_step * self.args.gradient_accumulation_steps
             self.args.ignore_data_skip = True
         try:
-            with compiled_layers(self.model, self.args.compile_layers):
+            with compiled_layers(self.model, self.args.compile_layers), own_attention(self.model, size):
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
         except torch.OutOfMemoryError as error:
             message = out_of_memory(self.args, self.schedule, self.state.global_step, self.model)
@@ -361,9 +362,8 @@ class LongLoraSFTTrainer(SFTTrainer):
             raise
         finally:
             set_attention_mode(self.model, "auto")  # the run may have been stopped in a dense step
-            if in_shards:
+            if size > 1:
                 self._steps_done, self.args.ignore_data_skip = 0, False
-                shard_sequences(self.model, None)
         self._write_report()
         return output
 
@@ -379,14 +379,10 @@ class LongLoraSFTTrainer(SFTTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         forget_lengths(self.model)  # dynamic RoPE: a batch's numbers don't depend on the lengths of those before
+        if self.args.sequence_parallel > 1 and not self.model.training:
+            return self._loss_in_turns(model, inputs)
         if not self.is_model_parallel:
-            result = super().compute_loss(model, inputs, *args, **kwargs)
-            if self.args.sequence_parallel > 1 and self.model.training:
-                loss = result[0] if isinstance(result, tuple) else result
-                plugin = self.accelerator.state.deepspeed_plugin
-                times = gradients_repeated(self.args.sequence_parallel, plugin.deepspeed_config)
-                loss.register_hook(lambda gradient: gradient / times)
-            return result
+            return super().compute_loss(model, inputs, *args, **kwargs)
         # `device_map` has spread the model over GPUs, with its head on the last. Trainer counts tokens and wants the
         # loss on the first, and TRL's kernel runs on the current one.
         device = self.model.get_output_embeddings().weight.device
@@ -520,21 +516,28 @@ class LongLoraSFTTrainer(SFTTrainer):
         return self.schedule.step(max(self.state.global_step - 1, 0))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self._clock_stopped(), self._whole_rows():
+        with self._clock_stopped():
             return super().evaluate(*args, **kwargs)
 
-    @contextmanager
-    def _whole_rows(self) -> Iterator[None]:
-        """Batches of an evaluation are not cut: each process has its own."""
-        group = sequence_group(self.model) if self.args.sequence_parallel > 1 else None
-        if group is None:
-            yield
-            return
-        shard_sequences(self.model, None)
-        try:
-            yield
-        finally:
-            shard_sequences(self.model, group)
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with own_attention(self.model, self.args.sequence_parallel):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def _loss_in_turns(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """That of this process's batch, where a group goes through those of all its processes in shards.
+
+        accelerate cuts no batches of evaluations, and a long row would have to fit one card.
+        """
+        group = sequence_group(self.model)
+        assert group is not None
+        losses = []
+        for shard in shards_in_turn(inputs, group):
+            labels = (shard["shift_labels"] != -100).sum()
+            mean = super().compute_loss(model, shard)  # of no label: 0 or not a number
+            found = torch.stack([torch.where(labels > 0, mean.float() * labels, 0), labels])
+            dist.all_reduce(found, group=group)
+            losses.append(found[0] / found[1].clamp(min=1))
+        return losses[dist.get_rank(group)]
 
     @contextmanager
     def _clock_stopped(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
 from hf_longlora.trainer import last_checkpoint
@@ -52,20 +52,24 @@ def main(output: str, batch_size: int, *options: str) -> None:
     lengths = [256, 256, 150, 40] if "pose" in options else [256]
     rows = [[3 + (i * 7 + j * j) % 100 for j in range(lengths[i % len(lengths)])] for i in range(40)]
     data = {"input_ids": rows}
-    if "answers" in options:  # fewer in the one half of a sequence than in the other
-        data["labels"] = [[-100 if j < 90 else token for j, token in enumerate(row)] for row in rows]
+    if "answers" in options:  # fewer in the one half of a sequence than in the other, and in one row than in the next
+        data["labels"] = [[-100 if j < 90 + i % 37 else x for j, x in enumerate(row)] for i, row in enumerate(rows)]
     if "packed" in options:
         data = {"input_ids": [row[: (64, 192)[i % 2]] for i, row in enumerate(rows)]}
     train_dataset = Dataset.from_dict(data)
+    evaluated = [row[:length] for row, length in zip(rows, (256, 150, 90, 33), strict=False)]
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    steps = 4 if "shards" in options else 3  # gloo gathers no batches of two stages at once
+    # Gloo gathers no batches of two stages at once: as many of each as processes read in turn.
+    steps = 3 if "shards" not in options or "thirds" in options else 4
     args = LongLoraSFTConfig(
         output_dir=output,
         stages=[
             ContextStage(128, steps),
             ContextStage(256, steps, **({"sparse": "pose", "dense_every": 0} if "pose" in options else {})),
         ],
-        sequence_parallel=processes if "shards" in options else 1,
+        sequence_parallel=max(1, processes // 2 if "groups" in options else processes) if "shards" in options else 1,
+        mlp_tile=20 if "tiles" in options else None,
+        per_device_eval_batch_size=1,
         eval_strategy="steps" if "shards" in options else "no",
         eval_steps=3,
         gradient_accumulation_steps=2 if "packed" in options else 1,
@@ -94,19 +98,30 @@ def main(output: str, batch_size: int, *options: str) -> None:
         model,
         args,
         train_dataset=train_dataset.to_iterable_dataset(num_shards=4) if "stream" in options else train_dataset,
-        eval_dataset=Dataset.from_dict({"input_ids": rows[:4]}) if "shards" in options else None,
+        eval_dataset=Dataset.from_dict({"input_ids": evaluated}) if "shards" in options else None,
         processing_class=tokenizer,
         peft_config=LongLoraConfig(r=4),
     )
+    tokens = []
+
+    def count(module, args, kwargs, output):
+        if not module.training:
+            tokens.append(output.last_hidden_state.shape[1])
+
+    for module in trainer.model.modules():
+        if isinstance(module, LlamaModel):
+            module.register_forward_hook(count, with_kwargs=True)
     checkpoint = last_checkpoint(output)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    after = trainer.evaluate()["eval_loss"] if "shards" in options else None
     if trainer.is_world_process_zero():
         keys = ("loss", "stage", "attention", "num_tokens")
         logs = [{key: log[key] for key in keys} for log in trainer.state.log_history if "stage" in log]
         kinds = {type(p).__name__ for p in trainer.model.parameters()}
         run = {"logs": logs, "by": str(trainer.accelerator.distributed_type), "parameters": sorted(kinds)}
         if "shards" in options:
+            run |= {"after": after, "evaluated": max(tokens)}
             run["others"] = [
                 {key: log[key] for key in ("grad_norm", "eval_loss") if key in log}
                 for log in trainer.state.log_history

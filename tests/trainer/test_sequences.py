@@ -7,7 +7,16 @@ from accelerate import ParallelismConfig
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from torch.utils.data import BatchSampler
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
@@ -61,10 +70,9 @@ def test_gradients_are_what_deepspeed_makes_of_them():
     assert gradients_repeated(4, {}) == 4
 
 
-def test_accelerate_is_told_of_our_attention():
+def test_accelerate_is_told_of_groups():
     config = parallelism_config(2, 8)
     assert (config.sp_size, config.sp_backend, config.data_parallel_size) == (2, "deepspeed", 4)
-    assert config.sp_handler.sp_attn_implementation == "s2attn"
 
 
 TINY = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -72,6 +80,7 @@ LLAMA = {**TINY, "num_attention_heads": 4, "num_key_value_heads": 2, "max_positi
 
 
 def refused(tiny_tokenizer, tmp_path, model=None, adapter=None, **options):
+    of_trl = {name: options.pop(name) for name in ("compute_metrics", "compute_loss_func") if name in options}
     args = LongLoraSFTConfig(
         output_dir=str(tmp_path),
         use_cpu=True,
@@ -85,6 +94,7 @@ def refused(tiny_tokenizer, tmp_path, model=None, adapter=None, **options):
         train_dataset=Dataset.from_dict({"text": ["a" * 300] * 4}),
         processing_class=tiny_tokenizer,
         peft_config=adapter or LongLoraConfig(r=2),
+        **of_trl,
     )
 
 
@@ -111,19 +121,29 @@ def test_one_process_and_no_deepspeed_are_refused(tiny_tokenizer, tmp_path, monk
 
 
 def test_what_cannot_be_in_shards_is_refused(tiny_tokenizer, tmp_path, launched, monkeypatch):
-    monkeypatch.setattr(LongLoraSFTConfig, "world_size", 3)
-    with pytest.raises(ValueError, match=r"4 heads and 2 key/value heads.*one of \[2, 4\]"):
-        refused(tiny_tokenizer, tmp_path, sequence_parallel=3)
-    monkeypatch.setattr(LongLoraSFTConfig, "world_size", 4)
     mistral = MistralForCausalLM(MistralConfig(**LLAMA, sliding_window=16))
     with pytest.raises(ValueError, match="a window of 16 tokens"):
         refused(tiny_tokenizer, tmp_path, mistral)
+    hybrid = Qwen3NextConfig(**LLAMA, layer_types=["linear_attention"], num_experts=2)
+    with pytest.raises(ValueError, match="linear_attention, which see no further"):
+        refused(tiny_tokenizer, tmp_path, Qwen3NextForCausalLM(hybrid))
     with pytest.raises(ValueError, match="RoPE of type 'dynamic'"):
         refused(tiny_tokenizer, tmp_path, stages=[ContextStage(128, 2, rope_type="dynamic")])
     with pytest.raises(ValueError, match="windows fit one process"):
         refused(tiny_tokenizer, tmp_path, sparse="pose")
     with pytest.raises(ValueError, match="`compile_layers` is not for"):
         refused(tiny_tokenizer, tmp_path, compile_layers=True)
+    with pytest.raises(ValueError, match="`compute_metrics` gets none"):
+        refused(tiny_tokenizer, tmp_path, compute_metrics=len)
+    with pytest.raises(ValueError, match="the mean over the labels"):
+        refused(tiny_tokenizer, tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="the mean over the labels"):
+        refused(tiny_tokenizer, tmp_path, compute_loss_func=len)
+    with pytest.raises(ValueError, match="leave `even_batches` on"):
+        refused(tiny_tokenizer, tmp_path, accelerator_config={"even_batches": False})
+    experts = MixtralForCausalLM(MixtralConfig(**LLAMA, num_local_experts=2))
+    with pytest.raises(ValueError, match="set router_aux_loss_coef=0"):
+        refused(tiny_tokenizer, tmp_path, experts)
     spread = LlamaForCausalLM(LlamaConfig(**LLAMA))
     spread.hf_device_map = {"": 0}
     with pytest.raises(ValueError, match="`device_map` has one process"):
