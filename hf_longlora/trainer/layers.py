@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention.interface import NAME
@@ -77,6 +78,12 @@ def tile_mlps(model: nn.Module, tile: int) -> None:
         if not isinstance(mlp, _TiledMLP):
             mlp.__class__ = _tiled(mlp.__class__)
         mlp.mlp_tile = tile
+        if is_deepspeed_zero3_enabled():
+            # ZeRO-3 fetches the weights of each module that is called: those of the MLP at once, not for each tile.
+            # Processes with more tiles than others would wait for these in vain.
+            from deepspeed.utils import set_z3_leaf_module  # type: ignore[import-not-found]
+
+            set_z3_leaf_module(mlp, True)
 
 
 class _TiledMLP(nn.Module):

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
 from hf_longlora.trainer import last_checkpoint
@@ -24,7 +24,7 @@ def tiny_model(*options: str) -> LlamaForCausalLM:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=128,
-            hidden_size=32,
+            hidden_size=64 if "qlora" in options else 32,  # bitsandbytes quantizes 64 weights together
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=4,
@@ -36,6 +36,12 @@ def tiny_model(*options: str) -> LlamaForCausalLM:
             tie_word_embeddings="tied" in options,
         )
     )
+    if "qlora" in options:
+        four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        state = model.state_dict()
+        return LlamaForCausalLM.from_pretrained(
+            None, config=model.config, state_dict=state, quantization_config=four_bits
+        )
     return model.to(torch.bfloat16) if "bf16" in options else model
 
 

@@ -32,6 +32,9 @@ slow = pytest.mark.slow
 deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed (pip install deepspeed)"
 )
+quantized = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install bitsandbytes)"
+)
 CASES = [pytest.param("ddp", (), id="ddp", marks=slow), pytest.param("ddp", ("pose",), id="ddp-pose")]
 CASES += [pytest.param("ddp", ("stream",), id="ddp-stream", marks=slow)]
 RESUMED = [pytest.param("ddp", (), id="ddp"), pytest.param("ddp", ("stream",), id="ddp-stream")]
@@ -124,6 +127,7 @@ def test_two_processes_resume(name, options, tmp_path):
         ("zero2", 3, ("thirds", "answers")),
         ("zero2", 4, ("groups", "answers")),
         ("zero3", 4, ("groups", "packed", "tiles")),
+        pytest.param("zero2", 2, ("qlora",), marks=quantized),
     ],
     ids=str,
 )
@@ -154,11 +158,13 @@ def test_shards_of_sequences_are_whole_ones(name, processes, options, tmp_path):
 
 @slow
 @deepspeed
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_shards_resume(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "processes", "options"), [("zero2", 2, ()), ("zero3", 2, ()), ("zero2", 4, ("groups",))], ids=str
+)
+def test_shards_resume(name, processes, options, tmp_path):
     """A run in shards goes on where it was, in each stage, also in the middle of what processes have read."""
     out, config = tmp_path / "out", CONFIGS / f"{name}.yaml"
-    two_processes(config, out, "shards")
+    two_processes(config, out, "shards", *options, processes=processes)
     whole, whole_run = load_file(out / "adapter_model.safetensors"), told(out)
     for step in (2, 6):
         again = tmp_path / f"from-{step}"
@@ -167,7 +173,7 @@ def test_shards_resume(name, tmp_path):
             (again / file).unlink()
         for later in range(step + 1, 9):
             (again / f"checkpoint-{later}" / "trainer_state.json").unlink(missing_ok=True)
-        two_processes(config, again, "shards")
+        two_processes(config, again, "shards", *options, processes=processes)
         assert told(again) == whole_run | {"from": f"checkpoint-{step}"}
         resumed = load_file(again / "adapter_model.safetensors")
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)

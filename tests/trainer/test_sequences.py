@@ -3,6 +3,8 @@
 import importlib.util
 
 import pytest
+import torch
+import torch.distributed as dist
 from accelerate import ParallelismConfig
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
@@ -20,7 +22,13 @@ from transformers import (
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
-from hf_longlora.trainer.sequences import InShards, ShardableCollator, gradients_repeated, parallelism_config
+from hf_longlora.trainer.sequences import (
+    InShards,
+    ShardableCollator,
+    gradients_repeated,
+    parallelism_config,
+    shards_in_turn,
+)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +62,28 @@ def test_a_batch_can_be_cut(packed):
         assert batch["attention_mask"].tolist() == [[1] * 7 + [0]]
     else:
         assert batch["attention_mask"].sum(1).tolist() == [3, 4]
+
+
+def in_turn(group):
+    rank = dist.get_rank(group)
+    ids = torch.arange(2 * 8 * (rank + 1)).view(2, -1) + 100 * rank
+    batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+    return list(shards_in_turn(batch, group))
+
+
+def test_evaluated_batches_are_cut_in_turn(processes):
+    """Each process's batch, of its own length, over all of the group; labels are those of the next tokens."""
+    for size in (2, 4):
+        found = processes.run(size, in_turn)
+        for turn in range(size):
+            whole = torch.arange(2 * 8 * (turn + 1)).view(2, -1) + 100 * turn
+            shards = [of_rank[turn] for of_rank in found]
+            assert all(shard.keys() == {"input_ids", "labels", "attention_mask", "shift_labels"} for shard in shards)
+            assert {shard["input_ids"].shape[1] for shard in shards} == {8 * (turn + 1) // size}
+            assert torch.equal(torch.cat([shard["input_ids"] for shard in shards], dim=1), whole)
+            for name in ("labels", "shift_labels"):
+                labels = torch.cat([shard[name] for shard in shards], dim=1)
+                assert torch.equal(labels[:, :-1], whole[:, 1:]) and labels[:, -1].eq(-100).all()
 
 
 def test_a_collator_without_positions_is_refused():
