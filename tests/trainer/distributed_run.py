@@ -76,7 +76,8 @@ def main(output: str, batch_size: int, *options: str) -> None:
         sequence_parallel=max(1, processes // 2 if "groups" in options else processes) if "shards" in options else 1,
         mlp_tile=20 if "tiles" in options else None,
         per_device_eval_batch_size=1,
-        eval_strategy="steps" if "shards" in options else "no",
+        # What bitsandbytes 0.50 packs for a CPU's evaluation gives no gradients afterwards.
+        eval_strategy="steps" if "shards" in options and "qlora" not in options else "no",
         eval_steps=3,
         gradient_accumulation_steps=2 if "packed" in options else 1,
         packing="packed" in options,
