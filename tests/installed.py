@@ -88,19 +88,7 @@ def main(command: str) -> None:
         path.name for path in Path("out").iterdir()
     }
     run("train", "--config", "run.yaml", "--output_dir", "streamed", "--dataset_streaming", "true")
-    run(
-        "evaluate",
-        "out",
-        "--documents",
-        "book.txt",
-        "--lengths",
-        "128",
-        "512",
-        "--device",
-        "cpu",
-        "--output-dir",
-        "out",
-    )
+    run("evaluate", "out", "--documents", "book.txt", "--lengths", "128", "512", "--device", "cpu")
     run("merge", "out", "merged")
     run("export", "out", "lora", "--form", "lora")
     ids = torch.arange(3, 203)[None]

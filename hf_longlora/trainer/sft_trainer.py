@@ -502,8 +502,11 @@ class LongLoraSFTTrainer(SFTTrainer, ShardedLoss):
     @property
     def stage_data(self) -> dict[str, str]:
         """What each stage sees of the data: `data of stage 1` -> a line."""
-        seen = self._stage_data | stage_data(self._stream_state)
-        return {f"data of stage {number + 1}": str(data) for number, data in seen.items()}
+        lines = {number: str(data) for number, data in self._stage_data.items()}
+        if isinstance(self.train_dataset, StreamedRows):
+            lines = {number: f"{line}, at its beginning" for number, line in lines.items()}
+            lines |= {number: str(data) for number, data in stage_data(self._stream_state).items()}
+        return {f"data of stage {number + 1}": line for number, line in lines.items()}
 
     @property
     def _documents(self) -> str:

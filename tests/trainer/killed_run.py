@@ -87,6 +87,7 @@ def run(
     die_at: int = 0,
     how: int = signal.SIGKILL,
     counted: bool = False,
+    streamed: bool = False,
 ) -> None:
     calls = count_calls(die_at, how) if die_at or counted else None
     torch.set_num_threads(1)
@@ -125,13 +126,15 @@ def run(
         logging_steps=1,
         save_steps=1,
         save_total_limit=2,
+        shuffle_buffer=3,
         disable_tqdm=True,
         report_to="none",
     )
+    data = Dataset.from_dict({"text": [f"{i}: " + "It was a bright day. " * (20 + i) for i in range(8)]})
     trainer = LongLoraSFTTrainer(
         LlamaForCausalLM(config),
         args,
-        train_dataset=Dataset.from_dict({"text": [f"{i}: " + "It was a bright day. " * (20 + i) for i in range(8)]}),
+        train_dataset=data.to_iterable_dataset(num_shards=2) if streamed else data,
         processing_class=PreTrainedTokenizerFast.from_pretrained(tokenizer),
         peft_config=LongLoraConfig(r=4, lora_dropout=0.1),  # the random state has to come back, too
     )

@@ -95,6 +95,17 @@ def test_killed_at_random_points(start, whole, tmp_path, planned, seed):
     assert result(killed) == whole
 
 
+def test_a_streamed_run_is_killed(start, tmp_path):
+    """Twice, in other blocks, the second time with half a file."""
+    finish(start("whole", streamed=True), tmp_path / "whole")
+    for torn in (False, True):
+        child = start("killed", at="rng", torn=torn, streamed=True)
+        child.join(PATIENCE)
+        assert child.exitcode == -signal.SIGKILL, log(tmp_path / "killed")[-3000:]
+    finish(start("killed", streamed=True), tmp_path / "killed")
+    assert result(tmp_path / "killed") == result(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("after", list(WRITERS))
 def test_killed_after_each_file_of_a_checkpoint(start, whole, tmp_path, after):
     """The checkpoint counts once its last file is there, and not before."""
