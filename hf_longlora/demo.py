@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from .demo_base import demo_model_config, pretrain, stdlib_documents, train_tokenizer
 from .evaluation import perplexity_by_length
-from .evaluation.plots import plot_perplexity, require_matplotlib
+from .evaluation.plots import no_plots, plot_perplexity
 from .rope import apply_rope, scaled_rope
 from .trainer import ContextStage, LongLoraSFTConfig, LongLoraSFTTrainer, last_checkpoint
 from .tuner import LongLoraConfig
@@ -108,11 +108,9 @@ def run_demo(
         The records of `perplexity_by_length`, by model.
 
     Raises:
-        ImportError: matplotlib is missing.
         ValueError: a demo of another size is in `output_dir`.
         RuntimeError: the reloaded adapter does not give the perplexity that the trained one gave.
     """
-    require_matplotlib()
     if minutes <= 0:
         raise ValueError(f"minutes must be more than 0, got {minutes}")
     with _quiet():
@@ -152,7 +150,7 @@ def _run(console: Console, out: Path, seed: int, minutes: float, full: bool) -> 
     head("3/4 Evaluation", f"{len(held_out)} held-out files of more than {TARGET_LENGTH:,} tokens")
     evaluation = EVALUATION | {"max_windows": plan.max_windows}
     records = _evaluate(out / "perplexity.json", out, base, held_out, plan.runs, evaluation)
-    plot = plot_perplexity(
+    plot = no_plots() or plot_perplexity(
         records,
         out / "perplexity.png",
         base_length=BASE_LENGTH,
@@ -178,7 +176,7 @@ def _run(console: Console, out: Path, seed: int, minutes: float, full: bool) -> 
         f"{held:.2f} in the extended model.",
         highlight=False,
     )
-    files = f"Base {base}\nAdapter {adapter}\nPlot {plot}"
+    files = f"Base {base}\nAdapter {adapter}\nPlot: {plot}"
     console.print(f"{files}\n{time.perf_counter() - started:.0f} s in all\n", highlight=False, soft_wrap=True)
     console.print("[bold]The same for your model[/bold], in your TRL script:")
     console.print(

@@ -133,6 +133,18 @@ def test_no_folder_of_another_model_or_run_is_evaluated_into(adapter, capsys, he
     assert main([*arguments, str(folder / "base"), "--output-dir", str(folder / "base")]) == 0
 
 
+def test_evaluate_without_matplotlib(adapter, capsys, monkeypatch):
+    """It is an extra: what is measured is written all the same, and said before it is measured."""
+    _, folder = adapter
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    arguments = ["evaluate", str(folder / "base"), "--documents", str(folder / "one.txt"), "--lengths", "64"]
+    arguments += ["--dense-only", "--passkey", "1", "--retrieval-lengths", "600", "--depths", "0", "--device", "cpu"]
+    assert main([*arguments, "--output-dir", str(folder / "out")]) == 0
+    printed = capsys.readouterr()
+    assert "Tables alone: plots need matplotlib: pip install 'hf-longlora[plot]'" in printed.err
+    assert "Written to" in printed.out and [path.name for path in (folder / "out").iterdir()] == ["evaluation.json"]
+
+
 def test_evaluate_a_plain_model_with_passkeys(adapter, capsys, monkeypatch):
     def asked(*args, **kwargs):
         raise AssertionError("a folder here is nothing to ask the Hub for")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
     from transformers.trainer import TRAINER_STATE_NAME
 
     from ..evaluation import multi_needle_accuracy, passkey_accuracy, ruler_accuracy
-    from ..evaluation.plots import require_matplotlib
+    from ..evaluation.plots import no_plots
     from ..evaluation.ruler import check_tasks, require_lm_eval
     from ..hub.card import base_name, weights_sha256
     from .data import check_writable, load_documents, texts_of
@@ -106,11 +107,13 @@ def run(options: argparse.Namespace) -> None:
     tasks = check_tasks(options.tasks) if options.tasks else []
     if not (options.documents or tasks or options.passkey or options.needles):
         raise ValueError("nothing to measure: give --documents, --passkey, --needles or --tasks")
-    require_matplotlib()
     if tasks:
         require_lm_eval()
     out = Path(options.output_dir)
     check_writable(out)
+    missing = no_plots()
+    if missing is not None:
+        print(f"Tables alone: {missing}", file=sys.stderr)
     splits = load_documents(options.documents) if options.documents else None
     model, tokenizer = load(options.model, options.dtype, options.device)
     documents = texts_of(splits, tokenizer) if splits is not None else None
@@ -139,7 +142,7 @@ def run(options: argparse.Namespace) -> None:
             results[name] = measure(model, tokenizer, texts, options.depths, trials=trials)
     if tasks:
         results["ruler"] = ruler_accuracy(model, tokenizer, options.lengths, tasks, trials=options.trials, **how)
-    _report(results, out, _extension(model))
+    _report(results, out, _extension(model), plots=missing is None)
 
 
 def _on_documents(model: Any, tokenizer: Any, documents: list[str], options: argparse.Namespace) -> dict[str, Any]:
@@ -195,7 +198,7 @@ def _extension(model: Any) -> dict[str, int]:
     }
 
 
-def _report(results: dict[str, Any], out: Path, extension: dict[str, int]) -> None:
+def _report(results: dict[str, Any], out: Path, extension: dict[str, int], plots: bool) -> None:
     from peft.utils import CONFIG_NAME
     from rich.console import Console
     from rich.table import Table
@@ -224,18 +227,21 @@ def _report(results: dict[str, Any], out: Path, extension: dict[str, int]) -> No
         console.print(shown)
 
     if "perplexity" in results:
-        records, title = results["perplexity"], f"{name}: perplexity by context length"
-        written.append(plot_perplexity(records, out / "perplexity.png", title=title, **extension))
-        positions, title = {"dense": results["positions"]}, f"{name}: loss by position"
-        written.append(plot_positions(positions, out / "positions.png", title=title))
+        records, positions = results["perplexity"], {"dense": results["positions"]}
+        if plots:
+            title = f"{name}: perplexity by context length"
+            written.append(plot_perplexity(records, out / "perplexity.png", title=title, **extension))
+            title = f"{name}: loss by position"
+            written.append(plot_positions(positions, out / "positions.png", title=title))
         show("Perplexity at", perplexity_table(records))
         print(results["far_context"])
     titles = {"passkey": "Passkey", "needles": "One passkey of several"}
     for kind in (kind for kind in titles if kind in results):
         head, rows = retrieval_table(results[kind])
         show(f"{titles[kind]} found at depth", (head, [[f"{length} tokens", *found] for length, *found in rows]))
-        title = f"{name}: {titles[kind].lower()}"
-        written.append(plot_retrieval(results[kind], out / f"{kind}.png", title=title))
+        if plots:
+            title = f"{name}: {titles[kind].lower()}"
+            written.append(plot_retrieval(results[kind], out / f"{kind}.png", title=title))
     if "ruler" in results:
         show("RULER at", ruler_table(results["ruler"]))
     if (out / TRAINER_STATE_NAME).is_file():

@@ -28,6 +28,15 @@ def require_matplotlib() -> None:
         raise ImportError("plots need matplotlib: pip install 'hf-longlora[plot]'") from error
 
 
+def no_plots() -> str | None:
+    """Why there are none; `None` if there can be. For what is worth having without them, said before it starts."""
+    try:
+        require_matplotlib()
+    except ImportError as error:
+        return str(error)
+    return None
+
+
 def plot_perplexity(
     records_by_name: Mapping[str, Sequence[Mapping[str, Any]]],
     path: str | Path,
