@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from hf_longlora import s2_attention
@@ -208,6 +208,15 @@ LAYOUTS = [
     batch=st.integers(1, 3),
     length=st.integers(1, 40),
     padded=st.booleans(),
+)
+# Whole groups in each row, so that launches would join the rows if they followed one another.
+@example(layouts=("every second",) * 4, heads=(4, 2), batch=2, length=32, padded=False)
+@example(
+    layouts=("contiguous", "expanded over rows", "a window", "contiguous"),
+    heads=(4, 4),
+    batch=3,
+    length=16,
+    padded=False,
 )
 def test_any_layout_in_memory(kernel, device, dtype, layouts, heads, batch, length, padded):
     """Of queries, keys, values and the output's gradient; gradients are those of what the views were made from."""
