@@ -190,6 +190,7 @@ class LongLoraSFTTrainer(SFTTrainer, ShardedLoss):
             callbacks=[self._stage_callback, *(callbacks or [])],
             **kwargs,
         )
+        set_s2_attention(self.model)  # loaded by its name it has the attention that its arguments ask for, if any
         check_replicas(args)
         if self._any_windows:
             self.data_collator = WindowCollator(self.data_collator)

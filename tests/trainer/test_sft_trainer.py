@@ -454,10 +454,12 @@ def test_two_lines_change_a_trl_script(tiny_llama, tiny_tokenizer, tmp_path):
         assert trainer.train().global_step == 2
 
 
-def test_the_model_may_be_a_path(make, tiny_llama, tiny_tokenizer, tmp_path):
+@pytest.mark.parametrize("given", [None, {"attn_implementation": None}, {"attn_implementation": "sdpa"}])
+def test_the_model_may_be_a_path(make, tiny_llama, tiny_tokenizer, given, tmp_path):
+    """Whatever attention its arguments ask for: TRL's script says None where none is named."""
     tiny_llama().save_pretrained(tmp_path / "base")
     tiny_tokenizer.save_pretrained(tmp_path / "base")
-    trainer = make(model=str(tmp_path / "base"))
+    trainer = make(model=str(tmp_path / "base"), model_init_kwargs=given)
     assert trainer.model.config._attn_implementation == "s2attn"
     trainer.train()
 
