@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention import S2AttentionConfig, s2_attention, s2_attention_mode, set_s2_attention
-    from .evaluation import loss_by_position, passkey_accuracy, perplexity_by_length, ruler_accuracy
+    from .evaluation import long_perplexity, loss_by_position, passkey_accuracy, perplexity_by_length, ruler_accuracy
     from .hub import PushAdapterCallback, export_adapter
     from .planning import plan_run
     from .schedule import ContextStage
@@ -28,6 +28,7 @@ __all__ = [
     "PushAdapterCallback",
     "S2AttentionConfig",
     "export_adapter",
+    "long_perplexity",
     "loss_by_position",
     "passkey_accuracy",
     "perplexity_by_length",

@@ -14,7 +14,14 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
-from hf_longlora import LongLoraConfig, S2AttentionConfig, perplexity_by_length, s2_attention_mode, set_s2_attention
+from hf_longlora import (
+    LongLoraConfig,
+    S2AttentionConfig,
+    long_perplexity,
+    perplexity_by_length,
+    s2_attention_mode,
+    set_s2_attention,
+)
 from hf_longlora.attention import get_s2_attention
 from hf_longlora.attention.interface import S2State
 from hf_longlora.cli import main
@@ -71,6 +78,24 @@ def test_evaluate(adapter, tiny_tokenizer, capsys):
     assert "Context beyond 128 tokens" in results["far_context"]
     assert " ".join(results["far_context"].split()) in " ".join(printed.split())
     assert f"{results['perplexity']['dense'][1]['perplexity']:.2f}" in printed and "as trained" in printed
+
+
+def test_evaluate_long_ppl(adapter, tiny_tokenizer, capsys):
+    """At the lengths above the short context, by the model itself or by another."""
+    model, folder = adapter
+    texts = texts_of(load_documents([str(folder / "one.txt")]), tiny_tokenizer)
+    arguments = ["evaluate", str(folder / "adapter"), "--documents", str(folder / "one.txt"), "--dense-only"]
+    arguments += ["--lengths", "64", "128", "256", "--device", "cpu", "--output-dir", str(folder / "out")]
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    for name, options, evaluator in ((None, [], None), ("base", ["--evaluator", str(folder / "base")], base)):
+        assert main([*arguments, "--long-ppl", "64", *options]) == 0
+        results = json.loads((folder / "out" / "evaluation.json").read_text())
+        how = dict(evaluator=evaluator, short=64, tokenizer=tiny_tokenizer, progress=False)
+        expected = long_perplexity(model, texts, [128, 256], **how)
+        assert results["long_ppl"] == [record | {"evaluator": name} for record in expected]
+        assert "LongPPL" in capsys.readouterr().out
+    for wrong in (["--long-ppl", "300"], ["--long-ppl"], ["--evaluator", "base"]):
+        assert main([*arguments, *wrong]) == 1 and "--long-ppl" in capsys.readouterr().err
 
 
 def test_an_adapter_trained_in_windows_is_evaluated_densely(adapter, capsys):

@@ -72,6 +72,21 @@ def add(commands: Any) -> None:
         "--retrieval-lengths", nargs="+", type=int, metavar="N", help="lengths for passkeys; default: --lengths"
     )
     evaluate.add_argument(
+        "--long-ppl",
+        nargs="?",
+        type=int,
+        const=4096,
+        metavar="K",
+        help="LongPPL of the documents: perplexity of the tokens that K tokens of context don't tell (4096 if not "
+        "given) and those of --lengths do",
+    )
+    evaluate.add_argument(
+        "--evaluator",
+        metavar="MODEL",
+        help="model or adapter that says which tokens those are: the same one for all models that are to be compared; "
+        "default: the model itself",
+    )
+    evaluate.add_argument(
         "--tasks",
         nargs="+",
         default=[],
@@ -98,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
     from peft.utils import CONFIG_NAME
     from transformers.trainer import TRAINER_STATE_NAME
 
-    from ..evaluation import multi_needle_accuracy, passkey_accuracy, ruler_accuracy
+    from ..evaluation import long_perplexity, multi_needle_accuracy, passkey_accuracy, ruler_accuracy
     from ..evaluation.plots import no_plots
     from ..evaluation.ruler import check_tasks, require_lm_eval
     from ..hub.card import base_name, weights_sha256
@@ -107,6 +122,11 @@ def run(options: argparse.Namespace) -> None:
     tasks = check_tasks(options.tasks) if options.tasks else []
     if not (options.documents or tasks or options.passkey or options.needles):
         raise ValueError("nothing to measure: give --documents, --passkey, --needles or --tasks")
+    longer = [length for length in options.lengths if length > (options.long_ppl or 0)]
+    if options.long_ppl is not None and not (options.documents and longer):
+        raise ValueError(f"--long-ppl needs --documents, and a length above its {options.long_ppl:,} tokens")
+    if options.evaluator is not None and options.long_ppl is None:
+        raise ValueError("--evaluator is for --long-ppl, which isn't asked for")
     if tasks:
         require_lm_eval()
     out = Path(options.output_dir)
@@ -137,6 +157,11 @@ def run(options: argparse.Namespace) -> None:
     results: dict[str, Any] = {"model": base_name(options.model), "adapter_sha256": measured}
     if documents is not None:
         results |= _on_documents(model, tokenizer, documents, options)
+        if options.long_ppl is not None:
+            evaluator = load(options.evaluator, options.dtype, options.device)[0] if options.evaluator else None
+            windows = {"max_windows": options.max_windows, "batch_size": options.batch_size, "tokenizer": tokenizer}
+            records = long_perplexity(model, documents, longer, evaluator=evaluator, short=options.long_ppl, **windows)
+            results["long_ppl"] = [record | {"evaluator": base_name(options.evaluator)} for record in records]
     for name, measure in retrieval:
         if trials := getattr(options, name):
             results[name] = measure(model, tokenizer, texts, options.depths, trials=trials)
@@ -205,7 +230,7 @@ def _report(results: dict[str, Any], out: Path, extension: dict[str, int], plots
     from transformers.trainer import TRAINER_STATE_NAME
 
     from ..evaluation import plot_perplexity, plot_positions, plot_retrieval
-    from ..evaluation.tables import perplexity_table, retrieval_table, ruler_table
+    from ..evaluation.tables import long_ppl_table, perplexity_table, retrieval_table, ruler_table
     from ..hub import refresh_card
     from ..hub.card import EVALUATION_NAME
     from ..trainer import update_report
@@ -235,6 +260,8 @@ def _report(results: dict[str, Any], out: Path, extension: dict[str, int], plots
             written.append(plot_positions(positions, out / "positions.png", title=title))
         show("Perplexity at", perplexity_table(records))
         print(results["far_context"])
+    if "long_ppl" in results:
+        show("", long_ppl_table(results["long_ppl"]))
     titles = {"passkey": "Passkey", "needles": "One passkey of several"}
     for kind in (kind for kind in titles if kind in results):
         head, rows = retrieval_table(results[kind])

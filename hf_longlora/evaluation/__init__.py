@@ -5,6 +5,7 @@ it stands: to evaluate with the training-time attention, put the call inside `s2
 """
 
 from .compare import compare_attention
+from .long_ppl import long_perplexity
 from .perplexity import far_context, loss_by_position, perplexity_by_length
 from .plots import plot_perplexity, plot_positions, plot_retrieval
 from .retrieval import multi_needle_accuracy, multi_needle_example, passkey_accuracy, passkey_example
@@ -13,6 +14,7 @@ from .ruler import ruler_accuracy
 __all__ = [
     "compare_attention",
     "far_context",
+    "long_perplexity",
     "loss_by_position",
     "multi_needle_accuracy",
     "multi_needle_example",

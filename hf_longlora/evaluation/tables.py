@@ -41,6 +41,14 @@ def ruler_table(records: Records) -> Table:
     return ["tokens", *tasks, "mean"], rows
 
 
+def long_ppl_table(records: Records) -> Table:
+    """LongPPL and the share of key tokens, a column for each length, of what `long_perplexity` returned."""
+    values = ["no key token" if record["perplexity"] is None else f"{record['perplexity']:.2f}" for record in records]
+    shares = [f"{record['key_tokens'] / record['tokens']:.2%} of {record['tokens']:,}" for record in records]
+    head = ["", *(f"{record['length']:,} tokens" for record in records)]
+    return head, [["LongPPL", *values], ["key tokens", *shares]]
+
+
 def basis(records: Records) -> str:
     """What each number rests on, `"1,280 tokens of 12 documents"` or `"10 texts"`; `""` if records don't tell."""
     if all("trials" in record for record in records):

@@ -12,7 +12,15 @@ from huggingface_hub.utils.sha import sha_fileobj
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.utils import cached_file, logging
 
-from ..evaluation.tables import Records, Table, basis, perplexity_table, retrieval_table, ruler_table
+from ..evaluation.tables import (
+    Records,
+    Table,
+    basis,
+    long_ppl_table,
+    perplexity_table,
+    retrieval_table,
+    ruler_table,
+)
 from ..rope import ABF, RopeScaling, reach, rope_factor, type_over
 from ..schedule import Schedule
 from ..tuner import LongLoraConfig
@@ -37,6 +45,7 @@ def adapter_card(
     perplexity: Mapping[str, Mapping[str, Records]] | None = None,
     retrieval: Mapping[str, Records] | None = None,
     ruler: Records = (),
+    long_ppl: Records = (),
     training: Mapping[str, Any] | None = None,
     about: str = "",
     plot: str | None = None,
@@ -53,6 +62,7 @@ def adapter_card(
         perplexity: For each text, what `compare_attention` returned (`"dense"`, `"as trained"`, or further names).
         retrieval: What `passkey_accuracy` returned as `"passkey"`, `multi_needle_accuracy` as `"needles"`.
         ruler: What `ruler_accuracy` returned.
+        long_ppl: What `long_perplexity` returned, with the `evaluator`'s name if it is not the model itself.
         training: Facts to list as they are: data, tokens, hardware, time.
         about: A paragraph for the top.
         plot: The picture of the perplexities, a file beside the card.
@@ -93,6 +103,7 @@ def adapter_card(
         schedule=_schedule(config.trained),
         pose="pose" in _kinds(config.trained),
         perplexity=[_perplexity(text, records) for text, records in perplexity.items()],
+        long_ppl=_long_ppl(long_ppl) if long_ppl else "",
         plot=f"![Perplexity by context length]({plot})" if plot else "",
         retrieval="\n\n".join(_retrieval(kind, records) for kind, records in found.items()),
         ruler=_ruler(ruler) if ruler else "",
@@ -134,6 +145,7 @@ def folder_card(
         perplexity={"held-out documents": records} if records else None,
         retrieval={kind: evaluation[kind] for kind in RETRIEVAL if evaluation.get(kind)},
         ruler=evaluation.get("ruler", ()),
+        long_ppl=evaluation.get("long_ppl", ()),
         training=read_facts(folder),
         plot=PLOT_NAME if records and (folder / PLOT_NAME).is_file() else None,
         **options,
@@ -316,6 +328,17 @@ def _retrieval(title: str, records: Records) -> str:
     tried = basis(records)
     lines = [f"## {title}, by length of the text and depth of the passkey", "", *_table(retrieval_table(records))]
     return "\n".join([*lines, *(["", f"Each is of {tried}."] if tried else [])])
+
+
+def _long_ppl(records: Records) -> str:
+    judge = records[0].get("evaluator")
+    found = f"by `{judge}`" if judge else "by the model itself"
+    lines = ["## LongPPL", "", *_table(long_ppl_table(records)), ""]
+    lines.append(
+        "Perplexity of key tokens ([arXiv 2410.23771](https://arxiv.org/abs/2410.23771)): those that the context of "
+        f"{records[0]['short']:,} tokens does not tell and the longer one does, found {found}."
+    )
+    return "\n".join(lines)
 
 
 def _ruler(records: Records) -> str:

@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..evaluation.plots import plot_history, require_matplotlib
-from ..evaluation.tables import basis, perplexity_table, retrieval_table, ruler_table
+from ..evaluation.tables import basis, long_ppl_table, perplexity_table, retrieval_table, ruler_table
 from ..hub.card import RETRIEVAL, read_evaluation
 from ..hub.run import evaluation_losses, read_facts, training_seconds
 from ..schedule import Schedule
@@ -166,6 +166,8 @@ def _evaluation(folder: Path, results: Mapping[str, Any]) -> list[str]:
     if "far_context" in results:
         parts += ["<h2>Loss by position</h2>", f"<p>{html.escape(results['far_context'])}</p>"]
         parts += _picture(folder / "positions.png")
+    if records := results.get("long_ppl"):
+        parts += ["<h2>LongPPL by context length</h2>", _table(*long_ppl_table(records))]
     for kind, title in RETRIEVAL.items():
         if records := results.get(kind):
             tried = basis(records)

@@ -20,6 +20,10 @@ RECORDS = {
         "as trained": [{"length": 256, "perplexity": 11.75}],
     }
 }
+LONG_PPL = [
+    {"length": 8192, "short": 4096, "perplexity": 7.125, "key_tokens": 50, "tokens": 2000, "evaluator": "llama"},
+    {"length": 16384, "short": 4096, "perplexity": None, "key_tokens": 0, "tokens": 2000, "evaluator": "llama"},
+]
 RULER = [
     {"task": task, "length": 8192, "accuracy": accuracy, "error": 0.1, "trials": 20, "chat_template": True}
     for task, accuracy in (("vt", 0.5), ("cwe", 0.25))
@@ -144,7 +148,8 @@ def test_a_card_is_brought_up_to_date_unless_it_was_edited(config, tmp_path):
     folder_card(tmp_path, name="someone/long", tags=["mine"], dataset="someone/books", license="mit").save(
         tmp_path / "README.md"
     )
-    evaluation = {"perplexity": RECORDS["books"], "passkey": PASSKEY, "needles": PASSKEY[:2], "ruler": RULER}
+    evaluation = {"perplexity": RECORDS["books"], "passkey": PASSKEY, "needles": PASSKEY[:2]}
+    evaluation |= {"ruler": RULER, "long_ppl": LONG_PPL}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     assert refresh_card(tmp_path)  # under the name that it has
     card = ModelCard.load(tmp_path / "README.md")
@@ -153,6 +158,8 @@ def test_a_card_is_brought_up_to_date_unless_it_was_edited(config, tmp_path):
     assert "## Passkeys found, by" in card.text and "## Passkeys found among several, by" in card.text
     assert "| tokens | vt | cwe | mean |" in card.text and "| 8,192 tokens | 50.0% | 25.0% | 37.5% |" in card.text
     assert "Each is of 20 texts in the tokenizer's chat template: tasks of RULER" in card.text
+    assert "| LongPPL | 7.12 | no key token |" in card.text and "| key tokens | 2.50% of 2,000 | 0.00%" in card.text
+    assert "context of 4,096 tokens does not tell" in card.text and "found by `llama`" in card.text
     assert [r.metric_value for r in card.data.eval_results if r.dataset_type == "ruler"] == [0.5, 0.25]
     assert "mine" in card.data.tags and card.data.tags.count("longlora") == 1
     assert (card.data.datasets, card.data.license) == (["someone/books"], "mit")
