@@ -57,7 +57,10 @@ def check_sequences(
             f"{'is one' if args.world_size == 1 else f'are {args.world_size}'}. Start them by {LAUNCH}."
         )
     if not started_with_deepspeed(args):
-        raise ValueError(f"`sequence_parallel` goes with DeepSpeed, of any ZeRO stage: start the run by {LAUNCH}.")
+        raise ValueError(
+            "`sequence_parallel` goes with DeepSpeed, of any ZeRO stage, and not with DDP or FSDP: start the run by "
+            f"{LAUNCH}."
+        )
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("`sequence_parallel` needs DeepSpeed: pip install 'deepspeed>=0.18.2'.")
     if any(schedule.has_windows(number) for number in range(len(schedule.stages))):
@@ -189,22 +192,25 @@ class ShardedLoss(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def shards_in_turn(inputs: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> Iterator[dict[str, torch.Tensor]]:
+def shards_in_turn(inputs: Mapping[str, Any], group: dist.ProcessGroup) -> Iterator[dict[str, Any]]:
     """Shards of the batches that the processes of a group have: this one's of the first's, of the second's, ...
 
     Args:
-        inputs: This process's batch, `[B, S]` each, `S` a multiple of the processes.
+        inputs: This process's batch, tensors `[B, S]`, `S` a multiple of the processes; and what is no tensor.
 
     Yields:
-        `[B, S / processes]` each, with `shift_labels` beside `labels`: those of the next tokens, -100 at the end.
+        `[B, S / processes]` each, with `shift_labels` beside `labels`: those of the next tokens, -100 at the end. What
+        is no tensor, as it is.
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     own = torch.tensor(inputs["input_ids"].shape, device=inputs["input_ids"].device)
     shapes = [torch.empty_like(own) for _ in range(size)]
     dist.all_gather(shapes, own, group=group)
     for turn, shape in enumerate(shapes):
-        shard = {}
+        shard = dict(inputs)
         for name, x in sorted(inputs.items()):
+            if not isinstance(x, torch.Tensor):
+                continue
             whole = x.contiguous() if turn == rank else x.new_empty(shape.tolist())
             dist.broadcast(whole, group=group, group_src=turn)
             if name == "labels":

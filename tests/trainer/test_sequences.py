@@ -67,7 +67,7 @@ def test_a_batch_can_be_cut(packed):
 def in_turn(group):
     rank = dist.get_rank(group)
     ids = torch.arange(2 * 8 * (rank + 1)).view(2, -1) + 100 * rank
-    batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+    batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids), "use_cache": False}
     return list(shards_in_turn(batch, group))
 
 
@@ -78,7 +78,8 @@ def test_evaluated_batches_are_cut_in_turn(processes):
         for turn in range(size):
             whole = torch.arange(2 * 8 * (turn + 1)).view(2, -1) + 100 * turn
             shards = [of_rank[turn] for of_rank in found]
-            assert all(shard.keys() == {"input_ids", "labels", "attention_mask", "shift_labels"} for shard in shards)
+            names = {"input_ids", "labels", "attention_mask", "shift_labels", "use_cache"}
+            assert all(shard.keys() == names for shard in shards)
             assert {shard["input_ids"].shape[1] for shard in shards} == {8 * (turn + 1) // size}
             assert torch.equal(torch.cat([shard["input_ids"] for shard in shards], dim=1), whole)
             for name in ("labels", "shift_labels"):
@@ -178,6 +179,26 @@ def test_what_cannot_be_in_shards_is_refused(tiny_tokenizer, tmp_path, launched,
     spread.hf_device_map = {"": 0}
     with pytest.raises(ValueError, match="`device_map` has one process"):
         refused(tiny_tokenizer, tmp_path, spread)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (LlamaConfig(**LLAMA), {"sequence_parallel": 3}, "needs a multiple of 3 processes, and there are 4"),
+        (LlamaConfig(**LLAMA), {"model_init_kwargs": {"device_map": "auto"}}, "`device_map` has one process"),
+        (LlamaConfig(**LLAMA), {"stages": [ContextStage(128, 2, rope_type="longrope")]}, "RoPE of type 'longrope'"),
+        (MistralConfig(**LLAMA, sliding_window=16), {}, "a window of 16 tokens"),
+        (Qwen3NextConfig(**LLAMA, layer_types=["linear_attention"]), {}, "linear_attention, which see no further"),
+        (MixtralConfig(**LLAMA), {}, "set router_aux_loss_coef=0"),
+        (LlamaConfig(**LLAMA), {"loss_type": "dft"}, "the mean over the labels"),
+    ],
+    ids=["processes", "device_map", "rope", "window", "linear", "experts", "loss"],
+)
+def test_nothing_is_loaded_before_it_is_refused(tiny_tokenizer, tmp_path, launched, config, options, message):
+    """The model's folder has a config and nothing else."""
+    config.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=message):
+        refused(tiny_tokenizer, tmp_path, str(tmp_path / "base"), **options)
 
 
 def test_accelerates_own_key_is_refused(tiny_tokenizer, tmp_path, monkeypatch):
