@@ -93,7 +93,8 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) 
     mode: AttentionMode = state.mode if state is not None else "auto"
     find_sequence = state.find_sequence if state is not None else None
     state = S2State(config or S2AttentionConfig(), mode, native_window(inner), find_sequence)
-    for module in (inner, *modules):
+    setattr(inner, STATE, state)
+    for module in modules:
         setattr(module, STATE, state)
         takes = inspect.signature(type(module).forward).parameters.values()
         passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes)

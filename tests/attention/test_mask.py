@@ -43,6 +43,25 @@ def test_a_mask_by_position_is_its_definition_however_many_rows_are_made_at_a_ti
         mask_of().by_position(torch.tensor([0, 12]), torch.arange(12)[None])
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"kv_length": 13}, {"kv_offset": 3}, {"q_offset": 3}, {"q_offset": torch.tensor(0)}], ids=str
+)
+def test_queries_that_are_not_the_keys_are_dense(arguments):
+    """A decoding step, a prefill into a static cache, a chunk after a prefix."""
+    whole = dict(allow_is_causal_skip=False, dtype=torch.float32, config=None, device=torch.device("cpu")) | arguments
+    assert not isinstance(mask_of(**whole), S2Mask)
+    assert isinstance(mask_of(**whole | {"kv_length": 12, "kv_offset": 0, "q_offset": 0}), S2Mask)
+
+
+def test_other_keys_than_the_mask_is_for_are_refused():
+    keys = torch.empty(1, 1, 10, 2)
+    with pytest.raises(ValueError, match="10 keys where the mask is for 12"):
+        mask_of().check_keys(module(), keys)
+    with pytest.raises(ValueError, match="10 keys where the mask is for 2"):
+        mask_of(q_length=2, kv_length=2).check_keys(module(), keys)
+    mask_of(q_length=1, kv_length=1).check_keys(module(), keys)
+
+
 def module(**config) -> SimpleNamespace:
     return SimpleNamespace(config=SimpleNamespace(**config))
 

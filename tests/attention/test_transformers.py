@@ -25,7 +25,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 
 from hf_longlora import S2AttentionConfig, s2_attention, s2_attention_mode, set_s2_attention
-from hf_longlora.attention import Documents, get_s2_attention, interface
+from hf_longlora.attention import Documents, get_s2_attention, interface, switch
 from hf_longlora.attention.reference import reference_kernel
 from hf_longlora.modules import attention_modules
 
@@ -509,6 +509,32 @@ def test_unsupported_models_are_refused():
         set_s2_attention(t5)
     with pytest.raises(ValueError, match="not a transformers model"):
         set_s2_attention(torch.nn.Linear(2, 2))
+
+
+def test_a_model_without_anything_to_be_sparse_is_refused(tiny_llama):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no attention modules"):
+        set_s2_attention(tiny_llama(num_hidden_layers=0))
+    model = tiny_llama()
+    for _, module in attention_modules(model):
+        module.is_causal = False
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no causal attention"):
+        set_s2_attention(model)
+    next(attention_modules(model))[1].is_causal = True  # one is enough
+    set_s2_attention(model)
+
+
+@pytest.mark.parametrize(("window", "warned"), [(16, True), (63, True), (64, False), (None, False)])
+def test_a_window_in_every_layer_is_warned_of_once(monkeypatch, window, warned):
+    said = []
+    monkeypatch.setattr(switch.logger, "warning", said.append)
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=128)
+    config = MistralConfig(**shape, num_key_value_heads=2, sliding_window=window, max_position_embeddings=64)
+    model = MistralForCausalLM(config)
+    for _ in range(2):
+        set_s2_attention(model)
+    assert len(said) == warned and all(f"a sliding window of {window} tokens" in message for message in said)
+    assert not model._forward_pre_hooks  # the layers are asked for their caches, each once
+    assert [len(module._forward_pre_hooks) for _, module in attention_modules(model)] == [1]
 
 
 def test_setting_again_reconfigures_every_layer(models):
