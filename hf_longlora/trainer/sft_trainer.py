@@ -380,8 +380,6 @@ class LongLoraSFTTrainer(SFTTrainer, ShardedLoss):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         forget_lengths(self.model)  # dynamic RoPE: a batch's numbers don't depend on the lengths of those before
-        if self.args.sequence_parallel > 1 and not self.model.training:
-            return self._loss_in_turns(model, inputs)
         if not self.is_model_parallel:
             return super().compute_loss(model, inputs, *args, **kwargs)
         # `device_map` has spread the model over GPUs, with its head on the last. Trainer counts tokens and wants the
@@ -527,7 +525,19 @@ class LongLoraSFTTrainer(SFTTrainer, ShardedLoss):
         with own_attention(self.model, self.args.sequence_parallel):
             return super().evaluation_loop(*args, **kwargs)
 
-    def _loss_in_turns(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.args.sequence_parallel == 1:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        if not prediction_loss_only:
+            raise ValueError(
+                "With `sequence_parallel` no process has the logits of a whole row: set `prediction_loss_only`."
+            )
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self._loss_in_turns(model, self._prepare_inputs(inputs)), None, None
+
+    def _loss_in_turns(self, model: Any, inputs: Any) -> torch.Tensor:
         """That of this process's batch, where a group goes through those of all its processes in shards.
 
         accelerate cuts no batches of evaluations, and a long row would have to fit one card.

@@ -217,3 +217,12 @@ def test_counts_go_by_groups_of_processes(monkeypatch, tmp_path):
         output_dir=str(tmp_path), stages=[ContextStage(128, 2)], sequence_parallel=4, use_cpu=True, bf16=False
     )
     assert args.data_parallel == 2
+
+
+def test_logits_of_evaluated_shards_are_refused(make):
+    """`predict` asks for them."""
+    trainer = make()
+    trainer.args.sequence_parallel = 2
+    batch = {"input_ids": torch.ones(1, 8, dtype=torch.long), "labels": torch.ones(1, 8, dtype=torch.long)}
+    with pytest.raises(ValueError, match="set `prediction_loss_only`"):
+        trainer.prediction_step(trainer.model.eval(), batch, prediction_loss_only=False)
