@@ -65,7 +65,7 @@ def check_arguments(args: LongLoraSFTConfig) -> None:
         raise ValueError("`split_batches` would change how many examples a stage sees; leave it out.")
     parallel: Any = args.parallelism_config
     of_launch = int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1"))
-    if of_launch > 1 or (parallel is not None and parallel.sp_size > 1):
+    if of_launch > 1 or (parallel is not None and getattr(parallel, "sp_size", 1) > 1):
         raise ValueError(
             "Say how many processes share a sequence by `sequence_parallel`, not by accelerate's "
             "`parallelism_config`, which knows no sparse attention."

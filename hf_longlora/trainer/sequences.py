@@ -61,6 +61,8 @@ def check_sequences(
             "`sequence_parallel` goes with DeepSpeed, of any ZeRO stage, and not with DDP or FSDP: start the run by "
             f"{LAUNCH}."
         )
+    if not hasattr(ParallelismConfig, "sp_enabled"):
+        raise ValueError("`sequence_parallel` needs a later accelerate: pip install 'accelerate>=1.12'.")
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("`sequence_parallel` needs DeepSpeed: pip install 'deepspeed>=0.18.2'.")
     if any(schedule.has_windows(number) for number in range(len(schedule.stages))):

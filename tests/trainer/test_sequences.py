@@ -30,6 +30,8 @@ from hf_longlora.trainer.sequences import (
     shards_in_turn,
 )
 
+SHARES = hasattr(ParallelismConfig, "sp_enabled")
+
 
 @pytest.mark.parametrize(
     ("steps", "batch", "size", "groups"), [(6, 1, 2, 1), (7, 2, 2, 2), (5, 1, 4, 1), (3, 3, 4, 2), (9, 2, 3, 3)]
@@ -101,9 +103,16 @@ def test_gradients_are_what_deepspeed_makes_of_them():
     assert gradients_repeated(4, {}) == 4
 
 
+@pytest.mark.skipif(not SHARES, reason="needs accelerate>=1.12")
 def test_accelerate_is_told_of_groups():
     config = parallelism_config(2, 8)
     assert (config.sp_size, config.sp_backend, config.data_parallel_size) == (2, "deepspeed", 4)
+
+
+def test_an_accelerate_without_groups_is_refused(tiny_tokenizer, tmp_path, launched, monkeypatch):
+    monkeypatch.delattr(ParallelismConfig, "sp_enabled")
+    with pytest.raises(ValueError, match="needs a later accelerate"):
+        refused(tiny_tokenizer, tmp_path)
 
 
 TINY = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -132,6 +141,8 @@ def refused(tiny_tokenizer, tmp_path, model=None, adapter=None, **options):
 @pytest.fixture
 def launched(monkeypatch):
     """As under `accelerate launch` with DeepSpeed, before it starts anything."""
+    if not SHARES:
+        pytest.skip("needs accelerate>=1.12")
     monkeypatch.setattr(LongLoraSFTConfig, "world_size", 4)
     monkeypatch.setattr("hf_longlora.trainer.sequences.started_with_deepspeed", lambda args: True)
     find_spec = importlib.util.find_spec
@@ -201,6 +212,7 @@ def test_nothing_is_loaded_before_it_is_refused(tiny_tokenizer, tmp_path, launch
         refused(tiny_tokenizer, tmp_path, str(tmp_path / "base"), **options)
 
 
+@pytest.mark.skipif(not SHARES, reason="needs accelerate>=1.12")
 def test_accelerates_own_key_is_refused(tiny_tokenizer, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="by `sequence_parallel`, not by accelerate's"):
         refused(tiny_tokenizer, tmp_path, parallelism_config=ParallelismConfig(sp_size=2))
