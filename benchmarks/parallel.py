@@ -369,10 +369,6 @@ class Bench:
         self.device = f"cuda:{torch.cuda.current_device()}" if CUDA else "cpu"
         torch.manual_seed(0)  # the same weights in all
         model = build_model(name, longest, "s2attn", False)
-        if liger:
-            from transformers.integrations.liger import apply_liger_kernel
-
-            apply_liger_kernel(model, {"fused_linear_cross_entropy": False, "swiglu": not tile})
         add_fused_lm_head(model)
         self.inner = model
         self.model: Any = get_peft_model(model, LongLoraConfig(r=8, lora_alpha=16))
@@ -380,6 +376,10 @@ class Bench:
         set_s2_attention(self.model)
         if tile:
             tile_mlps(self.model, tile)
+        if liger:
+            from transformers.integrations.liger import apply_liger_kernel
+
+            apply_liger_kernel(self.model, {"fused_linear_cross_entropy": False, "swiglu": not tile})
         model.gradient_checkpointing_enable({"use_reentrant": False})
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=2e-5, fused=CUDA)
