@@ -262,6 +262,8 @@ def test_stages_by_themselves(kind, base, target, steps, stages):
 def test_bad_automatic_stages_are_refused(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         LongLoraSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **arguments)
+    with pytest.raises(ValueError, match="or one of .*, got 'halving'"):
+        auto_stages("halving", 64, 512, 10)
 
 
 def test_automatic_stages_belong_to_a_model_and_not_to_the_arguments(tiny_llama, tiny_tokenizer, tmp_path):

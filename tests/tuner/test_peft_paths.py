@@ -399,6 +399,8 @@ def test_load_adapter_over_a_taken_name_keeps_no_wrong_rope(tmp_path, caplog, mo
         hotswap_adapter(model, tmp_path / "lora")
     hotswap_adapter(model, str(tmp_path / "length"))
     assert model.config.rope_parameters["factor"] == 8.0
+    with pytest.raises(ValueError, match="is taken"):  # a swap sees to its own weights alone
+        model.load_adapter(tmp_path / "type", "default", is_trainable=trainable)
     # The same RoPE is the same adapter, further on: nothing to say.
     other = perturbed(llama(), LongLoraConfig(target_length=2 * TARGET, init_lora_weights=False))
     other.save_pretrained(tmp_path / "other")
