@@ -494,6 +494,21 @@ def test_own_attention_runs_in_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("family", sorted(OWN_ATTENTION))
+def test_own_attention_takes_a_mask_that_is_added(family):
+    """A 4-D mask of one's own: of numbers to add to the scores, as of where keys are seen."""
+    model, x = build(family), torch.randint(3, 128, (1, 12))
+    set_s2_attention(model, config_of(family))
+    seen = torch.ones(12, 12).tril().bool()
+    seen[5:, 2] = False
+    added = torch.zeros(12, 12).masked_fill(~seen, torch.finfo(torch.float32).min)
+    found = [
+        logits(model, x, attention_mask=dict.fromkeys(("full_attention", "sliding_attention"), mask[None, None]))
+        for mask in (seen, added)
+    ]
+    assert torch.allclose(*found, atol=1e-5) and not torch.allclose(found[0], logits(model, x), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", sorted(OWN_ATTENTION))
 def test_training_without_a_kernel_for_it_says_so(family):
     model = build(family).train()
     set_s2_attention(model, S2AttentionConfig(group_size=GROUP, kernel="sdpa"))

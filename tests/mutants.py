@@ -1,0 +1,179 @@
+"""Mutants: small changes of a source file, each of which some test should notice.
+
+    python -m tests.mutants hf_longlora/rope/scale.py tests/test_rope.py [-k ramp]
+
+The tests are collected once. Each mutant is a fork in which the code of one function is another, and ends at the first
+test that fails; what no test noticed is printed. Code outside of functions, defaults of arguments, and texts (of
+errors) are left out. `tests/mutants.md` says what was found.
+"""
+
+import ast
+import copy
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType, FunctionType
+
+import pytest
+
+PATIENCE = 60
+"""Seconds for a mutant, beside three times what the tests took without one: some never end."""
+SWAPPED = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.And: ast.Or, ast.Or: ast.And,
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult, ast.Div: ast.Mult,
+    ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr,
+}  # fmt: skip
+Change = Callable[[ast.AST], ast.AST]
+
+
+def changes(node: ast.AST) -> Iterator[tuple[str, Change]]:
+    """What may be changed of a node: a name, and a function that makes the new one of a copy of it."""
+
+    def with_field(name: str, value: Callable[[ast.AST], object]) -> Change:
+        def change(node: ast.AST) -> ast.AST:
+            setattr(node, name, value(node))
+            return node
+
+        return change
+
+    if isinstance(node, ast.Compare):
+        for i, operator in enumerate(node.ops):
+            other = SWAPPED[type(operator)]
+            yield other.__name__, with_field("ops", lambda n, i=i, o=other: [*n.ops[:i], o(), *n.ops[i + 1 :]])
+    if isinstance(node, (ast.BoolOp, ast.BinOp, ast.AugAssign)) and type(node.op) in SWAPPED:
+        other = SWAPPED[type(node.op)]
+        yield other.__name__, with_field("op", lambda n, o=other: o())
+    if isinstance(node, ast.BoolOp):
+        for i in range(len(node.values)):
+            yield f"without operand {i + 1}", with_field("values", lambda n, i=i: [*n.values[:i], *n.values[i + 1 :]])
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub)):
+        yield f"without {type(node.op).__name__}", lambda n: n.operand
+    if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
+        value = not node.value if isinstance(node.value, bool) else node.value + 1
+        yield repr(value), with_field("value", lambda n, value=value: value)
+    if isinstance(node, (ast.If, ast.IfExp)):
+        yield "if not", with_field("test", lambda n: ast.UnaryOp(ast.Not(), n.test))
+    if isinstance(node, ast.comprehension) and node.ifs:
+        yield "without filter", with_field("ifs", lambda n: [])
+    if isinstance(node, ast.Return) and not (node.value is None or ast.unparse(node.value) == "None"):
+        yield "returns None", with_field("value", lambda n: ast.Constant(None))
+    call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    kept = isinstance(node, ast.Assign) and isinstance(node.targets[0], (ast.Attribute, ast.Subscript))
+    if call or kept or isinstance(node, ast.Raise):
+        yield "nothing", lambda n: ast.Pass()
+    if isinstance(node, (ast.Break, ast.Continue)):
+        other = ast.Continue if isinstance(node, ast.Break) else ast.Break
+        yield other.__name__, lambda n: other()
+
+
+def mutants(source: str) -> Iterator[tuple[int, str, tuple[str, int], ast.Module]]:
+    """Line, change, the name and first line of the function that it is in, and the changed module."""
+    tree = ast.parse(source)
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    inner = {f for function in functions for f in ast.walk(function) if f is not function}
+    for function in (f for f in functions if f not in inner):
+        first = min([function.lineno, *(d.lineno for d in function.decorator_list)])
+        nodes = [node for statement in function.body for node in outside_texts(statement)]
+        for node in nodes:
+            for name, change in changes(node):
+                memo: dict[int, object] = {}
+                changed = copy.deepcopy(tree, memo)
+                old = memo[id(node)]
+                new = ast.copy_location(change(copy.deepcopy(node)), node) if hasattr(node, "lineno") else change(old)
+                Replace(old, new).visit(changed)
+                line = getattr(node, "lineno", None) or node.iter.lineno
+                yield line, name, (function.name, first), ast.fix_missing_locations(changed)
+
+
+def outside_texts(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and all within it, but for texts, docstrings and what an error says."""
+    if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+        return
+    yield node
+    if not isinstance(node, ast.Raise):
+        for child in ast.iter_child_nodes(node):
+            yield from outside_texts(child)
+
+
+class Replace(ast.NodeTransformer):
+    def __init__(self, old: object, new: ast.AST) -> None:
+        self.old, self.new = old, new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        if node is self.old:
+            # What is left of `a and b` without one of them.
+            alone = isinstance(self.new, ast.BoolOp) and len(self.new.values) == 1
+            return self.new.values[0] if alone else self.new
+        return super().generic_visit(node)
+
+
+def codes(code: CodeType) -> Iterator[CodeType]:
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from codes(constant)
+
+
+class Mutants:
+    """A plugin of pytest in the place of its run of the tests."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.failed = file.resolve(), False
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.failed |= report.failed
+
+    def fork(
+        self, session: pytest.Session, functions: list[FunctionType], code: CodeType | None, limit: float
+    ) -> bool:
+        """Whether a test noticed that functions have another code."""
+        child = os.fork()
+        if child == 0:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            for function in functions:
+                function.__code__ = code
+            for item in session.items:
+                item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
+                if self.failed:
+                    break
+            os._exit(self.failed)
+        end = time.monotonic() + limit
+        while time.monotonic() < end:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return status != 0
+            time.sleep(0.01)
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        return True
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        began = time.monotonic()
+        if self.fork(session, [], None, 3600):
+            raise pytest.UsageError("the tests fail without a mutant, too")
+        limit = PATIENCE + 3 * (time.monotonic() - began)
+        living = [f for f in gc.get_objects() if type(f) is FunctionType and f.__code__.co_filename == str(self.file)]
+        source, total, missed = self.file.read_text(), 0, 0
+        for line, name, (function, first), tree in mutants(source):
+            targets = [f for f in living if (f.__code__.co_name, f.__code__.co_firstlineno) == (function, first)]
+            found = [c for c in codes(compile(tree, str(self.file), "exec")) if c.co_name == function]
+            code = next(c for c in found if c.co_firstlineno == first)
+            if not targets or len(targets[0].__code__.co_freevars) != len(code.co_freevars):
+                continue
+            total += 1
+            if not self.fork(session, targets, code, limit):
+                missed += 1
+                print(f"{self.file.name}:{line}: {name} | {source.splitlines()[line - 1].strip()}", flush=True)
+        print(f"{missed} of {total} were not noticed", flush=True)
+        return True
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main(["-q", "-s", "-p", "no:cacheprovider", *sys.argv[2:]], [Mutants(Path(sys.argv[1]))]))
