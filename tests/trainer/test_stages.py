@@ -262,7 +262,7 @@ def test_stages_by_themselves(kind, base, target, steps, stages):
 def test_bad_automatic_stages_are_refused(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         LongLoraSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **arguments)
-    with pytest.raises(ValueError, match="or one of .*, got 'halving'"):
+    with pytest.raises(ValueError, match=r"or one of .*, got 'halving'"):
         auto_stages("halving", 64, 512, 10)
 
 
