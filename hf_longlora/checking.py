@@ -406,7 +406,7 @@ def _judge(found: ModelCheck, config: Any) -> None:
     if after.rope_type == "longrope" and after.original_max_position_embeddings is not None:
         found.notes.append(
             f"vLLM serves {after.original_max_position_embeddings:,} tokens of a longrope model unless it is given "
-            f"--max-model-len {reach(after)[1]}."
+            f"--max-model-len {after.length}."
         )
 
 

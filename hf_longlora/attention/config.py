@@ -17,6 +17,9 @@ run of neighbouring tokens; or by such windows of two chunks (PoSE, arXiv 2309.1
 Shift = Literal["heads", "layers", "none", "all"]
 """Which groups are shifted: those of half of the heads, of every second layer, none, or all (the paper's Table 6)."""
 
+DEFAULT_RATIO = 0.25
+"""Of the length: a group where nothing is given, and the most that a group of the native window may have."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class S2AttentionConfig:
@@ -69,11 +72,10 @@ class S2AttentionConfig:
         """
         if self.group_size is not None:
             return self.group_size
-        if self.group_size_ratio is not None:
-            return max(2, math.ceil(self.group_size_ratio * longest))
-        if native_window is not None and 2 <= native_window <= longest / 4:
+        ratio = DEFAULT_RATIO if self.group_size_ratio is None else self.group_size_ratio
+        if self.group_size_ratio is None and native_window is not None and 2 <= native_window <= ratio * longest:
             return native_window
-        return max(2, math.ceil(longest / 4))
+        return max(2, math.ceil(ratio * longest))
 
 
 def dense_by_size(group_size: int, length: int) -> str | None:

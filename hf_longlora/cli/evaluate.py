@@ -211,16 +211,13 @@ def _doubling(length: int) -> list[int]:
 
 def _extension(model: Any) -> dict[str, int]:
     """From what length to what length a LONGLORA adapter extends its base, as `plot_perplexity` takes it."""
-    from ..rope import RopeScaling, reach
+    from ..rope import reach
     from ..tuner import LongLoraConfig
 
     config = getattr(model, "active_peft_config", None)
-    if not isinstance(config, LongLoraConfig) or config.rope is None or config.base_rope is None:
+    if not isinstance(config, LongLoraConfig) or config.scaling is None or config.base_scaling is None:
         return {}
-    return {
-        "base_length": reach(RopeScaling.from_dict(config.base_rope), config.base_length)[1],
-        "train_length": reach(RopeScaling.from_dict(config.rope))[1],
-    }
+    return {"base_length": reach(config.base_scaling, config.base_length)[1], "train_length": config.scaling.length}
 
 
 def _report(results: dict[str, Any], out: Path, extension: dict[str, int], plots: bool) -> None:

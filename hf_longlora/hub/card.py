@@ -21,7 +21,7 @@ from ..evaluation.tables import (
     retrieval_table,
     ruler_table,
 )
-from ..rope import ABF, RopeScaling, reach, rope_factor, type_over
+from ..rope import ABF, reach, rope_factor, type_over
 from ..schedule import Schedule
 from ..tuner import LongLoraConfig
 from .run import read_facts
@@ -113,8 +113,8 @@ def adapter_card(
         base_model=base_model or "the base",
         tokenizer=base_model or name,
         revision=f', revision="{config.revision}"' if config.revision and base_model else "",
-        max_length=reach(RopeScaling.from_dict(config.rope))[1] if config.rope is not None else None,
-        dynamic=config.rope is not None and RopeScaling.from_dict(config.rope).rope_type == "dynamic",
+        max_length=None if config.scaling is None else config.scaling.length,
+        dynamic=config.scaling is not None and config.scaling.rope_type == "dynamic",
         limits=_limits(perplexity, retrieval, ruler),
     )
     return ModelCard(str(text).rstrip() + "\n")
@@ -270,12 +270,12 @@ def _summary(config: LongLoraConfig, base_model: str | None) -> str:
     trained += [what for what, on in (("norms", config.train_norms), ("embeddings", config.train_embeddings)) if on]
     of = f" for `{base_model}`" if base_model else ""
     lines = [f"A [LongLoRA](https://arxiv.org/abs/2309.12307) adapter{of}."]
-    if config.rope is not None and config.base_rope is not None:
-        scaling, base = RopeScaling.from_dict(config.rope), RopeScaling.from_dict(config.base_rope)
+    scaling, base = config.scaling, config.base_scaling
+    if scaling is not None and base is not None:
         kind, factor = type_over(scaling, base), rope_factor(scaling, base, config.base_length)
         theta = f" (`rope_theta` {scaling.parameters['rope_theta']:.6g})" if kind == ABF else ""
         lines.append(
-            f"It extends the context from {reach(base, config.base_length)[1]:,} to {reach(scaling)[1]:,} tokens: "
+            f"It extends the context from {reach(base, config.base_length)[1]:,} to {scaling.length:,} tokens: "
             f"RoPE type `{kind}`{theta}, factor {factor:g} over the length the base was first trained at. "
             "The scaling is part of the adapter and comes back when it is loaded."
         )

@@ -152,12 +152,12 @@ def check_task(config: PeftConfig, name: str | Path) -> None:
 
 def _rope(config: LongLoraConfig, base_config: Any, base_name: str) -> RopeScaling | None:
     """The RoPE that the adapter runs with; `None` where it is the base's own."""
-    if config.base_rope is not None and RopeScaling.from_dict(config.base_rope) != current_rope(base_config):
+    if config.base_rope is not None and config.base_scaling != current_rope(base_config):
         raise ValueError(
             f"{base_name} has another RoPE ({current_rope(base_config).rope_parameters}) than the base that the "
             f"adapter was trained on ({config.base_rope['rope_parameters']})"
         )
-    return None if config.rope is None else RopeScaling.from_dict(config.rope)
+    return config.scaling
 
 
 @contextmanager
@@ -212,7 +212,7 @@ def _plain_lora(
     overrides = _overrides(base_config, rope)
     generated = None
     if rope is not None:
-        before, after = reach(base_config, config.base_length)[1], reach(rope)[1]
+        before, after = reach(base_config, config.base_length)[1], rope.length
         generated = _generated_length(base_name, before, after, revision)
         write_rope(base_config, rope)
     base_config.save_pretrained(out / BASE_FOLDER)

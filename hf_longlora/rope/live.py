@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..modules import is_attention
-from .state import WITH_HISTORY, RopeScaling, current_rope, find_rope, reach, text_config, write
+from .state import WITH_HISTORY, RopeScaling, current_rope, find_rope, text_config, write
 
 # Attributes a rotary module derives from its config; a value left from another RoPE would be read again.
 _DERIVED = ("inv_freq", "max_seq_len_cached", "original_max_seq_len", "attention_scaling", "rope_type")
@@ -121,5 +121,5 @@ def apply_rope(model: nn.Module, scaling: RopeScaling) -> None:
                 _rescale_softmax(module)
         raise ValueError(f"RoPE {scaling.to_dict()} can't be put on {type(model).__name__}: {error}") from error
     generation: Any = getattr(model, "generation_config", None)
-    if generation is not None and generation.max_length == reach(before)[1]:
-        generation.max_length = reach(scaling)[1]
+    if generation is not None and generation.max_length == before.length:
+        generation.max_length = scaling.length

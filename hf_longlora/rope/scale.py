@@ -37,7 +37,6 @@ from .state import (
     RopeScaling,
     current_rope,
     is_nested,
-    reach,
     readings,
     text_config,
     write,
@@ -284,7 +283,7 @@ def vllm_overrides(config: Any, scaling: RopeScaling) -> dict[str, Any] | None:
     dim, factor = _rotary_dim(text_config(config), parameters), parameters["factor"]
     theta = parameters["rope_theta"] * (factor * factor - (factor - 1)) ** (dim / (dim - 2))
     kept = {key: parameters[key] for key in _LASTING if key in parameters}
-    plain = scaling.with_parameters({**kept, "rope_type": "default", "rope_theta": theta}, reach(scaling)[1])
+    plain = scaling.with_parameters({**kept, "rope_type": "default", "rope_theta": theta}, scaling.length)
     read = ("max_position_embeddings", "model_max_length", "rope_parameters")
     return {key: value for key, value in plain.to_dict().items() if key in read and value is not None}
 

@@ -51,6 +51,11 @@ class RopeScaling:
     def rope_type(self) -> str:
         return self.parameters.get("rope_type", "default")
 
+    @property
+    def length(self) -> int:
+        """Tokens that it reaches."""
+        return reach(self)[1]
+
     def with_parameters(self, parameters: dict[str, Any], max_position_embeddings: int) -> RopeScaling:
         nested = is_nested(self.rope_parameters)
         whole = {**self.rope_parameters, GLOBAL_LAYERS: parameters} if nested else parameters
@@ -209,7 +214,7 @@ def rope_factor(scaling: RopeScaling, base: RopeScaling | None = None, base_leng
     """
     if scaling.rope_type == "default":
         extended = base is not None and type_over(scaling, base) == ABF
-        return reach(scaling)[1] / reach(base, base_length)[0] if extended else 1.0
+        return scaling.length / reach(base, base_length)[0] if extended else 1.0
     factor = scaling.parameters.get("factor")
     original, longest = reach(scaling)
     return float(factor) if factor else longest / original
@@ -239,4 +244,4 @@ def write_length(processing_class: Any, scaling: RopeScaling) -> None:
     """Let a tokenizer, or a processor's, take texts as long as a model of this RoPE: they are cut to what it says."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if getattr(tokenizer, "model_max_length", None) is not None:
-        tokenizer.model_max_length = max(tokenizer.model_max_length, reach(scaling)[1])
+        tokenizer.model_max_length = max(tokenizer.model_max_length, scaling.length)

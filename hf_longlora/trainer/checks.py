@@ -370,8 +370,7 @@ class Start:
         tuner = longlora_tuner(model)
         if tuner is not None:
             peft_config = model.active_peft_config
-            base, stored = tuner.base_rope, getattr(peft_config, "rope", None)
-            now = RopeScaling.from_dict(stored) if stored is not None else None
+            base, now = tuner.base_rope, model.active_peft_config.scaling
         return cls(config, base, now, getattr(peft_config, "base_length", None))
 
     @property
@@ -382,7 +381,7 @@ class Start:
             ValueError: its config leaves that open.
         """
         if self.now is not None:
-            return reach(self.now)[1]
+            return self.now.length
         return 0 if self.base is None else only_reading(self.config, self.base, self.base_length)[1]
 
 

@@ -58,7 +58,7 @@ def resolve_rope(model: nn.Module, config: LongLoraConfig) -> None:
     """
     if config.rope is not None or config.base_rope is not None:
         base = rope_of_base(model)
-        if config.base_rope is not None and RopeScaling.from_dict(config.base_rope) != base:
+        if config.base_rope is not None and config.base_scaling != base:
             raise ValueError(
                 "this adapter was trained on a base with another RoPE: "
                 f"{config.base_rope['rope_parameters']} at {config.base_rope['max_position_embeddings']} tokens, "
@@ -102,8 +102,7 @@ def put_rope(model: nn.Module, configs: Mapping[str, Any], active: list[str]) ->
         return
     wanted = base
     for name in active:
-        stored = getattr(configs.get(name), "rope", None)
-        wanted = RopeScaling.from_dict(stored) if stored is not None else wanted
+        wanted = getattr(configs.get(name), "scaling", None) or wanted
     if rope.current_rope(model.config) != wanted:
         rope.apply_rope(model, wanted)
 
@@ -112,12 +111,13 @@ def warn_of_reference(model: nn.Module, configs: Mapping[str, Any]) -> None:
     """An adapter in training is switched off: as TRL's trainers do for a reference, where they were given the base."""
     base = getattr(model, _BASE_ROPE, None)
     for config in configs.values():
-        if base is None or config.inference_mode or config.rope is None or RopeScaling.from_dict(config.rope) == base:
+        scaling = getattr(config, "scaling", None)
+        if base is None or config.inference_mode or scaling in (None, base):
             continue
         warnings.warn(
-            f"Without its adapter the model has its own RoPE, for {rope.reach(base)[1]:,} tokens. A trainer that "
+            f"Without its adapter the model has its own RoPE, for {base.length:,} tokens. A trainer that "
             "takes its reference so (DPO, KTO, GRPO with a beta) compares with that, and not with the extended model "
-            f"of {rope.reach(RopeScaling.from_dict(config.rope))[1]:,}. Extend first, and give the trainer the "
+            f"of {scaling.length:,}. Extend first, and give the trainer the "
             "PeftModel (it keeps a copy of the adapter as the reference), or the merged model with a LongLoraConfig "
             "that has no target_length.",
             stacklevel=6,

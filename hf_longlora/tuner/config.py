@@ -87,6 +87,16 @@ class LongLoraConfig(LoraConfig):
     )
 
     @property
+    def scaling(self) -> RopeScaling | None:
+        """`rope`, parsed; `None` where it is the base's own."""
+        return None if self.rope is None else RopeScaling.from_dict(self.rope)
+
+    @property
+    def base_scaling(self) -> RopeScaling | None:
+        """`base_rope`, parsed."""
+        return None if self.base_rope is None else RopeScaling.from_dict(self.base_rope)
+
+    @property
     def trained(self) -> Schedule | None:
         """The stages that it was trained with; `None` if it doesn't say."""
         return Schedule.from_dict(self.schedule) if self.schedule else None

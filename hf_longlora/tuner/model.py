@@ -215,7 +215,7 @@ class LongLoraModel(LoraModel):
             config.rope, config.base_rope, config.base_length = previous
             raise
         # What a person reads in adapter_config.json says the same.
-        config.target_length = None if stored is None else rope.reach(scaling)[1]
+        config.target_length = None if stored is None else scaling.length
         named = rope.type_over(scaling, base)
         if named in rope.ROPE_TYPES:
             config.rope_type = named
