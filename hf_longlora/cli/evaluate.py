@@ -284,8 +284,6 @@ def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
 
     from ..from_hub import adapter_values, reason
     from ..hub.export import check_task
-    from ..tuner import LongLoraConfig
-    from ..tuner.config import check_weights
     from ..tuner.stored import fit_vocabulary
 
     # No adapter: a model, or a name that loading will refuse.
@@ -305,8 +303,7 @@ def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     own = adapter is not None and cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None
     tokenizer = AutoTokenizer.from_pretrained(name) if own else AutoTokenizer.from_pretrained(base, revision=revision)
     if adapter is not None:
-        stored = check_weights(name) if isinstance(adapter, LongLoraConfig) else {}
-        fit_vocabulary(model, adapter, stored, len(tokenizer) if own else 0)
+        fit_vocabulary(model, adapter, len(tokenizer) if own else 0)
         model = PeftModel.from_pretrained(model, name)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model, tokenizer

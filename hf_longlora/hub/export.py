@@ -31,7 +31,7 @@ from transformers.utils import logging
 from ..from_hub import adapter_values, reason
 from ..rope import RopeScaling, current_rope, reach, vllm_overrides, write_length, write_rope
 from ..tuner import LongLoraConfig
-from ..tuner.config import check_weights
+from ..tuner.config import check_finite
 from ..tuner.stored import fit_vocabulary, trained_vocabulary
 from .card import on_hub
 
@@ -134,7 +134,6 @@ def _config(folder: Path) -> LongLoraConfig:
             f"{folder} is an adapter of type {kind}, not LONGLORA: PEFT merges it, and it carries no RoPE"
         )
     check_task(config, folder)
-    check_weights(str(folder))
     return config
 
 
@@ -182,7 +181,7 @@ def _merge(
     source: Path, config: LongLoraConfig, base_name: str, out: Path, dtype: Any, device: Any, revision: str | None
 ) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(base_name, dtype=dtype, revision=revision)
-    fit_vocabulary(model, config, check_weights(str(source)), _tokens(source))
+    fit_vocabulary(model, config, _tokens(source))
     model = PeftModel.from_pretrained(model.to(device), str(source))
     model = model.merge_and_unload(safe_merge=True)
     model.save_pretrained(out)
@@ -202,8 +201,7 @@ def _plain_lora(
     plain = {key: value for key, value in json.loads((source / CONFIG_NAME).read_text()).items() if key in known}
     plain |= {"peft_type": "LORA", "base_model_name_or_path": str((output_dir / BASE_FOLDER).resolve())}
     weights = load_file(source / WEIGHTS_NAME)
-    if any(not weight.isfinite().all() for weight in weights.values()):
-        raise ValueError(f"{source / WEIGHTS_NAME} has weights that are not finite")
+    check_finite(weights, str(source / WEIGHTS_NAME))
     if plain.get("ensure_weight_tying") and (head := _tied_head(weights, base_config)) is not None:
         # Told to tie a head, PEFT looks for its weight when it loads, and fails without: it is written twice, untied.
         name, weight = head
@@ -219,7 +217,7 @@ def _plain_lora(
     (out / CONFIG_NAME).write_text(json.dumps(plain, indent=2))
     save_file(weights, out / WEIGHTS_NAME, metadata={"format": "pt"})
     data = ModelCardData(library_name="peft", base_model=base_name if on_hub(base_name) else None)
-    trained = trained_vocabulary(_empty(base_config), config, check_weights(str(source)), _tokens(source))
+    trained = trained_vocabulary(_empty(base_config), config, _tokens(source))
     tokens = None if trained is None else trained[0]
     text = _how_to_load(plain, config, weights, base_name, output_dir.name, overrides, revision, tokens, generated)
     (out / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}")

@@ -159,8 +159,7 @@ def _pickled(file: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{file} is damaged, or holds more than weights, and such a pickle is not loaded") from error
     if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
         raise ValueError(f"{file} is no state dict: a name for each of its tensors is missing")
-    for key, weight in weights.items():
-        check_finite(key, weight, str(file))
+    check_finite(weights, str(file))
     return weights
 
 

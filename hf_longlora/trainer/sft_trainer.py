@@ -32,7 +32,7 @@ from ..modules import base_model
 from ..parallel import sequence_group
 from ..rope import WITH_HISTORY, find_rope, forget_lengths, rope_factor
 from ..schedule import Schedule, StepPlan
-from ..tuner.config import check_weights
+from ..tuner.config import read_shapes
 from ..tuner.stored import rope_seen_to
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
 from .checkpoints import (
@@ -717,6 +717,6 @@ class LongLoraSFTTrainer(SFTTrainer, ShardedLoss):
         scaled = getattr(self.accelerator, "scaler", None) is not None
         check_complete(path, self.args.world_size, scaled, isinstance(self.train_dataset, StreamedRows))
         if longlora_tuner(self.model) is not None:
-            check_weights(path)
+            read_shapes(path)
         self._total_train_tokens = tokens
         return path

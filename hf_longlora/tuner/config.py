@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,6 +87,11 @@ class LongLoraConfig(LoraConfig):
     )
 
     @property
+    def stored_shapes(self) -> StoredShapes | None:
+        """Names and shapes in the file beside it, until it is put on a model; `None` where there is none."""
+        return vars(self).get("_stored_shapes")
+
+    @property
     def scaling(self) -> RopeScaling | None:
         """`rope`, parsed; `None` where it is the base's own."""
         return None if self.rope is None else RopeScaling.from_dict(self.rope)
@@ -147,15 +152,15 @@ class LongLoraConfig(LoraConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> LongLoraConfig:
-        """Load a config; if it belongs to a saved adapter, make sure first that the adapter's weights are whole.
+        """Load a config; of a saved adapter with names and shapes of its weights, by the head of their file.
 
-        PEFT reads the weights only after it has changed the model. Checked here, a missing or damaged file leaves the
-        model alone. A config that was saved by itself (`inference_mode` false) needs no weights.
+        PEFT reads the weights after it has changed the model. A missing, truncated or foreign file is refused before.
+        A config that was saved by itself (`inference_mode` false) needs no weights.
 
         Raises:
             FileNotFoundError: the adapter has no weights.
-            ValueError: the config is not one, or of a later version; the weights are truncated, not safetensors, a
-                pickle, or not finite.
+            ValueError: the config is not one, or of a later version; the weights are truncated, not safetensors, or a
+                pickle.
         """
         name = str(pretrained_model_name_or_path)
         try:
@@ -167,7 +172,7 @@ class LongLoraConfig(LoraConfig):
             vars(config)["_weights_due"] = True
             if config.inference_mode:  # their shapes are compared with the model when the adapter is put on it
                 download_kwargs, _, _ = cls._split_kwargs(kwargs)
-                vars(config)["_stored_shapes"] = check_weights(name, subfolder, download_kwargs)
+                vars(config)["_stored_shapes"] = read_shapes(name, subfolder, download_kwargs)
         return config
 
     @classmethod
@@ -224,14 +229,14 @@ def refuse_head(name: str) -> None:
     )
 
 
-def check_weights(
+def read_shapes(
     model_id: str, subfolder: str | None = None, download_kwargs: dict[str, Any] | None = None
 ) -> StoredShapes:
-    """The shapes of an adapter's weights in `model_id`, a folder or a Hub id.
+    """The shapes of an adapter's weights in `model_id`, a folder or a Hub id. No weight is read.
 
     Raises:
         FileNotFoundError: it has none.
-        ValueError: they are truncated, not safetensors, a pickle, or not finite.
+        ValueError: they are truncated, not safetensors, or a pickle.
     """
     folder = os.path.join(model_id, subfolder) if subfolder else model_id
     if os.path.isdir(folder):
@@ -248,22 +253,19 @@ def check_weights(
             path = hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **(download_kwargs or {}))
         except Exception as error:
             raise FileNotFoundError(f"{SAFETENSORS_WEIGHTS_NAME} can't be had from {model_id}: {error}") from error
-    shapes: StoredShapes = {}
     try:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (no dict: it has no other iteration)
-                tensor = file.get_tensor(key)
-                check_finite(key, tensor, path)
-                shapes[key] = tuple(tensor.shape)
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no dict)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
-    return shapes
 
 
-def check_finite(key: str, tensor: torch.Tensor, path: str) -> None:
-    # The sum is not finite if an element is not, at a fraction of isfinite's memory; an overflow is looked at closely.
-    if tensor.is_floating_point() and not tensor.float().sum().isfinite() and not tensor.float().isfinite().all():
-        raise ValueError(
-            f"{path} is damaged or from a run that diverged: {key} has values that are not finite. Load an earlier "
-            "checkpoint."
-        )
+def check_finite(weights: Mapping[str, torch.Tensor], path: str) -> None:
+    """Raise a `ValueError` if a weight of `path` is not finite."""
+    for key, tensor in weights.items():
+        # The sum is not finite if an element is not, at a fraction of isfinite's memory; an overflow is looked at.
+        if tensor.is_floating_point() and not tensor.float().sum().isfinite() and not tensor.float().isfinite().all():
+            raise ValueError(
+                f"{path} is damaged or from a run that diverged: {key} has values that are not finite. Load an "
+                "earlier checkpoint."
+            )

@@ -42,13 +42,19 @@ def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "defaul
             f"{model_id} can't take the place of {adapter_name!r}: {'; '.join(differing)}. Load it under a name of "
             "its own (load_adapter)."
         )
-    check_fit(tuner, adapter_name, vars(new).get("_stored_shapes") or {})
+    before = own.rope
+    check_fit(tuner, adapter_name, new.stored_shapes or {})
     if new.base_rope is not None or tuner.base_rope is not None:
         if new.base_rope is not None and tuner.base_rope is not None and new.base_rope != tuner.base_rope.to_dict():
             raise ValueError(
                 f"{model_id} was trained on a base with another RoPE: {new.base_rope['rope_parameters']}."
             )
         tuner.set_rope(new.rope, adapter_name)
-    with rope_seen_to():
-        model.load_adapter(model_id, adapter_name, is_trainable=not own.inference_mode, **kwargs)
+    try:
+        with rope_seen_to():
+            model.load_adapter(model_id, adapter_name, is_trainable=not own.inference_mode, **kwargs)
+    except ValueError:
+        if tuner.base_rope is not None:
+            tuner.set_rope(before, adapter_name)
+        raise
     own.schedule = new.schedule

@@ -40,7 +40,7 @@ from .merging import (
 )
 from .resolve import resolve_modules, tie_by_module
 from .stored import check_fit, check_ranks, check_tokens, refuse_foreign_rope
-from .undo import undone_on_failure
+from .undo import undone_if_refused, undone_on_failure
 
 
 class LongLoraModel(LoraModel):
@@ -74,7 +74,7 @@ class LongLoraModel(LoraModel):
         config = self.peft_config[adapter_name]
         if not isinstance(config, LongLoraConfig):
             raise TypeError(f"LongLoraModel needs a LongLoraConfig, got {type(config).__name__}.")
-        with undone_on_failure(model, self.peft_config, adapter_name) as weights:
+        with undone_on_failure(model, self.peft_config, adapter_name) as undo:
             resolve_modules(model, config)
             resolve_rope(model, config)
             refuse_other_rope(self.peft_config, config.rope, adapter_name)
@@ -84,7 +84,7 @@ class LongLoraModel(LoraModel):
                 masters.refuse_biases(model, config.bias)
             if changes_base(config):
                 targeted = [m for n, m in walk(model) if self._check_target_module_exists(config, n)]
-                weights += [(p, p.detach().clone()) for m in targeted for p in m.parameters()]
+                undo.weights += [(p, p.detach().clone()) for m in targeted for p in m.parameters()]
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -93,9 +93,8 @@ class LongLoraModel(LoraModel):
                 state_dict=state_dict,
             )
             self._tie(adapter_name)
-            stored = vars(config).pop("_stored_shapes", None)
-            if stored is not None:
-                check_fit(self, adapter_name, stored)
+            if config.stored_shapes is not None:
+                check_fit(self, adapter_name, vars(config).pop("_stored_shapes"))
             if config.rope is not None:
                 remember(model, config.base_length)
             config.resolved = True
@@ -145,13 +144,14 @@ class LongLoraModel(LoraModel):
             refuse_foreign_rope(model, config, adapter_name)
         state: Any = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         own = model.state_dict()
-        for key, tensor in state.items():
-            if key in own and own[key].shape != tensor.shape:
-                raise ValueError(
-                    f"the weights don't fit the adapter {adapter_name!r}: {key} has shape {tuple(tensor.shape)} there "
-                    f"and {tuple(own[key].shape)} here."
-                )
-            check_finite(key, tensor, "the adapter's weights")
+        with undone_if_refused(model, adapter_name):
+            for key, tensor in state.items():
+                if key in own and own[key].shape != tensor.shape:
+                    raise ValueError(
+                        f"the weights don't fit the adapter {adapter_name!r}: {key} has shape {tuple(tensor.shape)} "
+                        f"there and {tuple(own[key].shape)} here."
+                    )
+            check_finite(state, "the adapter's file")
         return state
 
     @classmethod

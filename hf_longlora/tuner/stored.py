@@ -117,7 +117,7 @@ def _rope(stored: dict[str, Any] | None) -> Any:
 
 def check_ranks(config: LongLoraConfig) -> None:
     """Raise a `ValueError` on ranks that a file's weights don't have, before memory is taken for them."""
-    stored = vars(config).get("_stored_shapes")
+    stored = config.stored_shapes
     if stored is None:
         return
     pattern: Any = config.rank_pattern
@@ -202,23 +202,20 @@ def check_tokens(model: nn.Module, config: LongLoraConfig) -> None:
     """Raise a `ValueError` on tokens to be trained that the model's embeddings don't have."""
     rows, trained = _rows(model), _trained_tokens(config)
     if rows is not None and trained and max(trained) >= rows:
-        wanted = stored_vocabulary(model, vars(config).get("_stored_shapes") or {}) or max(trained) + 1
+        wanted = stored_vocabulary(model, config.stored_shapes or {}) or max(trained) + 1
         raise ValueError(
             f"trainable_token_indices has token {max(trained):,}, and this model has {rows:,} tokens: call "
             f"model.resize_token_embeddings({wanted}) on the base first."
         )
 
 
-def trained_vocabulary(
-    model: nn.Module, config: PeftConfig, stored: StoredShapes, tokens: int = 0
-) -> tuple[int, bool] | None:
+def trained_vocabulary(model: nn.Module, config: PeftConfig, tokens: int = 0) -> tuple[int, bool] | None:
     """The vocabulary that an adapter was trained with, where its base as it is has another.
 
     Args:
         model: The base, as it was loaded, or without weights.
-        config: The adapter's.
-        stored: The shapes in its file. Where they don't tell the vocabulary, it is large enough for
-            `trainable_token_indices` and for `tokens`, as `AutoPeftModel` has it.
+        config: The adapter's, as read from its folder. Where its weights don't tell the vocabulary, it is large
+            enough for `trainable_token_indices` and for `tokens`, as `AutoPeftModel` has it.
         tokens: Those of the adapter's tokenizer.
 
     Returns:
@@ -227,7 +224,7 @@ def trained_vocabulary(
     rows = _rows(model)
     if rows is None:
         return None
-    trained = _trained_tokens(config)
+    trained, stored = _trained_tokens(config), getattr(config, "stored_shapes", None) or {}
     wanted = stored_vocabulary(model, stored) or max(rows, tokens, *(token + 1 for token in trained))
     if wanted == rows:
         return None
@@ -245,9 +242,9 @@ def trained_vocabulary(
     return wanted, not missing
 
 
-def fit_vocabulary(model: Any, config: PeftConfig, stored: StoredShapes, tokens: int = 0) -> None:
+def fit_vocabulary(model: Any, config: PeftConfig, tokens: int = 0) -> None:
     """Give a base the vocabulary that an adapter was trained with; the arguments are `trained_vocabulary`'s."""
-    found = trained_vocabulary(model, config, stored, tokens)
+    found = trained_vocabulary(model, config, tokens)
     if found is not None:
         wanted, complete = found
         model.resize_token_embeddings(wanted, mean_resizing=not complete)

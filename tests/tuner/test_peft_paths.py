@@ -2,19 +2,23 @@
 
 import copy
 import logging
+from collections import Counter
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter as pefts_hotswap_adapter
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
+from hf_longlora import export_adapter, tuner
 from hf_longlora.rope import ROPE_TYPES, current_rope
 from hf_longlora.tuner import LongLoraConfig, hotswap_adapter
-from hf_longlora.tuner.config import check_weights
 from hf_longlora.tuner.stored import fit_vocabulary, trained_vocabulary
 
 from .helpers import LENGTH, TARGET, ids, llama, logits, perturbed
@@ -280,6 +284,19 @@ def test_hotswap_refuses_what_differs(tmp_path):
         hotswap_adapter(model, str(tmp_path / "same"))
 
 
+def test_a_hotswap_of_damaged_weights_leaves_the_model_as_it_was(tmp_path):
+    perturbed(llama(), LongLoraConfig(target_length=2 * TARGET)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    next(iter(weights.values())).view(-1)[-1] = torch.inf
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    model = perturbed(llama())
+    before, rope = logits(model), current_rope(model.config)
+    with pytest.raises(ValueError, match="not finite"):
+        hotswap_adapter(model, str(tmp_path))
+    assert torch.equal(logits(model), before) and current_rope(model.config) == rope
+    assert model.active_peft_config.scaling == rope
+
+
 def test_pefts_own_hotswap_refuses(tmp_path):
     model = perturbed(llama())
     model.save_pretrained(tmp_path)
@@ -463,12 +480,12 @@ def test_the_vocabulary_of_training_is_read_off_an_adapters_file(options, tmp_pa
     base = type(llama()).from_pretrained(tmp_path / "base")
     base.resize_token_embeddings(131)
     perturbed(base, LongLoraConfig(**options)).save_pretrained(tmp_path / "adapter")
-    config, shapes = LongLoraConfig.from_pretrained(tmp_path / "adapter"), check_weights(str(tmp_path / "adapter"))
-    assert trained_vocabulary(llama(), config, shapes) == (131, True)
-    assert trained_vocabulary(base, config, shapes, tokens=140) is None
+    config = LongLoraConfig.from_pretrained(tmp_path / "adapter")
+    assert trained_vocabulary(llama(), config) == (131, True)
+    assert trained_vocabulary(base, config, tokens=140) is None
     smaller = llama()
     smaller.resize_token_embeddings(140)
-    fit_vocabulary(smaller, config, shapes)
+    fit_vocabulary(smaller, config)
     assert smaller.get_input_embeddings().weight.shape[0] == smaller.get_output_embeddings().weight.shape[0] == 131
 
 
@@ -489,15 +506,52 @@ def test_rows_that_an_adapter_does_not_hold_are_told(tied, caplog, monkeypatch):
         (LongLoraConfig(), {f"{prefix}.weight": (100, 32)}, 0, (100, True)),
     ):
         caplog.clear()
-        assert trained_vocabulary(llama(tied), config, shapes, tokens) == expected
+        vars(config)["_stored_shapes"] = shapes
+        assert trained_vocabulary(llama(tied), config, tokens) == expected
         assert ("holds no rows of" in caplog.text) == (not expected[1])
         assert ("and lm_head" in caplog.text) == (not tied and "embed_tokens and" in caplog.text)
 
 
 def test_a_model_without_a_head_has_a_vocabulary_too():
-    stored = {"base_model.model.embed_tokens.weight": (130, 32)}
-    assert trained_vocabulary(llama().model, LongLoraConfig(), stored) == (130, True)
-    assert trained_vocabulary(torch.nn.Linear(1, 1), LongLoraConfig(), {}) is None
+    config = LongLoraConfig()
+    assert trained_vocabulary(torch.nn.Linear(1, 1), config) is None
+    vars(config)["_stored_shapes"] = {"base_model.model.embed_tokens.weight": (130, 32)}
+    assert trained_vocabulary(llama().model, config) == (130, True)
+
+
+@pytest.mark.parametrize("use", ["load", "merged", "lora"])
+def test_the_weights_of_a_file_are_read_once(use, tmp_path, monkeypatch):
+    llama().save_pretrained(tmp_path / "base")
+    perturbed(llama()).save_pretrained(tmp_path / "adapter")
+    reads = Counter()
+
+    class Opened:
+        def __init__(self, path, *args, **kwargs):
+            self.path, self.file = Path(path), safe_open(path, *args, **kwargs)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def __getattr__(self, name):
+            if name == "get_tensors" and self.path.parent.name == "adapter":
+                reads.update(self.file.keys())
+            return getattr(self.file, name)
+
+        def get_tensor(self, key):
+            reads[key] += self.path.parent.name == "adapter"
+            return self.file.get_tensor(key)
+
+    for module in (safetensors.torch, tuner.config):
+        monkeypatch.setattr(module, "safe_open", Opened)
+    if use == "load":
+        PeftModel.from_pretrained(llama(), tmp_path / "adapter")
+    else:
+        export_adapter(tmp_path / "adapter", tmp_path / "out", form=use, base=tmp_path / "base")
+    assert len(reads) == 22 and set(reads.values()) == {1}
 
 
 @pytest.mark.parametrize("indices", [[5, 130], {"embed_tokens": [130]}])
