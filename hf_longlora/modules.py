@@ -9,12 +9,19 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
+
+
+def meta_model(config: PreTrainedConfig, auto: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    """The model of a config on the meta device, where tensors have shapes and no numbers; `auto` makes it."""
+    with torch.device("meta"):
+        return auto.from_config(config, **options)
 
 
 def base_model(model: Any) -> Any:

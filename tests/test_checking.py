@@ -9,10 +9,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, T5Config
 
 from hf_longlora import LongLoraConfig, S2AttentionConfig
-from hf_longlora.checking import check_model
 from hf_longlora.cli import main
+from hf_longlora.cli.check import in_words
 from hf_longlora.families import FAMILIES, find_family
 from hf_longlora.modules import attention_modules
+from hf_longlora.planning import check_model
 from hf_longlora.rope import ROPE_TYPES, current_rope, reach, type_over
 from hf_longlora.schedule import ContextStage, Schedule
 
@@ -62,7 +63,7 @@ def test_the_words():
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     config = LlamaConfig(**COMMON | {"max_position_embeddings": 512}, rope_parameters=rope)
-    said = str(check_model(config, target_length=2048, attention=S2AttentionConfig(group_size=100)))
+    said = in_words(check_model(config, target_length=2048, attention=S2AttentionConfig(group_size=100)))
     for words in (
         "LlamaForCausalLM, model type llama (tested: Llama)",
         "2 of 2 layers sparse",
@@ -82,13 +83,13 @@ def test_the_words():
 
 
 def test_layers_that_are_left_alone_are_named():
-    said = str(check_model(AutoConfig.for_model("gemma2", **COMMON | HALF_SLIDING | {"head_dim": 8})))
+    said = in_words(check_model(AutoConfig.for_model("gemma2", **COMMON | HALF_SLIDING | {"head_dim": 8})))
     assert "1 of 2 layers sparse" in said
     assert "1 layer left alone: a window of 16 tokens (model.layers.0.self_attn)" in said
     assert "softcap: train with one of the kernels" in said and "reference" in said
     assert "unchanged" in said
     config = build("qwen3_next").config
-    assert "1 layer left alone: no softmax attention" in str(check_model(config))
+    assert "1 layer left alone: no softmax attention" in in_words(check_model(config))
 
 
 def test_a_block_that_is_used_again_can_not_carry_an_adapter():
@@ -124,12 +125,12 @@ def test_a_rope_that_can_not_be_read_is_no_hindrance():
     common = {key: value for key, value in COMMON.items() if key != "max_position_embeddings"}
     found = check_model(AutoConfig.for_model("recurrent_gemma", **common | special))
     assert found.rope is None and not found.refused
-    assert "no `max_position_embeddings`" in str(found) and "a window of 2,048 tokens" in str(found)
+    assert "no `max_position_embeddings`" in in_words(found) and "a window of 2,048 tokens" in in_words(found)
     config = build("granitemoehybrid").config
     config.position_embedding_type = "nope"
     found = check_model(config)
     assert found.rope is None and not found.refused and len(found.sparse) == 1
-    assert "there is no RoPE to scale" in str(found)
+    assert "there is no RoPE to scale" in in_words(found)
     (reason,) = check_model(config, target_length=256).refused
     assert "no rotary module" in reason
 
@@ -147,18 +148,20 @@ def test_layers_are_found_under_every_rope_type(rope_type):
     found = check_model(LlamaConfig(**COMMON), target_length=256, rope_type=rope_type)
     assert len(found.sparse) == 2 and found.rope is not None
     assert type_over(found.rope[1], found.rope[0]) == rope_type
-    assert f"-> {rope_type}, 256 tokens" in str(found)
-    assert ("vLLM doesn't scale it by itself" in str(found)) == (rope_type == "dynamic")
+    assert f"-> {rope_type}, 256 tokens" in in_words(found)
+    assert ("vLLM doesn't scale it by itself" in in_words(found)) == (rope_type == "dynamic")
 
 
 def test_a_window_in_every_layer():
     found = check_model(AutoConfig.for_model("mistral", **COMMON | {"sliding_window": 16}))
     assert not found.sparse and not found.refused
-    assert "0 of 2 layers sparse" in str(found) and "no layer would be sparse (a window of 16 tokens)" in str(found)
+    assert "0 of 2 layers sparse" in in_words(
+        found
+    ) and "no layer would be sparse (a window of 16 tokens)" in in_words(found)
 
 
 def test_one_key_value_head():
-    said = str(check_model(LlamaConfig(**COMMON | {"num_key_value_heads": 1})))
+    said = in_words(check_model(LlamaConfig(**COMMON | {"num_key_value_heads": 1})))
     assert "shifted     2 of 4 query heads" in said
 
 
@@ -168,7 +171,7 @@ def test_a_family_that_nobody_has_tested():
     assert config.model_type not in tested
     found = check_model(config, target_length=256)
     assert found.family is None and not found.refused and len(found.sparse) == 2
-    assert "not among the tested families" in str(found)
+    assert "not among the tested families" in in_words(found)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +192,7 @@ def test_a_family_that_nobody_has_tested():
 def test_what_is_refused_and_why(config, options, reason):
     found = check_model(config, **options)
     assert len(found.refused) == 1 and reason in found.refused[0]
-    assert f"REFUSED     {found.refused[0]}" in str(found)
+    assert f"REFUSED     {found.refused[0]}" in in_words(found)
 
 
 def test_a_vision_language_model_is_its_text_decoder():
@@ -266,7 +269,7 @@ def test_an_adapter_is_checked_on_its_base(tmp_path, monkeypatch, capsys):
 def test_groups_that_hold_all_are_noted():
     dense = "note        A group of 64 tokens holds all of a sequence of 64: attention is dense"
     for group_size in (63, 64):
-        said = str(check_model(LlamaConfig(**COMMON), attention=S2AttentionConfig(group_size=group_size)))
+        said = in_words(check_model(LlamaConfig(**COMMON), attention=S2AttentionConfig(group_size=group_size)))
         assert (dense in said) == (group_size == 64)
 
 
@@ -276,7 +279,7 @@ def test_a_lost_rope_theta_is_noted(tmp_path):
     written = json.loads(file.read_text())
     for scaling, lost in (({"factor": 2.0}, True), ({"factor": 2.0, "rope_theta": 5e5}, False)):
         file.write_text(json.dumps(written | {"rope_parameters": {"rope_type": "linear", **scaling}}))
-        said = str(check_model(str(tmp_path)))
+        said = in_words(check_model(str(tmp_path)))
         assert ("names no rope_theta: transformers takes 10000" in said) == lost
         assert "REFUSED" not in said
 
@@ -287,7 +290,7 @@ def test_a_forward_that_can_not_be_followed_is_said(monkeypatch):
 
     monkeypatch.setattr(type(AutoModelForCausalLM.from_config(LlamaConfig(**COMMON))), "forward", looks)
     found = check_model(LlamaConfig(**COMMON))
-    assert not found.layers and "can't be followed without numbers" in str(found)
+    assert not found.layers and "can't be followed without numbers" in in_words(found)
     assert found.norms and found.rope is not None
 
 

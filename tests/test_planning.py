@@ -27,9 +27,8 @@ from transformers import (
 from benchmarks.planning import compared
 from benchmarks.provenance import RESULTS, read_rows
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer, plan_run
-from hf_longlora.checking import check_model
 from hf_longlora.cli import main
-from hf_longlora.planning import GIB, GPUS, RunSettings, find_gpu, gpu_called
+from hf_longlora.planning import GIB, GPUS, RunSettings, check_model, find_gpu, gpu_called
 from hf_longlora.planning.shape import Shape
 
 SHAPE = {

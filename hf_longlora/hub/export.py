@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging
 
 from ..from_hub import adapter_values, reason
+from ..modules import meta_model
 from ..rope import RopeScaling, current_rope, reach, vllm_overrides, write_length, write_rope
 from ..tuner import LongLoraConfig
 from ..tuner.config import check_finite
@@ -217,7 +218,7 @@ def _plain_lora(
     (out / CONFIG_NAME).write_text(json.dumps(plain, indent=2))
     save_file(weights, out / WEIGHTS_NAME, metadata={"format": "pt"})
     data = ModelCardData(library_name="peft", base_model=base_name if on_hub(base_name) else None)
-    trained = trained_vocabulary(_empty(base_config), config, _tokens(source))
+    trained = trained_vocabulary(meta_model(base_config), config, _tokens(source))
     tokens = None if trained is None else trained[0]
     text = _how_to_load(plain, config, weights, base_name, output_dir.name, overrides, revision, tokens, generated)
     (out / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}")
@@ -227,12 +228,6 @@ def _overrides(base_config: Any, rope: RopeScaling | None) -> str:
     """The option that vLLM needs beside the config, with a space before it; empty for most."""
     overrides = vllm_overrides(base_config, rope or current_rope(base_config))
     return f" --hf-overrides '{json.dumps(overrides)}'" if overrides else ""
-
-
-def _empty(base_config: Any) -> Any:
-    """A base without its weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(base_config)
 
 
 def _tokens(source: Path) -> int:
@@ -252,7 +247,7 @@ def _generated_length(base_name: str, before: int, after: int, revision: str | N
 
 def _tied_head(weights: dict[str, torch.Tensor], base_config: Any) -> tuple[str, torch.Tensor] | None:
     """Name and weight of a head that is tied to embeddings trained whole, of which our adapter holds one copy."""
-    model = _empty(base_config)
+    model = meta_model(base_config)
     names = {module: name for name, module in model.named_modules()}
     embedding = weights.get(f"{PREFIX}{names[model.get_input_embeddings()]}.weight")
     head = model.get_output_embeddings()

@@ -20,11 +20,10 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from ..from_hub import ORIGINAL_NAME, read_config, reason
-from ..modules import input_embedding, is_norm, output_head, walk
+from ..modules import input_embedding, is_norm, meta_model, output_head, walk
 from ..rope import current_rope
 from ..tuner import LongLoraConfig
 from ..tuner.config import check_finite
@@ -70,8 +69,7 @@ def import_original(
     if not name:
         raise ValueError(f"{folder} doesn't name its base model: pass base")
     base_config = read_config(name)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(base_config)
+    model = meta_model(base_config)
     model.name_or_path = name
     lora, whole = _weights(source)
     parts = {key.rpartition(".")[0] for key in whole}

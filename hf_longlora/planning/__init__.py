@@ -9,6 +9,7 @@ Letters: T tokens in a forward, h hidden size, W what the MLP's inputs are proje
 the widths of all queries and of all keys and values, L layers, V vocabulary.
 """
 
+from .check import ModelCheck, check_model
 from .gpus import GPUS, Gpu, find_gpu, gpu_called, local_gpu
 from .memory import GIB
 from .plan import LengthPlan, RunPlan, plan_run
@@ -19,8 +20,10 @@ __all__ = [
     "GPUS",
     "Gpu",
     "LengthPlan",
+    "ModelCheck",
     "RunPlan",
     "RunSettings",
+    "check_model",
     "find_gpu",
     "gpu_called",
     "local_gpu",

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..attention import check_skipping, set_s2_attention
-from ..modules import is_attention, is_mlp, is_norm, is_projection, language_modules
+from ..modules import is_attention, is_mlp, is_norm, is_projection, language_modules, meta_model
 from ..rope import WITH_HISTORY, find_rope, native_window, natural_type
 from .settings import RunSettings
 
@@ -64,8 +64,7 @@ class Shape:
     def of(cls, config: PreTrainedConfig, settings: RunSettings) -> Shape:
         text: Any = config.get_text_config()
         try:
-            with torch.device("meta"):
-                base: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype))
+            base = meta_model(config, dtype=getattr(torch, settings.dtype))
         except (ValueError, KeyError) as error:
             raise ValueError(f"a {config.model_type} is no causal language model: {error}") from error
         set_s2_attention(base)  # raises on what would not be trained

@@ -1,4 +1,4 @@
-"""What would be done to a model, before any weight is downloaded: `hf-longlora check MODEL`.
+"""What would be done to a model, before any weight is downloaded: what `hf-longlora check MODEL` prints.
 
 The model is built from its config on the meta device, where tensors have shapes and no numbers, given the adapter, and
 run once. What is reported is what the layers themselves asked for: a family that nobody has tested is checked by the
@@ -27,17 +27,17 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .attention import S2AttentionConfig, check_skipping, check_supported, set_s2_attention
-from .attention.config import dense_by_size
-from .attention.interface import left_alone, refuse_sparse, refuse_unknown
-from .attention.kernels import KERNELS
-from .attention.mask import READS_MASK, S2Mask, s2_mask
-from .families import Family, find_family
-from .from_hub import adapter_values, read_config
-from .modules import is_norm, language_modules, walk
-from .parallel import check_shardable
-from .rope import AUTO, RopeScaling, current_rope, native_window, reach, readings, rotary_modules, type_over
-from .tuner import LongLoraConfig
+from ..attention import S2AttentionConfig, check_skipping, check_supported, set_s2_attention
+from ..attention.config import dense_by_size
+from ..attention.interface import left_alone, refuse_sparse, refuse_unknown
+from ..attention.kernels import KERNELS
+from ..attention.mask import READS_MASK, S2Mask, s2_mask
+from ..families import Family, find_family
+from ..from_hub import adapter_values, read_config
+from ..modules import is_norm, language_modules, meta_model, walk
+from ..parallel import check_shardable
+from ..rope import AUTO, RopeScaling, current_rope, native_window, reach, readings, rotary_modules
+from ..tuner import LongLoraConfig
 
 _PROBE = "s2attn_probe"
 _TOKENS = 16
@@ -55,18 +55,10 @@ class Layer:
     needs: tuple[str, ...] = ()
     """What a kernel has to have for it."""
 
-    @property
-    def shifted(self) -> str:
-        """Which heads are shifted, in words."""
-        if self.kv_heads > 1:
-            half = self.kv_heads // 2
-            return f"the last {half} of {self.kv_heads} key/value heads, with {half * self.heads // self.kv_heads} of "
-        return f"{self.heads // 2} of "
-
 
 @dataclass
 class ModelCheck:
-    """What would be done to a model; `str()` of it is what `hf-longlora check` prints."""
+    """What would be done to a model."""
 
     name: str
     model_type: str
@@ -98,9 +90,6 @@ class ModelCheck:
     @property
     def sparse(self) -> list[Layer]:
         return [layer for layer in self.layers if layer.left_alone is None]
-
-    def __str__(self) -> str:
-        return "\n".join(_lines(self))
 
 
 def check_model(
@@ -220,8 +209,7 @@ def _build(config: Any, found: ModelCheck, trust_remote_code: bool) -> PreTraine
             found.refused.append(f"transformers has no causal language model of type {config.model_type!r}.")
             return None
     try:
-        with torch.device("meta"):
-            return auto.from_config(config, trust_remote_code=trust_remote_code)
+        return meta_model(config, auto, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a family's code makes of a config that lacks something
         found.refused.append(f"transformers can't build the model from this config: {type(error).__name__}: {error}")
         return None
@@ -408,68 +396,3 @@ def _judge(found: ModelCheck, config: Any) -> None:
             f"vLLM serves {after.original_max_position_embeddings:,} tokens of a longrope model unless it is given "
             f"--max-model-len {after.length}."
         )
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# In words
-
-
-def _lines(found: ModelCheck) -> Iterator[str]:
-    tested = f"tested: {found.family.name}" if found.family is not None else "not among the tested families"
-    yield f"{found.name}: {found.model_class}, model type {found.model_type} ({tested})"
-    if found.layers:
-        yield f"attention   {len(found.sparse)} of {_count(len(found.layers) + found.other_layers, 'layer')} sparse"
-        for reason in sorted({layer.left_alone for layer in found.layers if layer.left_alone}):
-            names = [layer.name for layer in found.layers if layer.left_alone == reason]
-            yield f"            {_count(len(names), 'layer')} left alone: {reason} ({_short(names)})"
-        if found.other_layers:
-            yield f"            {_count(found.other_layers, 'layer')} left alone: no softmax attention"
-        for kind in sorted({f"{layer.shifted}{layer.heads} query heads" for layer in found.sparse}):
-            yield f"shifted     {kind}"
-    if found.group_size is not None:
-        sinks = f" and the first {found.sink_tokens:,} of a document" if found.sink_tokens else ""
-        yield f"groups      {found.group_size:,} tokens{sinks}, at {found.length:,}"
-    if found.window is not None:
-        yield f"windows     {found.window:,} tokens (sparse='windows' or 'pose')"
-    if found.shared:
-        yield "shared      a sequence by several processes (sequence_parallel)"
-    if found.targets:
-        yield f"LoRA on     {', '.join(found.targets)}"
-    if found.norms or found.embeddings:
-        yield f"trained     {_count(len(found.norms), 'norm')} ({_short(found.norms)})"
-        yield f"            {_count(len(found.embeddings), 'embedding')} ({_short(found.embeddings)})"
-    if found.parameters[1]:
-        share = found.parameters[0] / found.parameters[1]
-        yield f"            {found.parameters[0]:,} of {found.parameters[1]:,} parameters ({share:.2%})"
-    if found.rope is not None:
-        before, after = found.rope
-        of_before, of_after = found.reaches
-        yield f"RoPE        {_rope(before, before, of_before)}"
-        yield f"            -> {_rope(after, before, of_after)}" if before != after else "            unchanged"
-    elif found.layers:
-        yield "RoPE        none that can be scaled"
-    if found.family is not None and found.family.note:
-        yield f"family      {found.family.note}"
-    for note in found.notes:
-        yield f"note        {note}"
-    for reason in found.refused:
-        yield f"REFUSED     {reason}"
-
-
-def _rope(scaling: RopeScaling, base: RopeScaling, reaches: list[tuple[int, int]]) -> str:
-    shown = {k: v for k, v in scaling.parameters.items() if k != "rope_type" and not isinstance(v, list)}
-    values = ", ".join(
-        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
-    )
-    lengths = " or ".join(f"{longest:,} tokens of originally {original:,}" for original, longest in reaches)
-    return f"{type_over(scaling, base)}, {lengths} ({values})"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _short(names: list[str], most: int = 3) -> str:
-    if not names:
-        return "none"
-    return ", ".join(names[:most]) + (f", ... {names[-1]}" if len(names) > most else "")
