@@ -7,18 +7,11 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from .attention.config import (
-    AttentionMode,
-    S2AttentionConfig,
-    Sparse,
-    check_group_size,
-    check_group_size_ratio,
-    check_sink_tokens,
-    dense_by_size,
-)
+from .attention.config import AttentionMode, S2AttentionConfig, Sparse, dense_by_size
 from .rope import AUTO
+from .values import check_one_of, check_share, check_whole
 
 __all__ = ["ContextStage", "Schedule"]
 
@@ -68,25 +61,14 @@ class ContextStage:
     sparse: Sparse | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "max_steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` of a stage must be a whole number of at least 1, got {value!r}.")
-        check_group_size(self.group_size)
-        check_group_size_ratio(self.group_size_ratio)
-        if self.sink_tokens is not None:
-            check_sink_tokens(self.sink_tokens)
-        check_dense_every(self.dense_every)
-        if self.attention not in get_args(StageAttention):
-            raise ValueError(
-                f"`attention` of a stage must be one of {get_args(StageAttention)}, got {self.attention!r}."
-            )
-        if self.sparse is not None:
-            check_sparse(self.sparse)
-            if self.attention == "dense":
-                raise ValueError(
-                    f"A stage with attention='dense' has no sparse steps: leave out sparse={self.sparse!r}."
-                )
+        check_whole(1, max_length=self.max_length, max_steps=self.max_steps)
+        check_whole(2, none=True, group_size=self.group_size)
+        check_share(group_size_ratio=self.group_size_ratio)
+        check_whole(0, none=True, sink_tokens=self.sink_tokens, dense_every=self.dense_every)
+        check_one_of(StageAttention, attention=self.attention)
+        check_one_of(Sparse, sparse=self.sparse)
+        if self.sparse is not None and self.attention == "dense":
+            raise ValueError(f"A stage with attention='dense' has no sparse steps: leave out sparse={self.sparse!r}.")
         of_groups = ("group_size", "group_size_ratio", "sink_tokens")
         given = [name for name in of_groups if getattr(self, name) is not None]
         if self.sparse not in (None, "s2") and given:
@@ -116,20 +98,6 @@ class ContextStage:
                 + f". A stage has the fields {sorted(known)}."
             )
         return cls(**value)
-
-
-def check_dense_every(dense_every: int | None) -> None:
-    """Raise a `ValueError` unless `dense_every` is `None` or a whole number of at least 0."""
-    if dense_every is not None and (
-        isinstance(dense_every, bool) or not isinstance(dense_every, int) or dense_every < 0
-    ):
-        raise ValueError(f"`dense_every` must be a whole number of steps, or 0 for never, got {dense_every!r}.")
-
-
-def check_sparse(sparse: str) -> None:
-    """Raise a `ValueError` unless `sparse` is one of `Sparse`."""
-    if sparse not in get_args(Sparse):
-        raise ValueError(f"`sparse` must be one of {get_args(Sparse)}, got {sparse!r}.")
 
 
 @dataclass(frozen=True)

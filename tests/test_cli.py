@@ -407,7 +407,10 @@ def test_train_under_accelerate_launch(run):
         ("lerning_rate: 1.0e-3", "unknown options: lerning_rate (did you mean learning_rate?)"),
         ("rope_type: yarn", "unknown options: rope_type (each stage has its own"),
         ("eval_strategy: steps\neval_steps: 0", "`eval_steps=0` would evaluate as often as `logging_steps`"),
-        ("per_device_train_batch_size: 0", "`per_device_train_batch_size` must be at least 1, got 0"),
+        (
+            "per_device_train_batch_size: 0",
+            "`per_device_train_batch_size` must be a whole number of at least 1, got 0",
+        ),
         ("stages: [", "not YAML"),
         ("stages: sometimes", "`stages` must be"),
         ("stages: [{max_length: 128}]", "missing ['max_steps']"),

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
+from ..values import check_one_of, check_share, check_whole
 from .kernels import KERNELS
 
 AttentionMode = Literal["auto", "s2", "dense", "windows"]
@@ -52,11 +53,10 @@ class S2AttentionConfig:
     kernel: str = field(default="auto", metadata={"help": "Attention kernel: 'auto' or a kernel's name."})
 
     def __post_init__(self) -> None:
-        check_group_size(self.group_size)
-        check_group_size_ratio(self.group_size_ratio)
-        if self.shift not in get_args(Shift):
-            raise ValueError(f"`shift` must be one of {get_args(Shift)}, got {self.shift!r}.")
-        check_sink_tokens(self.sink_tokens)
+        check_whole(2, none=True, group_size=self.group_size)
+        check_share(group_size_ratio=self.group_size_ratio)
+        check_one_of(Shift, shift=self.shift)
+        check_whole(0, sink_tokens=self.sink_tokens)
         if self.kernel != "auto" and self.kernel not in KERNELS:
             raise ValueError(f"Unknown attention kernel {self.kernel!r}; choose 'auto' or one of {sorted(KERNELS)}.")
 
@@ -86,27 +86,3 @@ def dense_by_size(group_size: int, length: int) -> str | None:
         f"A group of {group_size:,} tokens holds all of a sequence of {length:,}: attention is dense there, and costs "
         "what dense attention costs. Give a smaller group_size if that is not meant."
     )
-
-
-def check_group_size(group_size: int | None) -> None:
-    """Raise a `ValueError` unless `group_size` is `None` or a whole number of at least 2."""
-    if group_size is None:
-        return
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
-        raise ValueError(f"`group_size` must be a whole number of at least 2 tokens, got {group_size!r}.")
-
-
-def check_sink_tokens(sink_tokens: int) -> None:
-    """Raise a `ValueError` unless `sink_tokens` is a whole number of at least 0."""
-    if isinstance(sink_tokens, bool) or not isinstance(sink_tokens, int) or sink_tokens < 0:
-        raise ValueError(
-            f"`sink_tokens` must be a whole number of tokens, 0 for the paper's pattern, got {sink_tokens!r}."
-        )
-
-
-def check_group_size_ratio(ratio: float | None) -> None:
-    """Raise a `ValueError` unless `group_size_ratio` is `None` or a number in (0, 1]."""
-    if ratio is None:
-        return
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
-        raise ValueError(f"`group_size_ratio` must be a number in (0, 1], got {ratio!r}. The paper's value is 0.25.")

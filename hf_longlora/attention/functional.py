@@ -2,8 +2,8 @@
 
 import torch
 
+from ..values import check_whole
 from .autocast import computed_in
-from .config import check_group_size, check_sink_tokens
 from .kernels import select_kernel
 from .segments import Documents
 
@@ -44,8 +44,8 @@ def s2_attention(
             can't serve.
         NotImplementedError: on forward-mode derivatives, which only the reference has.
     """
-    check_group_size(group_size)
-    check_sink_tokens(sink_tokens)
+    check_whole(2, none=True, group_size=group_size)
+    check_whole(0, sink_tokens=sink_tokens)
     check_tensors(query, key, value)
     documents = Documents.find(
         query.shape[0], query.shape[2], cu_seqlens=cu_seqlens, attention_mask=attention_mask, position_ids=None

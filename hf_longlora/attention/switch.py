@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import get_args
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -11,6 +10,7 @@ from transformers.utils import logging
 
 from ..modules import attention_modules, base_model
 from ..rope import find_rope, native_window
+from ..values import check_one_of
 from .config import AttentionMode, S2AttentionConfig
 from .interface import NAME, STATE, S2State, tell_cache
 
@@ -137,8 +137,7 @@ def set_attention_mode(model: nn.Module, mode: AttentionMode) -> None:
     Raises:
         ValueError: on another mode, a model that does not use `"s2attn"`, or one with layers that can't skip.
     """
-    if mode not in get_args(AttentionMode):
-        raise ValueError(f"`mode` must be one of {get_args(AttentionMode)}, got {mode!r}.")
+    check_one_of(AttentionMode, mode=mode)
     states, inner = _states(model), transformers_model(model)
     if mode == "windows":
         check_skipping(type(inner), inner.config)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import ModelCardData, snapshot_download
@@ -34,6 +34,7 @@ from ..rope import RopeScaling, current_rope, reach, vllm_overrides, write_lengt
 from ..tuner import LongLoraConfig
 from ..tuner.config import check_finite
 from ..tuner.stored import fit_vocabulary, trained_vocabulary
+from ..values import check_one_of
 from .card import on_hub
 
 logger = logging.get_logger(__name__)
@@ -76,8 +77,7 @@ def export_adapter(
             the output folder has files.
         OSError: if the adapter or the base can't be had.
     """
-    if form not in get_args(ExportForm):
-        raise ValueError(f"form must be one of {get_args(ExportForm)}, got {form!r}")
+    check_one_of(ExportForm, form=form)
     if dtype != "auto" and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
         raise ValueError(f'dtype must be "auto", a torch.dtype or the name of one, such as "bfloat16", got {dtype!r}')
     source = adapter_folder(adapter)

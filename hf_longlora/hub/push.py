@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..from_hub import causes, http_error
 from ..tuner import LongLoraConfig
+from ..values import check_whole
 from .card import folder_card
 from .run import read_facts, run_facts, write_facts
 
@@ -75,8 +76,7 @@ class PushAdapterCallback(TrainerCallback):
         backoff: float = 10.0,
         patience: float = 300.0,
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
+        check_whole(1, none=True, every_n_steps=every_n_steps)
         self.repo_id = repo_id
         self.every_n_steps = every_n_steps
         self.private = private

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from ..attention.config import check_group_size, check_sink_tokens
 from ..attention.functional import check_tensors
 from ..attention.kernels import select_kernel
 from ..attention.segments import Documents, Part, Span
+from ..values import check_whole
 from .exchange import Halo, HaloPlan, linked, to_heads, to_tokens
 from .shards import Shards
 
@@ -239,8 +239,8 @@ def s2_attention(
     Raises:
         ValueError: on shapes that don't fit, a group below 2, a kernel that can't serve, or a process without tokens.
     """
-    check_group_size(group_size)
-    check_sink_tokens(sink_tokens)
+    check_whole(2, none=True, group_size=group_size)
+    check_whole(0, sink_tokens=sink_tokens)
     # Before the tensors are looked at: a process that refused its own, having none, would leave the others waiting.
     sequence = ShardedSequence.find(
         group,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
 
-from ..attention.config import S2AttentionConfig, Sparse, check_group_size, check_group_size_ratio, check_sink_tokens
+from ..attention.config import S2AttentionConfig, Sparse
 from ..schedule import Schedule
+from ..values import check_one_of, check_share, check_whole
 from .gpus import Backend
+
+Dtype = Literal["bfloat16", "float32"]
+Quantization = Literal["4bit", "8bit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +44,8 @@ class RunSettings:
     """
 
     adapter: PeftConfig | None = None
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    quantization: Literal["4bit", "8bit"] | None = None
+    dtype: Dtype = "bfloat16"
+    quantization: Quantization | None = None
     batch_size: int = 1
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = True
@@ -60,30 +64,25 @@ class RunSettings:
     backend: Backend | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
-        if self.quantization not in (None, "4bit", "8bit"):
-            raise ValueError(f"quantization must be 4bit or 8bit, got {self.quantization!r}")
+        check_one_of(Dtype, dtype=self.dtype)
+        check_one_of(Quantization, quantization=self.quantization)
+        check_one_of(Sparse, sparse=self.sparse)
+        counts = ("batch_size", "gradient_accumulation_steps", "sequence_parallel")
+        check_whole(1, **{name: getattr(self, name) for name in counts})
+        check_whole(1, none=True, mlp_tile=self.mlp_tile)
+        check_whole(2, none=True, group_size=self.group_size)
+        check_whole(0, sink_tokens=self.sink_tokens, dense_every=self.dense_every)
+        check_share(group_size_ratio=self.group_size_ratio, offload_share=self.offload_share)
         if self.quantization and self.adapter is None:
             raise ValueError("all weights can't be trained on a quantized base: give an adapter")
         if self.activation_offloading and not self.gradient_checkpointing:
             raise ValueError("activation offloading is planned with gradient checkpointing only")
-        if not 0 < self.offload_share <= 1 or (self.offload_share < 1 and not self.activation_offloading):
-            raise ValueError("offload_share is above 0 and at most 1, and with activation offloading only")
+        if self.offload_share < 1 and not self.activation_offloading:
+            raise ValueError("offload_share is planned with activation offloading only")
         if self.selective_checkpointing and not self.gradient_checkpointing:
             raise ValueError("selective checkpointing is planned with gradient checkpointing only")
         if self.sparse != "s2" and self.sequence_parallel > 1:
             raise ValueError("windows fit one card: none is shared")
-        for name in ("batch_size", "gradient_accumulation_steps", "mlp_tile", "sequence_parallel"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.dense_every < 0:
-            raise ValueError(f"dense_every must be at least 0, got {self.dense_every}")
-        if self.sparse not in get_args(Sparse):
-            raise ValueError(f"sparse must be {', '.join(get_args(Sparse))}, got {self.sparse!r}")
-        check_group_size(self.group_size)
-        check_group_size_ratio(self.group_size_ratio)
-        check_sink_tokens(self.sink_tokens)
 
     @classmethod
     def of(
@@ -94,7 +93,7 @@ class RunSettings:
         *,
         adapter: PeftConfig | None,
         dtype: torch.dtype,
-        quantization: Literal["4bit", "8bit"] | None,
+        quantization: Quantization | None,
     ) -> RunSettings:
         """Those of a stage of a run.
 

@@ -31,6 +31,7 @@ from ..rope import (
 )
 from ..schedule import ContextStage, Schedule
 from ..tuner import LongLoraConfig, LongLoraModel
+from ..values import check_whole
 from .callbacks import longlora_tuner
 from .config import LongLoraSFTConfig
 from .data import StageData
@@ -47,9 +48,8 @@ ANSWERS = (
 def check_arguments(args: LongLoraSFTConfig) -> None:
     if args.auto_find_batch_size:
         raise ValueError("`auto_find_batch_size` would change how many examples a stage sees; set the batch size.")
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {getattr(args, name)}.")
+    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    check_whole(1, **{name: getattr(args, name) for name in sizes})
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise ValueError(
             f"`train_sampling_strategy={args.train_sampling_strategy!r}` would mix the stages; use 'random' (shuffled "

@@ -8,16 +8,9 @@ from typing import Any
 from trl import SFTConfig
 
 from ..attention import S2AttentionConfig
-from ..schedule import (
-    AUTO_STAGES,
-    ContextStage,
-    Schedule,
-    Sparse,
-    auto_stages,
-    check_dense_every,
-    check_sparse,
-    check_stages,
-)
+from ..attention.config import Sparse
+from ..schedule import AUTO_STAGES, ContextStage, Schedule, auto_stages, check_stages
+from ..values import check_one_of, check_share, check_whole
 
 
 @dataclass
@@ -131,21 +124,15 @@ class LongLoraSFTConfig(SFTConfig):
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
 
     def __post_init__(self) -> None:
-        check_dense_every(self.dense_every)
-        check_sparse(self.sparse)
-        if self.mlp_tile is not None and self.mlp_tile < 1:
-            raise ValueError(f"`mlp_tile` must be a number of tokens, at least 1, got {self.mlp_tile!r}.")
-        if not 0 < self.offload_share <= 1:
-            raise ValueError(f"`offload_share` must be above 0 and at most 1, got {self.offload_share!r}.")
+        check_whole(0, dense_every=self.dense_every)
+        check_one_of(Sparse, sparse=self.sparse)
+        check_whole(1, none=True, mlp_tile=self.mlp_tile)
+        check_whole(1, sequence_parallel=self.sequence_parallel)
+        check_share(offload_share=self.offload_share)
         if self.offload_share < 1 and not self.activation_offloading:
             raise ValueError("`offload_share` is of what `activation_offloading` sends: switch that on.")
-        for name in ("shuffle_buffer", "max_examples", "max_eval_examples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be a number of examples, at least 1, got {getattr(self, name)!r}.")
-        if self.sequence_parallel < 1:
-            raise ValueError(
-                f"`sequence_parallel` must be a number of processes, at least 1, got {self.sequence_parallel!r}."
-            )
+        examples = ("shuffle_buffer", "max_examples", "max_eval_examples")
+        check_whole(1, none=True, **{name: getattr(self, name) for name in examples})
         if self.eval_strategy == "steps" and self.eval_steps == 0:
             raise ValueError(
                 "`eval_steps=0` would evaluate as often as `logging_steps` says. Give the steps between evaluations, "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from peft import PeftConfig
 from transformers import PreTrainedConfig
 
 from ..planning import Gpu, LengthPlan, RunPlan, RunSettings, plan_run
+from ..planning.settings import Quantization
 from .checks import Start, base_window
 from .config import LongLoraSFTConfig
 
@@ -49,7 +49,7 @@ def plan_stages(
     *,
     adapter: PeftConfig | None,
     dtype: torch.dtype,
-    quantization: Literal["4bit", "8bit"] | None = None,
+    quantization: Quantization | None = None,
     gpus: int = 1,
 ) -> tuple[RunPlan, list[StagePlan]]:
     """What each stage of a run takes on a card, of a model of which only the config is read.

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from ..attention.config import S2AttentionConfig
 from ..rope import AUTO, ROPE_TYPES, RopeScaling
 from ..schedule import Schedule
+from ..values import check_whole
 
 StoredShapes = dict[str, tuple[int, ...]]
 """Name in an adapter's file -> shape."""
@@ -114,14 +115,9 @@ class LongLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["LONGLORA"]
-        if self.target_length is not None and (not isinstance(self.target_length, int) or self.target_length < 2):
-            raise ValueError(f"target_length must be a number of tokens, got {self.target_length!r}.")
-        if self.base_length is not None and (not isinstance(self.base_length, int) or self.base_length < 2):
-            raise ValueError(f"base_length must be a number of tokens, got {self.base_length!r}.")
-        rank = self.embedding_rank
-        if rank is not None and (not isinstance(rank, int) or rank < 1):
-            raise ValueError(f"embedding_rank must be a positive rank, got {rank!r}.")
-        if rank is not None and (not self.train_embeddings or self.trainable_token_indices is not None):
+        check_whole(2, none=True, target_length=self.target_length, base_length=self.base_length)
+        check_whole(1, none=True, embedding_rank=self.embedding_rank)
+        if self.embedding_rank is not None and (not self.train_embeddings or self.trainable_token_indices is not None):
             raise ValueError(
                 "embedding_rank, trainable_token_indices and train_embeddings=False are three ways to save the memory "
                 "of trained embeddings; choose one."

@@ -278,7 +278,7 @@ def test_offloading_without_an_accelerator_is_one_clear_error(make, monkeypatch)
 
 @pytest.mark.parametrize("share", [0.0, 1.5])
 def test_a_share_of_nothing_or_of_more_than_all_is_refused(make, share):
-    with pytest.raises(ValueError, match="above 0 and at most 1"):
+    with pytest.raises(ValueError, match=r"`offload_share` must be a number in \(0, 1\]"):
         make(stages=STAGES, activation_offloading=True, offload_share=share)
 
 

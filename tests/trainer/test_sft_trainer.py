@@ -498,8 +498,14 @@ def test_the_vocabulary_is_not_resized(make):
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "skip_prepare_dataset"),
         ({"dataset": Dataset.from_dict({"text": ["a"], "image": [1]})}, "images"),
         ({"padding_free": True, "packing": False}, "set packing=True as well"),
-        ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` must be at least 1, got 0"),
-        ({"per_device_eval_batch_size": 0}, "`per_device_eval_batch_size` must be at least 1, got 0"),
+        (
+            {"gradient_accumulation_steps": 0},
+            "`gradient_accumulation_steps` must be a whole number",
+        ),
+        (
+            {"per_device_eval_batch_size": 0},
+            "`per_device_eval_batch_size` must be a whole number",
+        ),
         ({"eval_strategy": "steps", "eval_steps": 0}, 'eval_steps=0.*eval_strategy="no"'),
         ({"logging_steps": 0}, "non-zero --logging_steps"),
         ({"attention_kernel": "flex"}, "The attention kernel 'flex' lacks device 'cpu'.*'auto' or one of .*'sdpa'"),
