@@ -202,7 +202,7 @@ def test_limits(make, stream):
     assert {name: len(part) for name, part in both.items()} == {"a": 2, "b": 2}
     with pytest.raises(ValueError, match="`max_eval_examples`"):
         whole(stream(), None)
-    with pytest.raises(ValueError, match="`shuffle_buffer` must be a number of examples"):
+    with pytest.raises(ValueError, match="`shuffle_buffer` must be a whole number"):
         make(shuffle_buffer=0)
 
 
