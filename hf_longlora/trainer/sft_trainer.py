@@ -2,9 +2,8 @@
 
 import copy
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,37 +12,26 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 import trl
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
-from peft.utils import CONFIG_NAME
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
-from trl import SFTTrainer
 
 from ..attention import set_attention_mode, set_s2_attention
-from ..hub.card import base_name, folder_card
-from ..hub.run import RUN_NAME, read_facts, run_facts, write_facts
+from ..hub.run import write_facts
 from ..modules import base_model
 from ..parallel import sequence_group
 from ..rope import WITH_HISTORY, find_rope, forget_lengths, rope_factor
-from ..schedule import Schedule, StepPlan
-from ..tuner.config import read_shapes
-from ..tuner.stored import rope_seen_to
+from ..schedule import Schedule
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
 from .checkpoints import (
     STREAM_NAME,
-    begin_checkpoint,
-    check_complete,
-    check_signature,
     last_checkpoint,
-    optimizer_states,
     refuse_others,
-    write_signature,
 )
 from .checks import (
     Start,
@@ -66,10 +54,10 @@ from .checks import (
 )
 from .config import LongLoraSFTConfig
 from .data import COLUMNS, StageData, column_names, describe, limited, longest_document, order, whole, with_length
-from .identity import adapter_settings, data_fingerprint, optimizer_settings, weights_fingerprint
+from .identity import data_fingerprint
 from .layers import compiled_layers, tile_mlps
 from .offload import PartialOffload
-from .report import write_report
+from .saving import SavingTrainer
 from .sequences import (
     InShards,
     ShardableCollator,
@@ -79,7 +67,7 @@ from .sequences import (
     parallelism_config,
     shards_in_turn,
 )
-from .streams import StreamCollator, StreamedRows, stage_data
+from .streams import StreamCollator, StreamedRows
 from .trouble import beginnings, diverged, has_diverged, out_of_memory, peak_memory
 from .windows import FILLER, Served, WindowCollator, filler, piece, pieces
 
@@ -88,7 +76,7 @@ logger = logging.get_logger(__name__)
 LAST_GOOD_NAME = "last-good"
 
 
-class LongLoraSFTTrainer(SFTTrainer, ShardedLoss):
+class LongLoraSFTTrainer(SavingTrainer, ShardedLoss):
     """Extend a model's context in stages, in one run (LongLoRA, arXiv 2309.12307).
 
     A [`~trl.SFTTrainer`] in everything but this: sequences, RoPE, group size and attention follow the stages of
@@ -368,16 +356,6 @@ class LongLoraSFTTrainer(SFTTrainer, ShardedLoss):
         self._write_report()
         return output
 
-    def _write_report(self) -> None:
-        """Leave the report, and what `update_report` makes it from once the model has been evaluated."""
-        if self.args.report and self.is_world_process_zero():
-            folder = Path(str(self.args.output_dir))
-            folder.mkdir(parents=True, exist_ok=True)
-            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-            write_signature(folder, self._signature())
-            write_facts(folder, self._known | run_facts(self.args, self.state))
-            write_report(folder, self.state.log_history, self.schedule)
-
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         forget_lengths(self.model)  # dynamic RoPE: a batch's numbers don't depend on the lengths of those before
         if not self.is_model_parallel:
@@ -489,33 +467,9 @@ class LongLoraSFTTrainer(SFTTrainer, ShardedLoss):
             )
 
     @property
-    def _base(self) -> str | None:
-        """The base's name as others may read it; none of a model that was made in memory."""
-        return base_name(base_model(self.model).config._name_or_path)
-
-    @property
-    def _known(self) -> dict[str, str]:
-        """Facts of the run before its first step."""
-        return ({"base": self._base} if self._base else {}) | {"data": self._data} | self.stage_data
-
-    @property
-    def stage_data(self) -> dict[str, str]:
-        """What each stage sees of the data: `data of stage 1` -> a line."""
-        lines = {number: str(data) for number, data in self._stage_data.items()}
-        if isinstance(self.train_dataset, StreamedRows):
-            lines = {number: f"{line}, at its beginning" for number, line in lines.items()}
-            lines |= {number: str(data) for number, data in stage_data(self._stream_state).items()}
-        return {f"data of stage {number + 1}": line for number, line in lines.items()}
-
-    @property
     def _documents(self) -> str:
         """How the documents of this process's last batch begin."""
         return beginnings(self._last_batch, self.processing_class)
-
-    @property
-    def _plan(self) -> StepPlan:
-        """That of the step that was last done."""
-        return self.schedule.step(max(self.state.global_step - 1, 0))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self._clock_stopped():
@@ -553,15 +507,6 @@ class LongLoraSFTTrainer(SFTTrainer, ShardedLoss):
             losses.append(found[0] / found[1].clamp(min=1))
         return losses[dist.get_rank(group)]
 
-    @contextmanager
-    def _clock_stopped(self) -> Iterator[None]:
-        """What is done meanwhile is no training: the time it takes is none of the steps'."""
-        before, stopped = self._last_log, time.perf_counter()
-        yield
-        if before is not None:  # an evaluation of several datasets evaluates each: only the whole of it counts
-            since, tokens = before
-            self._last_log = since + time.perf_counter() - stopped, tokens
-
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """TRL's logs, and the stage's: stage, context length, RoPE factor, speed and peak memory.
 
@@ -588,135 +533,3 @@ class LongLoraSFTTrainer(SFTTrainer, ShardedLoss):
             plan.mode, plan.mode
         )
         self._check_losses()
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # What is kept
-
-    def create_model_card(  # type: ignore[override]  # TRL's signature, which isn't Trainer's either
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write the card of an adapter into the output directory, from what has happened; TRL's for whole models.
-
-        It needs the adapter to be saved there, as `save_model` and `push_to_hub` do before they call this.
-        """
-        folder = Path(str(self.args.output_dir))
-        if longlora_tuner(self.model) is None:
-            return super().create_model_card(model_name, dataset_name, tags)
-        if self.is_world_process_zero() and (folder / CONFIG_NAME).is_file():
-            self._write_card(folder, dataset_name, [tags] if isinstance(tags, str) else tags or [])
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and longlora_tuner(self.model) is not None:
-            self._write_card(Path(output_dir or str(self.args.output_dir)))  # in the place of PEFT's
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As Trainer's, which pushes the output directory with the checkpoint's weights: with its card, too."""
-        for name in ("README.md", RUN_NAME):
-            if self.args.should_save and Path(checkpoint_folder, name).is_file():
-                shutil.copy(Path(checkpoint_folder, name), Path(str(self.args.output_dir), name))
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _write_card(self, folder: Path, dataset_name: str | None = None, tags: Sequence[str] = ()) -> None:
-        write_facts(folder, read_facts(folder) | self._known | run_facts(self.args, self.state))
-        name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
-        card = folder_card(
-            folder, name=name, base_model=self._base, dataset=dataset_name, tags=[*self._tag_names, *tags]
-        )
-        card.save(folder / "README.md")
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        if self.args.should_save:
-            begin_checkpoint(Path(folder), self._signature() | {"tokens": self._total_train_tokens})
-            if self._stream_state:
-                Path(folder, STREAM_NAME).write_text(self._stream_state)
-        # A checkpoint holds the fp32 masters, so that a resumed run is the same run; a saved adapter the base's dtype.
-        tuner = longlora_tuner(self.model)
-        if tuner is not None:
-            tuner.full_precision_state = True
-        try:
-            with self._clock_stopped():
-                super()._save_checkpoint(model, trial)
-        finally:
-            if tuner is not None:
-                tuner.full_precision_state = False
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with rope_seen_to():  # the stage that is resumed sets it
-            super()._load_from_checkpoint(*args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        """As Trainer's, with the RoPE of the best checkpoint, which may be of a stage before the last."""
-        with rope_seen_to():
-            super()._load_best_model()
-        step = max((self.state.best_global_step or 0) - 1, 0)
-        self._stage_callback.apply(self.model, step)
-        number, stages = self.schedule.step(step).stage, self.schedule.stages
-        if number + 1 < len(stages):
-            logger.warning(
-                f"The best model is that of {self.state.best_model_checkpoint}, in stage {number + 1} of "
-                f"{len(stages)}: it is for {stages[number].max_length:,} tokens."
-            )
-
-    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
-        """As Trainer's. By what it returns `save_strategy="best"` saves or not, and a stage's end is always saved."""
-        return super()._determine_best_metric(*args, **kwargs) or self._plan.last_of_stage
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # the trainer's state is written next, and says that all else is there
-
-    def _signature(self) -> dict[str, Any]:
-        """What makes a run this run: a checkpoint of another one can't be resumed."""
-        args = self.args
-        streamed = isinstance(self.train_dataset, StreamedRows)
-        return {
-            **self.schedule.to_dict(),
-            "seed": args.seed,
-            "data_seed": args.data_seed,
-            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.data_parallel,
-            "packing": args.packing_strategy if args.packing else None,
-            "order": args.train_sampling_strategy,
-            "examples": self._stage_examples,
-            "streamed": [args.shuffle_buffer, args.max_examples] if streamed else None,
-            "optimizer_states": optimizer_states(self.accelerator),
-            **self._identity,
-        }
-
-    def _identify(self) -> dict[str, Any]:
-        """What `_signature` says of adapter, base, data and optimizer: to be asked for before a step is done."""
-        adapted = isinstance(self.model, PeftModel)
-        # Of the first process: where FSDP sends the weights to the others, they have none yet.
-        prints = [weights_fingerprint(self.model) if adapted else None, self._data_fingerprint]
-        weights, data = broadcast_object_list(prints)
-        rope = self._start.base or find_rope(self.model.config)
-        return {
-            "adapter": adapter_settings(self.model.active_peft_config) if adapted else None,
-            "base": {"weights": weights, "rope": rope and rope.to_dict()},
-            "ropes": [rope and rope.to_dict() for rope in self._ropes],
-            "data": data,
-            "optimizer": optimizer_settings(
-                self.args, self.optimizer, self.lr_scheduler, self.optimizer_cls_and_kwargs
-            ),
-        }
-
-    def _check_checkpoint(self, resume_from_checkpoint: str | bool) -> str:
-        path: str | bool | None = resume_from_checkpoint
-        if path is True:
-            directory = str(self.args.output_dir)
-            path = last_checkpoint(directory)
-            if path is None:
-                raise ValueError(
-                    f"There is no whole checkpoint in {directory} to resume from; call train() without one."
-                )
-        assert isinstance(path, str)
-        if self.args.ignore_data_skip:
-            raise ValueError("`ignore_data_skip` would show the stage that is resumed the first stage's sequences.")
-        tokens = check_signature(path, self._signature())
-        scaled = getattr(self.accelerator, "scaler", None) is not None
-        check_complete(path, self.args.world_size, scaled, isinstance(self.train_dataset, StreamedRows))
-        if longlora_tuner(self.model) is not None:
-            read_shapes(path)
-        self._total_train_tokens = tokens
-        return path
