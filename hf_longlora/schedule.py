@@ -193,6 +193,11 @@ class Schedule:
             config = replace(config, sink_tokens=own.sink_tokens)
         return replace(config, group_size=config.resolve_group_size(own.max_length, self.native_window))
 
+    @property
+    def any_windows(self) -> bool:
+        """Whether there are steps in windows in any stage."""
+        return any(map(self.has_windows, range(len(self.stages))))
+
     def window(self, stage: int) -> int | None:
         """Tokens in a window of a stage; `None` where it has none."""
         return self.native_window if self.has_windows(stage) else None

@@ -316,7 +316,7 @@ def check_windows(
         columns: The training dataset's.
         own_collator: Whether the trainer is given a collator.
     """
-    if not any(schedule.has_windows(number) for number in range(len(schedule.stages))):
+    if not schedule.any_windows:
         return
     if schedule.native_window is None:  # of a linear RoPE that may be read in two ways: windows would be of either
         only_reading(config, current_rope(config))

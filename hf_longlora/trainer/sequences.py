@@ -65,7 +65,7 @@ def check_sequences(
         raise ValueError("`sequence_parallel` needs a later accelerate: pip install 'accelerate>=1.12'.")
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("`sequence_parallel` needs DeepSpeed: pip install 'deepspeed>=0.18.2'.")
-    if any(schedule.has_windows(number) for number in range(len(schedule.stages))):
+    if schedule.any_windows:
         raise ValueError('Steps in windows fit one process: set sparse="s2", or leave `sequence_parallel` out.')
     if args.compile_layers:
         raise ValueError("`compile_layers` is not for `sequence_parallel`: leave one of them out.")

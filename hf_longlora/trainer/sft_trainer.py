@@ -4,7 +4,7 @@ import copy
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +25,7 @@ from ..attention import set_attention_mode, set_s2_attention
 from ..hub.run import write_facts
 from ..modules import base_model
 from ..parallel import sequence_group
-from ..rope import WITH_HISTORY, find_rope, forget_lengths, rope_factor
+from ..rope import find_rope, forget_lengths, rope_factor
 from ..schedule import Schedule
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
 from .checkpoints import (
@@ -57,6 +57,7 @@ from .data import COLUMNS, StageData, column_names, describe, limited, longest_d
 from .identity import data_fingerprint
 from .layers import compiled_layers, tile_mlps
 from .offload import PartialOffload
+from .pieces import PiecewiseTrainer
 from .saving import SavingTrainer
 from .sequences import (
     InShards,
@@ -69,14 +70,14 @@ from .sequences import (
 )
 from .streams import StreamCollator, StreamedRows
 from .trouble import beginnings, diverged, has_diverged, out_of_memory, peak_memory
-from .windows import FILLER, Served, WindowCollator, filler, piece, pieces
+from .windows import Served, WindowCollator
 
 logger = logging.get_logger(__name__)
 
 LAST_GOOD_NAME = "last-good"
 
 
-class LongLoraSFTTrainer(SavingTrainer, ShardedLoss):
+class LongLoraSFTTrainer(SavingTrainer, PiecewiseTrainer, ShardedLoss):
     """Extend a model's context in stages, in one run (LongLoRA, arXiv 2309.12307).
 
     A [`~trl.SFTTrainer`] in everything but this: sequences, RoPE, group size and attention follow the stages of
@@ -180,7 +181,7 @@ class LongLoraSFTTrainer(SavingTrainer, ShardedLoss):
         )
         set_s2_attention(self.model)  # loaded by its name it has the attention that its arguments ask for, if any
         check_replicas(args)
-        if self._any_windows:
+        if self.schedule.any_windows:
             self.data_collator = WindowCollator(self.data_collator)
         self._data = describe(train_dataset, args)
         self._last_log: tuple[float, int] | None = None
@@ -270,20 +271,9 @@ class LongLoraSFTTrainer(SavingTrainer, ShardedLoss):
             say_data(list(self._stage_data.values()), args)
         return rows if isinstance(tokenized, IterableDataset) else concatenate_datasets(served)
 
-    @property
-    def _any_windows(self) -> bool:
-        """Whether there are steps in windows."""
-        return any(self.schedule.has_windows(stage) for stage in range(len(self.schedule.stages)))
-
-    @property
-    def _window(self) -> int:
-        """Tokens in a window of such a step."""
-        assert self.schedule.native_window is not None
-        return self.schedule.native_window
-
     def _get_dataloader(self, **kwargs: Any) -> DataLoader:  # type: ignore[override]  # Trainer calls it by names
         streamed = kwargs.get("is_training") and isinstance(kwargs["dataset"], StreamedRows)
-        if kwargs.get("is_training") and self._any_windows and not streamed:
+        if kwargs.get("is_training") and self.schedule.any_windows and not streamed:
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.data_parallel
             rows = self._remove_unused_columns(kwargs["dataset"], description="training")
             kwargs["dataset"] = Served(rows, self.args.order_seed, self.schedule, batch)
@@ -377,7 +367,7 @@ class LongLoraSFTTrainer(SavingTrainer, ShardedLoss):
         # PEFT casts each adapter's input to its fp32 weights, and autocast casts it back: bit by bit the same, but
         # four copies of the hidden states a layer, written twice and kept for the backward.
         with disable_input_dtype_casting(self.model, active=self.args.bf16 or self.args.fp16):
-            loss = self._in_pieces(model, inputs, *args, **kwargs)
+            loss = super().training_step(model, inputs, *args, **kwargs)
         # Alone, a process stops at the loss; several stop together, at the gradients that they share.
         if self.args.world_size == 1 and not loss.isfinite():
             self._stop_at_divergence("loss")
@@ -390,57 +380,6 @@ class LongLoraSFTTrainer(SavingTrainer, ShardedLoss):
         if not (self.args.fp16 or self.is_deepspeed_enabled) and not torch.as_tensor(norm).isfinite():
             self._stop_at_divergence("gradient")
         return norm
-
-    def _in_pieces(
-        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        """TRL's step; in a stage without dense steps windows come one after the other, short ones together.
-
-        The loss is a sum over tokens, and no token sees another window: losses and gradients of the parts add up to
-        the whole's, and activations are those of one part. Where dense steps have room for the whole, nothing is
-        gained by parts, and a small model is slower in them (135 M on an H200, 65,536 tokens: 1.6 s against 0.4).
-        """
-        step = super().training_step
-        plan = self.schedule.step(self.state.global_step)
-        alone = plan.mode == "windows" and self.schedule.dense_each(plan.stage) == 0
-        if not alone or num_items_in_batch is None or not self._adds_up:
-            return step(model, inputs, num_items_in_batch, *args, **kwargs)
-        ends = inputs["cu_seq_lens_q"].tolist()
-        spans, fillers, all_fillers = pieces(ends, self._window), 0, 0
-        if self.args.world_size > 1:  # processes meet in each forward
-            own = torch.tensor([[len(spans), len(ends) - 1]], device=self.args.device)
-            counts = self.accelerator.gather(own)
-            most = int(counts[:, 0].max())
-            spans = pieces(ends, self._window, most)
-            fillers = most - len(spans)
-            all_fillers = int((most - counts[:, 1]).clamp(min=0).sum())
-        parts = [filler(inputs)] * fillers + [piece(inputs, ends, span) for span in spans]
-        losses = []
-        for number, part in enumerate(parts, start=1):
-            with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
-                losses.append(step(model, part, num_items_in_batch, *args, **kwargs))
-        if all_fillers:
-            self._total_train_tokens -= all_fillers * FILLER
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        return torch.stack(losses).sum()
-
-    @property
-    def _adds_up(self) -> bool:
-        """Whether the parts of a step in windows may run one after the other.
-
-        Not where a forward of one process waits for the others' (weights that are sharded), where the loss is no sum
-        over tokens (a balance of experts, a loss of the user's), and where RoPE goes by the longest position of a
-        forward.
-        """
-        rope = find_rope(self.model.config)
-        return (
-            not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-            and not self.aux_loss_enabled
-            and self.compute_loss_func is None
-            and self.label_smoother is None
-            and rope is not None
-            and rope.rope_type not in WITH_HISTORY
-        )
 
     def _stop_at_divergence(self, what: str) -> NoReturn:
         """Keep the weights, which the step has not touched, and stop the run."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain, pairwise
 from math import ceil
 from typing import Any, NamedTuple
@@ -26,9 +26,6 @@ from torch.utils.data import Dataset
 
 from ..attention.segments import Span
 from ..schedule import Schedule
-
-FILLER = 2
-"""Tokens in a `filler`."""
 
 
 class Window(NamedTuple):
@@ -143,10 +140,10 @@ class WindowCollator:
         *tokens, lengths = zip(*examples, strict=True)
         joined = [torch.from_numpy(np.concatenate(each))[None] for each in tokens]
         row = dict(zip(Windows._fields, joined, strict=False))
-        return row | _boundaries(list(accumulate(chain(*lengths), initial=0)))
+        return row | boundaries(list(accumulate(chain(*lengths), initial=0)))
 
 
-def _boundaries(ends: Sequence[int]) -> dict[str, Any]:
+def boundaries(ends: Sequence[int]) -> dict[str, Any]:
     cu_seq_lens = torch.tensor(ends, dtype=torch.int32)
     longest = max(b - a for a, b in pairwise(ends))
     return {
@@ -212,52 +209,3 @@ class Served(Dataset[dict[str, Any] | Windows]):
             windows = cut(row["seq_lengths"].tolist() if "seq_lengths" in row else [len(ids)], size, draw)
             found += [(window, ids, row.get("labels", ids)) for window in slots(windows, count)[slot]]
         return Windows.of(found)
-
-
-def pieces(ends: Sequence[int], most: int, count: int = 1) -> list[Span]:
-    """Consecutive windows taken together, up to `most` tokens; in `count` pieces or more, if there are such many.
-
-    Args:
-        ends: Where windows end, from 0.
-        most: Tokens in a piece that is more than one window.
-        count: Pieces that are wanted.
-
-    Returns:
-        Of each piece its windows, half-open.
-    """
-    found: list[Span] = []
-    for window in range(len(ends) - 1):
-        if found and ends[window + 1] - ends[found[-1][0]] <= most:
-            found[-1] = (found[-1][0], window + 1)
-        else:
-            found.append((window, window + 1))
-    while len(found) < min(count, len(ends) - 1):
-        number = max(range(len(found)), key=lambda i: found[i][1] - found[i][0])
-        first, end = found[number]
-        middle = (first + end) // 2
-        found[number : number + 1] = [(first, middle), (middle, end)]
-    return found
-
-
-def piece(inputs: Mapping[str, Any], ends: Sequence[int], of: Span) -> dict[str, Any]:
-    """Some of the windows of a packed row, as a row of their own.
-
-    Args:
-        inputs: What `WindowCollator` gave.
-        ends: Where its windows end.
-        of: The windows, half-open.
-    """
-    start, end = ends[of[0]], ends[of[1]]
-    row = {name: inputs[name][:, start:end] for name in ("input_ids", "labels", "position_ids")}
-    device = inputs["cu_seq_lens_q"].device
-    told = _boundaries([at - start for at in ends[of[0] : of[1] + 1]])
-    return row | {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in told.items()}
-
-
-def filler(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of `FILLER` tokens from which nothing is learned, for a process that has fewer pieces than others."""
-    row = {name: inputs[name][:, :1].expand(-1, FILLER) for name in ("input_ids", "labels")}
-    row["labels"] = torch.full_like(row["labels"], -100)
-    row["position_ids"] = torch.arange(FILLER, device=row["labels"].device)[None]
-    device = inputs["cu_seq_lens_q"].device
-    return row | {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in _boundaries([0, FILLER]).items()}

@@ -21,8 +21,9 @@ from hf_longlora.attention.reference import reference_kernel
 from hf_longlora.evaluation import compare_attention
 from hf_longlora.hub.card import WINDOWED
 from hf_longlora.schedule import Schedule
+from hf_longlora.trainer.pieces import piece, pieces
 from hf_longlora.trainer.report import write_report
-from hf_longlora.trainer.windows import Served, WindowCollator, cut, piece, pieces, slots
+from hf_longlora.trainer.windows import Served, WindowCollator, cut, slots
 
 from ..test_families import build
 from .helpers import STAGES, TEXT, Spy, Stop, texts, weights
