@@ -121,7 +121,7 @@ class Schedule:
 
     Args:
         stages: In order.
-        attention: Group size, ratio and sink tokens where a stage names none; shift and kernel of all.
+        attention: Group size, ratio and sink tokens where a stage names none; kernel of all.
         dense_every: Where a stage names none; 0 for never.
         native_window: Tokens that the base was trained at before any scaling; `None` while the model is not known.
         sparse: Where a stage names none.
@@ -232,13 +232,15 @@ class Schedule:
 
 def stored_schedule(values: Mapping[str, Any]) -> dict[str, Any]:
     """What `to_dict` gave, earlier versions' with the fields that have come since at what their absence means."""
-    count = len(values["stages"])
+    count, attention = len(values["stages"]), {"sink_tokens": 0, **values["attention"]}
+    if (shift := attention.pop("shift", "heads")) != "heads":
+        raise ValueError(f"The stages ran with shift={shift!r}, which was for comparison and is stored no more.")
     missing = {"native_window": None, "sparse": "s2", "windows": [None] * count, "sink_tokens": [0] * count}
     return {
         **missing,
         **values,
         "stages": [asdict(ContextStage.of(stage)) for stage in values["stages"]],
-        "attention": {"sink_tokens": 0, **values["attention"]},
+        "attention": attention,
     }
 
 

@@ -48,7 +48,7 @@ def adapter(tiny_llama, tiny_tokenizer, tmp_path):
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     stages = (ContextStage(128, 1, group_size=16), ContextStage(256, 1, group_size=32))
-    attention = S2AttentionConfig(shift="all", sink_tokens=0, kernel="reference")
+    attention = S2AttentionConfig(sink_tokens=0, kernel="reference")
     model.active_peft_config.schedule = Schedule(stages, attention, 0).to_dict()
     model.save_pretrained(tmp_path / "adapter")
     lines = [json.dumps({"text": f"{i} " + TEXT * 12, "title": "kept out"}) for i in range(3)]
@@ -67,7 +67,7 @@ def test_evaluate(adapter, tiny_tokenizer, capsys):
     documents = texts_of(load_documents(files), tiny_tokenizer)
     assert len(documents) == 4
     options = dict(tokenizer=tiny_tokenizer, progress=False)
-    set_s2_attention(model, S2AttentionConfig(group_size=32, shift="all", sink_tokens=0))  # as the last stage ended
+    set_s2_attention(model, S2AttentionConfig(group_size=32, sink_tokens=0))  # as the last stage ended
     assert results["perplexity"]["dense"] == perplexity_by_length(model, documents, [64, 256], **options)
     with s2_attention_mode(model, "s2"):
         assert results["perplexity"]["as trained"] == perplexity_by_length(model, documents, [64, 256], **options)

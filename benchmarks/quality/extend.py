@@ -4,7 +4,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from hf_longlora import (
     set_s2_attention,
 )
 from hf_longlora.attention import get_s2_attention, segments
-from hf_longlora.attention.interface import S2State
+from hf_longlora.attention.interface import Shift
 from hf_longlora.modules import attention_modules
 from hf_longlora.rope import apply_rope, scaled_rope
 from hf_longlora.schedule import Schedule
@@ -74,7 +74,7 @@ class Run:
     dense_tail: float = 0.0
     tail_every: int = 1
     rotate: int = 0
-    shift: str = "heads"
+    shift: Shift = "heads"
     through: int = 1
     cut: float = 1.0
     full: bool = False
@@ -112,7 +112,7 @@ class RotatingDenseLayers(TrainerCallback):
         shared = get_s2_attention(kwargs["model"])
         for index, (_, module) in enumerate(attention_modules(kwargs["model"].get_base_model())):
             dense = (index + state.global_step) % self.period == 0
-            module.s2_attention_state = S2State(shared.config, "dense") if dense else shared
+            module.s2_attention_state = replace(shared, mode="dense") if dense else shared
 
 
 def attention_cost(run: Run, schedule: Schedule) -> float:
@@ -182,7 +182,6 @@ def train(run: Run, base: Path, work: Path) -> tuple[Any, dict[str, Any]]:
             dense_every=run.dense_every,
             group_size_ratio=run.group_size_ratio,
             sink_tokens=0,  # as all rows; a trial may have them
-            attention_shift=run.shift,
             attention_kernel=run.kernel,
             packing=run.through > 1,  # cuts the target's rows to a shorter stage's, and loses none of their tokens
             packing_strategy="wrapped",
@@ -213,6 +212,7 @@ def train(run: Run, base: Path, work: Path) -> tuple[Any, dict[str, Any]]:
             peft_config=None if run.full else config,
             callbacks=[RotatingDenseLayers(run.rotate)] if run.rotate else [TrialCallback(run.trial, args.schedule)],
         )
+        get_s2_attention(trainer.model).shift = run.shift
         trainer.remove_callback(PrinterCallback)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

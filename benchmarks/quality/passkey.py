@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset
 
 from hf_longlora import ContextStage, LongLoraSFTConfig, LongLoraSFTTrainer, passkey_accuracy
+from hf_longlora.attention import get_s2_attention
 from hf_longlora.evaluation import passkey_example
 
 from ..provenance import RESULTS, append_row, provenance, read_rows
@@ -55,7 +56,6 @@ def teach(
             dense_every=run.dense_every,
             group_size_ratio=run.group_size_ratio,
             sink_tokens=0,  # as all rows
-            attention_shift=run.shift,
             per_device_train_batch_size=batch,
             learning_rate=learning_rate,
             warmup_steps=5,
@@ -69,7 +69,9 @@ def teach(
             report_to="none",
         )
         dataset = examples(tokenizer, length, steps * batch, run.seed)
-        LongLoraSFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer).train()
+        trainer = LongLoraSFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
+        get_s2_attention(trainer.model).shift = run.shift
+        trainer.train()
 
 
 def main() -> None:

@@ -48,6 +48,8 @@ from hf_longlora import (
     loss_by_position,
     s2_attention_mode,
 )
+from hf_longlora.attention import get_s2_attention
+from hf_longlora.attention.interface import Shift
 from hf_longlora.rope import apply_rope, scaled_rope
 
 from ..provenance import RESULTS, append_row, provenance, read_rows
@@ -73,7 +75,7 @@ class Method:
             are of different documents.
         stage: Further fields of the stage.
         sparse_weight: What a gradient of a sparse step counts, beside one of a dense step.
-        args: Further fields of the configuration.
+        shift: What is shifted.
         adapter: Fields of the adapter that differ.
     """
 
@@ -85,7 +87,7 @@ class Method:
     scatter: bool = False
     stage: dict[str, Any] = field(default_factory=dict)
     sparse_weight: float = 1.0
-    args: dict[str, Any] = field(default_factory=dict)
+    shift: Shift = "heads"
     adapter: dict[str, Any] = field(default_factory=dict)
 
 
@@ -100,7 +102,7 @@ METHODS: dict[str, Method] = {
     "dense": Method(stage=DENSE),
     "dense, a quarter of the steps": Method(stage=DENSE, cut=0.25),
     # Groups of the native length that neither shift nor share a key are windows of their own, RoPE being relative.
-    "native windows": Method(stage=_s2(0, 0), args={"attention_shift": "none"}),
+    "native windows": Method(stage=_s2(0, 0), shift="none"),
     "s2 native + sinks, 4th dense": Method(stage=_s2(4)),
     "s2 native + sinks, 10th dense": Method(stage=_s2(10)),
     "s2 native + sinks": Method(stage=_s2(0)),
@@ -115,7 +117,7 @@ for _name, _sparse in {"windows": "windows", "pose of many rows": "pose"}.items(
     for _nth, _every in {"2nd": 2, "3rd": 3, "4th": 4, "10th": 10}.items():
         METHODS[f"{_name}, {_nth} dense"] = Method(stage={"sparse": _sparse, "dense_every": _every})
 for _nth, _every in {"2nd": 2, "3rd": 3, "4th": 4}.items():
-    METHODS[f"native windows, {_nth} dense"] = Method(stage=_s2(_every, 0), args={"attention_shift": "none"})
+    METHODS[f"native windows, {_nth} dense"] = Method(stage=_s2(_every, 0), shift="none")
     METHODS[f"s2 native + sinks, {_nth} dense"] = Method(stage=_s2(_every))
 for _name in ("native windows", "native windows, 3rd dense", "native windows, 4th dense"):
     METHODS[f"{_name}, scattered"] = replace(METHODS[_name], scatter=True)
@@ -232,7 +234,6 @@ def train(run: Run, folder: Path) -> tuple[Any, dict[str, Any]]:
                 "report": False,
                 "report_to": "none",
                 "use_liger_kernel": bool(run.liger),
-                **method.args,
             }
         )
         clock, weight = StepClock(), SparseWeight(method.sparse_weight)
@@ -245,6 +246,7 @@ def train(run: Run, folder: Path) -> tuple[Any, dict[str, Any]]:
             callbacks=[clock] if method.sparse_weight == 1 else [clock, weight],
         )
         weight.trainer = trainer
+        get_s2_attention(trainer.model).shift = method.shift
         trainer.remove_callback(PrinterCallback)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

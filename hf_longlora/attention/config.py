@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..values import check_one_of, check_share, check_whole
+from ..values import check_share, check_whole
 from .kernels import KERNELS
 
 AttentionMode = Literal["auto", "s2", "dense", "windows"]
@@ -14,9 +14,6 @@ in training the documents are those of `cu_seq_lens_q`, parts of texts whose pos
 Sparse = Literal["s2", "windows", "pose"]
 """How training steps that aren't dense save attention: by its pattern; by windows of the base's native window, each a
 run of neighbouring tokens; or by such windows of two chunks (PoSE, arXiv 2309.10400)."""
-
-Shift = Literal["heads", "layers", "none", "all"]
-"""Which groups are shifted: those of half of the heads, of every second layer, none, or all (the paper's Table 6)."""
 
 DEFAULT_RATIO = 0.25
 """Of the length: a group where nothing is given, and the most that a group of the native window may have."""
@@ -30,8 +27,6 @@ class S2AttentionConfig:
         group_size: Tokens in a group, at least 2.
         group_size_ratio: Group size as a share of the longest document, in (0, 1]; not used where `group_size` is
             given. With neither, `resolve_group_size` goes by the model's native window.
-        shift: What is shifted by half a group: `"heads"`, the last half of each layer's, is the method; `"layers"`
-            (the odd ones), `"none"` and `"all"` are for comparison.
         sink_tokens: First tokens of a document that every group sees beside its own; 0 is the paper's pattern.
             Pretrained models park attention there (arXiv 2309.17453, 2406.05678).
         kernel: Name of a kernel of `hf_longlora.attention.kernels.KERNELS`, or `"auto"`. A named kernel that can't
@@ -48,14 +43,12 @@ class S2AttentionConfig:
     group_size_ratio: float | None = field(
         default=None, metadata={"help": "Group size as a share of the longest document."}
     )
-    shift: Shift = field(default="heads", metadata={"help": "What is shifted: heads, layers, none or all."})
     sink_tokens: int = field(default=4, metadata={"help": "First tokens of a document that every group sees."})
     kernel: str = field(default="auto", metadata={"help": "Attention kernel: 'auto' or a kernel's name."})
 
     def __post_init__(self) -> None:
         check_whole(2, none=True, group_size=self.group_size)
         check_share(group_size_ratio=self.group_size_ratio)
-        check_one_of(Shift, shift=self.shift)
         check_whole(0, sink_tokens=self.sink_tokens)
         if self.kernel != "auto" and self.kernel not in KERNELS:
             raise ValueError(f"Unknown attention kernel {self.kernel!r}; choose 'auto' or one of {sorted(KERNELS)}.")

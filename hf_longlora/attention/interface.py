@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..families import find_family
 from ..rope import native_window
-from .config import AttentionMode, S2AttentionConfig, Shift
+from .config import AttentionMode, S2AttentionConfig
 from .dense import eager_attention
 from .kernels import select_kernel
 from .mask import S2Mask, s2_mask
@@ -29,6 +29,10 @@ TOLD = "s2_kv_cache"  # the keyword of `tell_cache`
 STATE = "s2_attention_state"  # plain attributes of modules survive PEFT's wrapping and stay out of config.json
 
 
+Shift = Literal["heads", "layers", "none", "all"]
+"""Which groups are shifted: those of half of the heads, of every second layer, none, or all (the paper's Table 6)."""
+
+
 @dataclass
 class S2State:
     """What `set_s2_attention` puts on every attention module of a model: one object, shared by its layers."""
@@ -37,6 +41,8 @@ class S2State:
     mode: AttentionMode = "auto"
     native_window: int | None = None
     """Tokens that the model was trained at before any scaling: what groups are of where `config` doesn't say."""
+    shift: Shift = "heads"
+    """The method; others are for comparison, and set here (`get_s2_attention(model).shift = "none"`)."""
     find_sequence: Callable[..., Any] | None = None
     """Where processes hold shards of each row, what finds the whole (`hf_longlora.parallel.shard_sequences`)."""
 
@@ -134,7 +140,7 @@ def s2_attention_forward(
         softcap=softcap is not None,
         learned_sinks=learned_sinks is not None,
     )
-    pattern: Any = (group_size, _shift(state.config.shift, module), state.config.sink_tokens)
+    pattern: Any = (group_size, _shift(state.shift, module), state.config.sink_tokens)
     options = {
         "scale": scaling,
         "dropout_p": dropout if module.training else 0.0,

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -90,9 +91,7 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) 
         )
     if inner.config._attn_implementation != NAME:
         inner.set_attn_implementation(NAME)
-    mode: AttentionMode = state.mode if state is not None else "auto"
-    find_sequence = state.find_sequence if state is not None else None
-    state = S2State(config or S2AttentionConfig(), mode, native_window(inner), find_sequence)
+    state = replace(state or S2State(), config=config or S2AttentionConfig(), native_window=native_window(inner))
     setattr(inner, STATE, state)
     for module in modules:
         setattr(module, STATE, state)

@@ -33,7 +33,6 @@ class LongLoraSFTConfig(SFTConfig):
             neither, a group is the length that the base was trained at before any scaling, and a quarter of
             `max_length` at most.
         sink_tokens: First tokens of a document that every group sees; 0: the paper's pattern.
-        attention_shift: "heads"; "layers", "none" and "all" are for comparison.
         attention_kernel: "auto", or the name of a kernel.
         compile_layers: Whether to compile each decoder layer (torch.compile) for training.
         mlp_tile: Tokens that an MLP takes at a time; `None`: all. For sequences whose MLP intermediates don't fit.
@@ -85,9 +84,6 @@ class LongLoraSFTConfig(SFTConfig):
     sink_tokens: int = field(
         default=S2AttentionConfig.sink_tokens,
         metadata={"help": "First tokens of a document that every group sees; 0: the paper's pattern."},
-    )
-    attention_shift: str = field(
-        default="heads", metadata={"help": "What is shifted: heads (the method), layers, none or all."}
     )
     attention_kernel: str = field(default="auto", metadata={"help": "Attention kernel: 'auto' or a kernel's name."})
     compile_layers: bool = field(
@@ -204,12 +200,10 @@ class LongLoraSFTConfig(SFTConfig):
     def schedule(self) -> Schedule:
         """The stages as a function of the step; to be asked for once they are a list."""
         assert isinstance(self.stages, list)
-        shift: Any = self.attention_shift
         attention = S2AttentionConfig(
             group_size=self.group_size,
             group_size_ratio=self.group_size_ratio,
             sink_tokens=self.sink_tokens,
-            shift=shift,
             kernel=self.attention_kernel,
         )
         return Schedule(tuple(self.stages), attention, self.dense_every, sparse=self.sparse)

@@ -121,7 +121,6 @@ def test_cu_seqlens_are_for_one_row():
         {"group_size_ratio": -0.25},
         {"group_size_ratio": True},
         {"group_size_ratio": "0.25"},
-        {"shift": "tokens"},
         {"sink_tokens": -1},
         {"sink_tokens": 4.0},
         {"sink_tokens": True},
@@ -130,7 +129,7 @@ def test_cu_seqlens_are_for_one_row():
     ],
 )
 def test_config_refuses(kwargs):
-    with pytest.raises(ValueError, match=r"group_size|shift|sink_tokens|Unknown attention kernel"):
+    with pytest.raises(ValueError, match=r"group_size|sink_tokens|Unknown attention kernel"):
         S2AttentionConfig(**kwargs)
 
 

@@ -477,7 +477,8 @@ def test_what_is_shifted(models, monkeypatch, shift, layers):
 
     monkeypatch.setattr(Documents, "parts", record)
     monkeypatch.setattr(interface, "select_kernel", checked)
-    set_s2_attention(model, S2AttentionConfig(group_size=GROUP, shift=shift))
+    get_s2_attention(model).shift = shift
+    set_s2_attention(model, S2AttentionConfig(group_size=GROUP))
     model(input_ids=ids())
     assert calls == layers
 

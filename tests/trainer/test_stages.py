@@ -57,10 +57,8 @@ def test_a_stage_overrides_the_run():
     )
     assert [plan.step(i).mode for i in range(6)] == ["auto", "auto", "dense", "dense", "dense", "dense"]
     assert [plan.attention_config(i).group_size for i in range(3)] == [10, 128, 64]
-    kept = schedule(ContextStage(128, 2, group_size=10), ContextStage(256, 2), shift="none", kernel="reference")
-    assert {(kept.attention_config(i).shift, kept.attention_config(i).kernel) for i in range(2)} == {
-        ("none", "reference")
-    }
+    kept = schedule(ContextStage(128, 2, group_size=10), ContextStage(256, 2), kernel="reference")
+    assert {kept.attention_config(i).kernel for i in range(2)} == {"reference"}
 
 
 def test_a_group_of_a_stage_s_whole_length_makes_it_dense():
@@ -151,7 +149,6 @@ def test_groups_that_were_stored_are_as_they_were_by_whatever_rule():
         ({"stages": [ContextStage(64, 3)], "group_size_ratio": 0}, "group_size_ratio"),
         ({"stages": [ContextStage(64, 3)], "sink_tokens": -4}, "sink_tokens"),
         ({"stages": [ContextStage(64, 3)], "attention_kernel": "fast"}, "Unknown attention kernel"),
-        ({"stages": [ContextStage(64, 3)], "attention_shift": "tokens"}, "shift"),
     ],
 )
 def test_bad_configurations_are_refused(arguments, message, tmp_path):
