@@ -51,7 +51,8 @@ import torch
 import torch.distributed as dist
 
 from .provenance import RESULTS, append_row, provenance, read_rows
-from .train_step import SHAPES, WARM_UP, build_model, synchronize
+from .step_methods import SHAPES, build_model
+from .train_step import WARM_UP, synchronize
 
 CUDA = torch.cuda.is_available()
 LIMIT = timedelta(minutes=5)

@@ -18,7 +18,7 @@ from hf_longlora import LongLoraConfig, plan_run
 from hf_longlora.planning import LengthPlan, RunSettings, gpu_called
 
 from .provenance import RESULTS, read_rows
-from .train_step import model_config
+from .step_methods import model_config
 
 KNOWN = {"cudnn", "flash", "liger", "compile", "tile", "selective", "offload", "qlora"}
 TILE = 8192

@@ -2,10 +2,11 @@
 
 import pytest
 
-from benchmarks import train_step
+from benchmarks import step_methods
 from benchmarks.plots import Steps, of_fused, of_lengths, of_longest, of_methods
 from benchmarks.provenance import read_rows
-from benchmarks.train_step import Method, Run, preset, run_method
+from benchmarks.step_methods import Method
+from benchmarks.train_step import Run, preset, run_method
 from hf_longlora.attention.kernels import KERNELS
 
 
@@ -15,8 +16,8 @@ def test_a_row_for_each_length(method, tmp_path, monkeypatch):
     for name in ("floor", "floor-qk"):  # put there by a run, and taken away again
         monkeypatch.setitem(KERNELS, name, KERNELS["sdpa"])
     for name in ("identity", "identity_qk"):
-        function = getattr(train_step, name)
-        monkeypatch.setattr(train_step, name, lambda *a, f=function, **k: calls.append(f) or f(*a, **k))
+        function = getattr(step_methods, name)
+        monkeypatch.setattr(step_methods, name, lambda *a, f=function, **k: calls.append(f) or f(*a, **k))
     run_method(Run(method, [64, 128], steps=1, warm=0), "tiny", tmp_path / "rows.csv", tmp_path / "progress")
     rows = read_rows(tmp_path / "rows.csv")
     assert [(row["method"], row["length"], row["status"], row["steps"]) for row in rows] == [
