@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from hf_longlora import LongLoraConfig, S2AttentionConfig, s2_attention_mode, set_s2_attention
-from hf_longlora.attention import dense, interface, switch
+from hf_longlora.attention import eager, interface, switch
 from hf_longlora.families import FAMILIES, find_family
 from hf_longlora.rope import ROPE_TYPES, current_rope, reach, type_over
 
@@ -481,7 +481,7 @@ def test_own_attention_runs_in_blocks(monkeypatch):
         mask[1, :7] = 0
         results = []
         for model, size in ((whole, 2**27), (blocks, 2 * 4 * 40 * 6)):
-            monkeypatch.setattr(dense, "BLOCK_SCORES", size)
+            monkeypatch.setattr(eager, "BLOCK_SCORES", size)
             set_s2_attention(model, config_of(family))
             with s2_attention_mode(model, "dense"):
                 out = logits(model, x, attention_mask=mask)

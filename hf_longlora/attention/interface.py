@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..families import find_family
 from ..rope import native_window
 from .config import AttentionMode, S2AttentionConfig
-from .dense import eager_attention
+from .eager import eager_attention
 from .kernels import select_kernel
 from .mask import S2Mask, s2_mask
 from .segments import Documents

@@ -284,12 +284,15 @@ def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
 
     from ..from_hub import adapter_values, reason
     from ..hub.export import check_task
+    from ..tuner import LongLoraConfig
     from ..tuner.stored import fit_vocabulary
 
     # No adapter: a model, or a name that loading will refuse.
     adapter = None if adapter_values(name) is None else PeftConfig.from_pretrained(name)
     if adapter is not None:
         check_task(adapter, name)
+    if isinstance(adapter, LongLoraConfig):
+        adapter = LongLoraConfig.from_pretrained(name)  # with the shapes of its weights
     base = name if adapter is None else adapter.base_model_name_or_path
     revision = None if adapter is None else adapter.revision  # the base's
     if base is None:

@@ -135,7 +135,7 @@ def _config(folder: Path) -> LongLoraConfig:
             f"{folder} is an adapter of type {kind}, not LONGLORA: PEFT merges it, and it carries no RoPE"
         )
     check_task(config, folder)
-    return config
+    return LongLoraConfig.from_pretrained(str(folder))  # with the shapes of its weights
 
 
 def check_task(config: PeftConfig, name: str | Path) -> None:

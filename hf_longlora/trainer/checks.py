@@ -277,7 +277,7 @@ def check_saving(accelerator: Any) -> None:
         )
 
 
-def checked_config(model: Any, args: LongLoraSFTConfig) -> tuple[PreTrainedConfig, type[PreTrainedModel] | None]:
+def supported_config(model: Any, args: LongLoraSFTConfig) -> tuple[PreTrainedConfig, type[PreTrainedModel] | None]:
     """Configuration and class of a model or of a path, if shifted sparse attention can be used in it.
 
     A class of remote code shows itself when it is loaded, and is `None` till then.

@@ -47,10 +47,10 @@ from .checks import (
     check_trainable,
     check_unmasked,
     check_windows,
-    checked_config,
     read_columns,
     say_data,
     stage_ropes,
+    supported_config,
 )
 from .config import LongLoraSFTConfig
 from .data import COLUMNS, StageData, column_names, describe, limited, longest_document, order, whole, with_length
@@ -138,7 +138,7 @@ class LongLoraSFTTrainer(SavingTrainer, PiecewiseTrainer, ShardedLoss):
         check_arguments(args)
         columns = check_dataset(train_dataset, args, kwargs.get("formatting_func"))
         train_dataset = limited(train_dataset, args.max_examples)
-        config, model_class = checked_config(model, args)
+        config, model_class = supported_config(model, args)
         start = Start.of(model, config, peft_config)
         if isinstance(args.stages, str):
             args.resolve_stages(start.known)

@@ -204,7 +204,7 @@ def test_the_dtype_of_the_merged_model(adapter):
 def test_names_that_are_nowhere_and_unknown_forms(adapter):
     with pytest.raises(OSError, match="can't be had from the Hub"):
         export_adapter("nobody/nothing", adapter / "out")
-    with pytest.raises(ValueError, match="form must be"):
+    with pytest.raises(ValueError, match="`form` must be"):
         export_adapter(adapter / "adapter", adapter / "out", form="gguf")
 
 
