@@ -7,9 +7,9 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from .attention.config import AttentionMode, S2AttentionConfig, Sparse, dense_by_size
+from .attention.config import AttentionMode, S2AttentionConfig, Sparse
 from .rope import AUTO
 from .values import check_one_of, check_share, check_whole
 
@@ -115,6 +115,22 @@ class StepPlan:
     mode: AttentionMode
 
 
+class Pattern(NamedTuple):
+    """What the tokens of a stage see.
+
+    Args:
+        kind: "dense", or of `Sparse` what the steps are that aren't.
+        tokens: In a group or a window; `None`: of all.
+        sink_tokens: First tokens of a document that every group sees.
+        dense_each: Each how many steps one is dense; 0: none.
+    """
+
+    kind: str
+    tokens: int | None
+    sink_tokens: int
+    dense_each: int
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The stages of a run. What a step does follows from its number alone, so a resumed run is the same run.
@@ -174,9 +190,7 @@ class Schedule:
             return True
         if self.sparse_by(stage) != "s2":
             return self.native_window is not None and own.max_length <= self.native_window
-        group_size = self.attention_config(stage).group_size
-        assert group_size is not None
-        return dense_by_size(group_size, own.max_length) is not None
+        return self.attention_config(stage).dense_at(own.max_length) is not None
 
     def has_windows(self, stage: int) -> bool:
         """Whether there are steps in windows in a stage."""
@@ -191,7 +205,17 @@ class Schedule:
             config = replace(config, group_size=None, group_size_ratio=own.group_size_ratio)
         if own.sink_tokens is not None:
             config = replace(config, sink_tokens=own.sink_tokens)
-        return replace(config, group_size=config.resolve_group_size(own.max_length, self.native_window))
+        return config.resolved(own.max_length, self.native_window)
+
+    def pattern(self, stage: int) -> "Pattern":
+        """What the tokens of a stage see in the steps that aren't dense."""
+        attention, kind = self.attention_config(stage), self.sparse_by(stage)
+        every = self.dense_each(stage)
+        if self.is_dense(stage) or every == 1:
+            return Pattern("dense", None, 0, 1)
+        if kind == "s2":
+            return Pattern(kind, attention.group_size, attention.sink_tokens, every)
+        return Pattern(kind, self.native_window, 0, every)
 
     @property
     def any_windows(self) -> bool:

@@ -56,7 +56,7 @@ def test_it_says_what_happens(family):
         assert found.rope is not None
         assert found.rope[1] == current_rope(model.config)
         assert reach(found.rope[1])[1] == target
-        assert found.group_size == min(reach(found.rope[0])[0], -(-target // 4))
+        assert found.attention.group_size == min(reach(found.rope[0])[0], -(-target // 4))
 
 
 def test_the_words():

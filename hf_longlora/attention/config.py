@@ -1,7 +1,7 @@
 """How shifted sparse attention is configured."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..values import check_share, check_whole
@@ -70,12 +70,15 @@ class S2AttentionConfig:
             return native_window
         return max(2, math.ceil(ratio * longest))
 
+    def resolved(self, longest: int, native_window: int | None = None) -> "S2AttentionConfig":
+        """Itself with its group size in tokens; the arguments are `resolve_group_size`'s."""
+        return replace(self, group_size=self.resolve_group_size(longest, native_window))
 
-def dense_by_size(group_size: int, length: int) -> str | None:
-    """What to say of groups that hold all `length` tokens of a sequence; `None` of smaller ones."""
-    if group_size < length:
-        return None
-    return (
-        f"A group of {group_size:,} tokens holds all of a sequence of {length:,}: attention is dense there, and costs "
-        "what dense attention costs. Give a smaller group_size if that is not meant."
-    )
+    def dense_at(self, length: int) -> str | None:
+        """What to say of groups that hold all `length` tokens of a sequence; `None` of smaller ones."""
+        if self.group_size is None or self.group_size < length:
+            return None
+        return (
+            f"A group of {self.group_size:,} tokens holds all of a sequence of {length:,}: attention is dense there, "
+            "and costs what dense attention costs. Give a smaller group_size if that is not meant."
+        )

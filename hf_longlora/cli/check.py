@@ -81,9 +81,9 @@ def _lines(found: Any) -> Iterator[str]:
             yield f"            {_count(found.other_layers, 'layer')} left alone: no softmax attention"
         for kind in sorted({f"{_shifted(layer)}{layer.heads} query heads" for layer in found.sparse}):
             yield f"shifted     {kind}"
-    if found.group_size is not None:
-        sinks = f" and the first {found.sink_tokens:,} of a document" if found.sink_tokens else ""
-        yield f"groups      {found.group_size:,} tokens{sinks}, at {found.length:,}"
+    if (groups := found.attention) is not None:
+        sinks = f" and the first {groups.sink_tokens:,} of a document" if groups.sink_tokens else ""
+        yield f"groups      {groups.group_size:,} tokens{sinks}, at {found.length:,}"
     if found.window is not None:
         yield f"windows     {found.window:,} tokens (sparse='windows' or 'pose')"
     if found.shared:

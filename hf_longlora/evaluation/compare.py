@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -57,9 +56,8 @@ def compare_attention(
         if attention is None:
             attention = trained_attention(model) or own or S2AttentionConfig()
         set_s2_attention(model, attention)
-        group_size = attention.resolve_group_size(longest, get_s2_attention(model).native_window)
-        attention = replace(attention, group_size=group_size)
-        set_s2_attention(model, attention)
+        state = get_s2_attention(model)
+        state.config = attention = attention.resolved(longest, state.native_window)
         records = {"dense": perplexity_by_length(model, documents, lengths, **options)}
         with s2_attention_mode(model, "s2"):
             records["as trained"] = perplexity_by_length(model, documents, lengths, **options)

@@ -34,7 +34,7 @@ MARK = "<!-- Written by hf_longlora, and written anew when more is known. Withou
 EVALUATION_NAME = "evaluation.json"
 RETRIEVAL = {"passkey": "Passkeys found", "needles": "Passkeys found among several"}
 PLOT_NAME = "perplexity.png"
-WINDOWED = {"windows": "dense in windows", "pose": "PoSE"}
+ATTENTION = {"dense": "dense", "s2": "shifted sparse", "windows": "dense in windows", "pose": "PoSE"}
 
 
 def adapter_card(
@@ -289,14 +289,14 @@ def _schedule(schedule: Schedule | None) -> str:
     head = ("stage", "tokens", "steps", "attention", "group", "sink tokens", "a dense step each")
     lines = ["## Schedule", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for number, stage in enumerate(schedule.stages):
-        every, attention = str(schedule.dense_each(number) or "never"), schedule.attention_config(number)
-        if schedule.has_windows(number):
-            kind, window = WINDOWED[schedule.sparse_by(number)], schedule.native_window
-            cells = (kind, f"windows of {window:,}", "-", every)
-        elif schedule.is_dense(number):
-            cells = ("dense", "-", "-", "-")
+        kind, size, sinks, every = schedule.pattern(number)
+        cells = [ATTENTION[kind], "-", "-", str(every or "never")]
+        if kind == "s2":
+            cells[1:3] = f"{size:,}", f"{sinks:,}"
+        elif kind == "dense":
+            cells[3] = "-"
         else:
-            cells = ("shifted sparse", f"{attention.group_size:,}", f"{attention.sink_tokens:,}", every)
+            cells[1] = f"windows of {size:,}"
         lines.append(f"| {number + 1} | {stage.max_length:,} | {stage.max_steps} | {' | '.join(cells)} |")
     if kinds := _kinds(schedule):
         lines += [
@@ -313,9 +313,8 @@ def _schedule(schedule: Schedule | None) -> str:
 
 def _kinds(schedule: Schedule | None) -> set[str]:
     """How the windows of a run were cut, if there were any."""
-    if schedule is None:
-        return set()
-    return {schedule.sparse_by(stage) for stage in range(len(schedule.stages)) if schedule.has_windows(stage)}
+    stages = () if schedule is None else map(schedule.pattern, range(len(schedule.stages)))
+    return {pattern.kind for pattern in stages} & {"windows", "pose"}
 
 
 def _perplexity(text: str, records: Mapping[str, Records]) -> str:

@@ -28,7 +28,6 @@ from transformers import (
 )
 
 from ..attention import S2AttentionConfig, check_skipping, check_supported, set_s2_attention
-from ..attention.config import dense_by_size
 from ..attention.interface import left_alone, refuse_sparse, refuse_unknown
 from ..attention.kernels import KERNELS
 from ..attention.mask import READS_MASK, S2Mask, s2_mask
@@ -67,8 +66,8 @@ class ModelCheck:
     layers: list[Layer] = field(default_factory=list)
     other_layers: int = 0
     """Layers without softmax attention."""
-    group_size: int | None = None
-    sink_tokens: int = 0
+    attention: S2AttentionConfig | None = None
+    """Groups at `length`."""
     window: int | None = None
     """Tokens in a window (`sparse="windows"` or "pose"); `None` if it can't be trained in any."""
     shared: bool = False
@@ -263,8 +262,7 @@ def _group_size(
         reached = getattr(config.get_text_config(), "max_position_embeddings", None)
     found.length = target_length or reached
     if found.length is not None:
-        found.sink_tokens = attention.sink_tokens
-        found.group_size = attention.resolve_group_size(found.length, native)
+        found.attention = attention.resolved(found.length, native)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -373,8 +371,8 @@ def _judge(found: ModelCheck, config: Any) -> None:
             f"{' and '.join(sorted(needs))}: train with one of the kernels {', '.join(able)}; dense attention is the "
             "family's own eager one, in blocks of queries."
         )
-    if found.group_size is not None and found.length is not None:
-        words = dense_by_size(found.group_size, found.length)
+    if found.attention is not None and found.length is not None:
+        words = found.attention.dense_at(found.length)
         found.notes += [] if words is None else [words]
     if found.rope is None:
         return

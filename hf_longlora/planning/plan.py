@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..attention.config import dense_by_size
 from ..from_hub import read_config
 from ..parallel import check_shardable
 from ..tuner import LongLoraConfig
@@ -143,7 +142,8 @@ def _dense_lengths(shape: Shape, settings: RunSettings, lengths: Sequence[int]) 
     """Of the lengths that groups hold whole, what to say of the longest."""
     if settings.sparse != "s2":
         return []
-    said = (dense_by_size(_group(shape, settings, length), length) for length in sorted(lengths, reverse=True))
+    window = shape.native_window
+    said = (settings.attention.resolved(n, window).dense_at(n) for n in sorted(lengths, reverse=True))
     return [words for words in said if words is not None][:1]
 
 

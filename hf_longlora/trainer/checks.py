@@ -14,7 +14,6 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 from transformers.utils import logging
 
 from ..attention import check_skipping, check_supported
-from ..attention.config import dense_by_size
 from ..attention.kernels import check_kernel
 from ..from_hub import refuse_adapter
 from ..modules import base_model
@@ -89,9 +88,7 @@ def check_attention(args: LongLoraSFTConfig, schedule: Schedule) -> None:
     """Refuse a kernel that can't run here, and warn of stages that would be dense unasked."""
     check_kernel(schedule.attention.kernel, args.device.type)
     for number, stage in enumerate(schedule.stages, start=1):
-        group_size = schedule.attention_config(number - 1).group_size
-        assert group_size is not None
-        words = dense_by_size(group_size, stage.max_length)
+        words = schedule.attention_config(number - 1).dense_at(stage.max_length)
         if words is not None and stage.attention != "dense" and schedule.sparse_by(number - 1) == "s2":
             logger.warning(f"Stage {number}: {words}")
 

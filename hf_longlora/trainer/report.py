@@ -30,6 +30,7 @@ CURVES = {
 Evaluated = dict[str, dict[int, list[tuple[int, float]]]]
 """What was evaluated -> stage, from 0 -> (step, loss)."""
 HEAD = ("stage", "tokens", "steps", "attention", "group, tokens", "sink tokens", "first loss", "last loss")
+ATTENTION = {"dense": "dense", "s2": "sparse", "windows": "windows of {:,}", "pose": "PoSE in windows of {:,}"}
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;"
@@ -129,20 +130,16 @@ def _stage_row(
 ) -> list[str]:
     stage = schedule.stages[number]
     entries = [entry for entry in logged if entry["stage"] == number + 1]
-    every, dense = schedule.dense_each(number), schedule.is_dense(number)
-    kind = schedule.sparse_by(number)
-    sparse = {"s2": "sparse", "windows": "windows of {:,}", "pose": "PoSE in windows of {:,}"}[kind]
-    sparse = sparse.format(schedule.native_window)
-    attention = None if dense or kind != "s2" else schedule.attention_config(number)
+    kind, size, sinks, every = schedule.pattern(number)
+    attention = ATTENTION[kind].format(size)
     before = schedule.ends[number] - stage.max_steps
     done = entries[-1]["step"] - before if entries else 0
     row = [
         f"{number + 1}",
         f"{stage.max_length:,}",
         f"{stage.max_steps:,}" if done == stage.max_steps else f"{done:,} of {stage.max_steps:,}",
-        "dense" if dense else sparse + (f", one step in {every} dense" if every else ""),
-        "" if attention is None else f"{attention.group_size:,}",
-        "" if attention is None else f"{attention.sink_tokens:,}",
+        attention + (f", one step in {every} dense" if every > 1 else ""),
+        *((f"{size:,}", f"{sinks:,}") if kind == "s2" else ("", "")),
         *((f"{entries[0]['loss']:.3f}", f"{entries[-1]['loss']:.3f}") if entries else ("", "")),
     ]
     row += [f"{by_stage[number][-1][1]:.3f}" if number in by_stage else "" for by_stage in evaluated.values()]

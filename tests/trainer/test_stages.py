@@ -369,6 +369,15 @@ def test_groups_of_stages_by_default_are_the_base_s_native_window():
     assert [unknown.attention_config(i).group_size for i in range(4)] == [32, 64, 256, 32]
 
 
+@pytest.mark.parametrize("sparse", ["s2", "windows"])
+def test_a_stage_of_dense_steps_alone_is_dense_by_whatever_name(sparse):
+    stages = ContextStage(256, 4, sparse=sparse), ContextStage(512, 4, dense_every=1, sparse=sparse)
+    plan = dataclasses.replace(schedule(*stages, dense_every=2), native_window=64)
+    assert plan.pattern(0) == (sparse, 64, 4 if sparse == "s2" else 0, 2)
+    assert plan.pattern(1) == ("dense", None, 0, 1)
+    assert [plan.step(i).mode for i in range(4, 8)] == ["dense"] * 4
+
+
 def test_a_stored_schedule_means_what_it_meant():
     """Also one of the time when groups were 1/16 by default, and whatever the rule becomes."""
     plan = dataclasses.replace(schedule(ContextStage(128, 1), ContextStage(1024, 1)), native_window=64)

@@ -19,7 +19,7 @@ from hf_longlora import ContextStage, LongLoraSFTTrainer, S2AttentionConfig
 from hf_longlora.attention import interface
 from hf_longlora.attention.reference import reference_kernel
 from hf_longlora.evaluation import compare_attention
-from hf_longlora.hub.card import WINDOWED
+from hf_longlora.hub.card import ATTENTION
 from hf_longlora.schedule import Schedule
 from hf_longlora.trainer.pieces import piece, pieces
 from hf_longlora.trainer.report import write_report
@@ -482,7 +482,7 @@ def test_what_a_run_leaves(make, tmp_path, sparse):
     trainer.train()
     trainer.save_model()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| 1 | 128 | 3 | {WINDOWED[sparse]} | windows of 64 | - | 3 |" in card
+    assert f"| 1 | 128 | 3 | {ATTENTION[sparse]} | windows of 64 | - | 3 |" in card
     assert "which are of several rows" in card
     assert ("2309.10400" in card and "zhu2024pose" in card) == ("PoSE" in card) == (sparse == "pose")
     report = (tmp_path / "out" / "report.html").read_text()
