@@ -32,6 +32,7 @@ from ..from_hub import adapter_values, reason
 from ..modules import meta_model
 from ..rope import RopeScaling, current_rope, reach, vllm_overrides, write_length, write_rope
 from ..tuner import LongLoraConfig
+from ..tuner.base_rope import refuse_other_base
 from ..tuner.config import check_finite
 from ..tuner.stored import fit_vocabulary, trained_vocabulary
 from ..values import check_one_of
@@ -90,7 +91,9 @@ def export_adapter(
         base_config = AutoConfig.from_pretrained(base_name, revision=revision)
     except (OSError, ValueError) as error:
         raise OSError(f"the base of {adapter}, {base_name}, can't be had: {reason(error)}") from error
-    rope = _rope(config, base_config, base_name)
+    if config.base_rope is not None:
+        refuse_other_base(config, current_rope(base_config))
+    rope = config.scaling
     if form == "merged" and getattr(base_config, "quantization_config", None) is not None:
         raise ValueError(
             f"{base_name} is quantized, and merging would round what was trained to its few bits. Merge into the "
@@ -148,16 +151,6 @@ def check_task(config: PeftConfig, name: str | Path) -> None:
             f"{name} is an adapter for the task {task}, and merge, export and evaluate are for causal language models "
             f"(CAUSAL_LM): load it by {other}, and merge it by merge_and_unload()"
         )
-
-
-def _rope(config: LongLoraConfig, base_config: Any, base_name: str) -> RopeScaling | None:
-    """The RoPE that the adapter runs with; `None` where it is the base's own."""
-    if config.base_rope is not None and config.base_scaling != current_rope(base_config):
-        raise ValueError(
-            f"{base_name} has another RoPE ({current_rope(base_config).rope_parameters}) than the base that the "
-            f"adapter was trained on ({config.base_rope['rope_parameters']})"
-        )
-    return config.scaling
 
 
 @contextmanager

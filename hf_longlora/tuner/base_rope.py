@@ -57,15 +57,7 @@ def resolve_rope(model: nn.Module, config: LongLoraConfig) -> None:
         ValueError: the adapter was trained on a base with another RoPE, or the model's can't be scaled as asked.
     """
     if config.rope is not None or config.base_rope is not None:
-        base = rope_of_base(model)
-        if config.base_rope is not None and config.base_scaling != base:
-            raise ValueError(
-                "this adapter was trained on a base with another RoPE: "
-                f"{config.base_rope['rope_parameters']} at {config.base_rope['max_position_embeddings']} tokens, "
-                f"but the model has {base.rope_parameters} at {base.max_position_embeddings}. A merged or "
-                "otherwise extended model is no base for it; load the original one. (A config that has been used "
-                "on one model holds that model's RoPE: make a fresh one for another.)"
-            )
+        refuse_other_base(config, rope_of_base(model))
     elif config.resolved:
         pass  # on a model without RoPE
     elif config.target_length is not None or config.rope_parameters is not None:
@@ -83,6 +75,19 @@ def resolve_rope(model: nn.Module, config: LongLoraConfig) -> None:
         # Nothing to scale; what the adapter is trained on is written down all the same, if it can be read.
         found = find_rope_of_base(model)
         config.base_rope = found.to_dict() if found is not None else None
+
+
+def refuse_other_base(config: LongLoraConfig, base: RopeScaling) -> None:
+    """Raise a `ValueError` if the base that an adapter was trained on had another RoPE than this one."""
+    trained = config.base_scaling
+    if trained is not None and trained != base:
+        raise ValueError(
+            f"this adapter was trained on a base with another RoPE: {trained.rope_parameters} at "
+            f"{trained.max_position_embeddings} tokens, but the model has {base.rope_parameters} at "
+            f"{base.max_position_embeddings}. A merged or otherwise extended model is no base for it; load the "
+            "original one. (A config that has been used on one model holds that model's RoPE: make a fresh one for "
+            "another.)"
+        )
 
 
 def refuse_other_rope(configs: Mapping[str, Any], wanted: dict[str, Any] | None, adapter_name: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from .base_rope import refuse_other_base
 from .config import LongLoraConfig
 from .merging import merged_adapters
 from .model import LongLoraModel
@@ -44,11 +45,9 @@ def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "defaul
         )
     before = own.rope
     check_fit(tuner, adapter_name, new.stored_shapes or {})
+    if tuner.base_rope is not None:
+        refuse_other_base(new, tuner.base_rope)
     if new.base_rope is not None or tuner.base_rope is not None:
-        if new.base_rope is not None and tuner.base_rope is not None and new.base_rope != tuner.base_rope.to_dict():
-            raise ValueError(
-                f"{model_id} was trained on a base with another RoPE: {new.base_rope['rope_parameters']}."
-            )
         tuner.set_rope(new.rope, adapter_name)
     try:
         with rope_seen_to():
