@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -54,6 +55,8 @@ class Plan:
     runs: tuple[str, ...]
     max_windows: int
     """At each length of the evaluation."""
+    threads: int | None = None
+    """Of the CPU; `None` while the machine isn't measured. By their number sums round otherwise."""
 
     @property
     def stages(self) -> list[ContextStage]:
@@ -113,8 +116,12 @@ def run_demo(
     """
     if minutes <= 0:
         raise ValueError(f"minutes must be more than 0, got {minutes}")
-    with _quiet():
-        return _run(Console(), Path(output_dir), seed, minutes, full)
+    threads = torch.get_num_threads()
+    try:
+        with _quiet():
+            return _run(Console(), Path(output_dir), seed, minutes, full)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _run(console: Console, out: Path, seed: int, minutes: float, full: bool) -> dict[str, list[dict[str, Any]]]:
@@ -125,9 +132,12 @@ def _run(console: Console, out: Path, seed: int, minutes: float, full: bool) -> 
     tokenizer = _tokenizer(out / "base", list(train.values()))
     documents = _encode(tokenizer, train.values())
     config = demo_model_config(len(tokenizer))
+    console.print("Measuring this machine")
     seconds = seconds_of_a_step(config, documents)
     spent = (time.perf_counter() - started) / 60
-    plan = _kept(out / "plan.json", FULL if full else plan_demo(max(minutes - spent, 0), seconds), full)
+    plan = FULL if full else plan_demo(max(minutes - spent, 0), seconds)
+    plan = _kept(out / "plan.json", replace(plan, threads=torch.get_num_threads()), full)
+    torch.set_num_threads(plan.threads or torch.get_num_threads())
     expected = 60 * spent + plan.cost * seconds
     if not full and expected > 90 * minutes:
         console.print(f"This machine is slow or busy, and less than {plan.base_steps} steps would show nothing.")
@@ -206,11 +216,25 @@ def _tokenizer(folder: Path, texts: list[str]) -> Any:
 
 
 def seconds_of_a_step(config: LlamaConfig, documents: list[list[int]]) -> float:
-    """Of the base's training on this machine, as busy as it is."""
-    pretrain(config, documents[:50], steps=2, progress=False)  # what is made once is no step's
-    started = time.perf_counter()
-    pretrain(config, documents[:50], steps=6, progress=False)
-    return (time.perf_counter() - started) / 6
+    """Of the base's training on this machine, as busy as it is, with one thread or all: what is faster stays set.
+
+    On a busy machine threads wait for each other: beside 15 processes on two cores a step took 34 s with two threads,
+    and 3.5 s with one.
+    """
+
+    def timed(threads: int, steps: int) -> float:
+        torch.set_num_threads(threads)
+        started = time.perf_counter()
+        pretrain(config, documents[:50], steps=steps, progress=False)
+        return (time.perf_counter() - started) / steps
+
+    threads = torch.get_num_threads()
+    timed(1, 2)  # what is made once is no step's
+    one = timed(1, 6)
+    if threads == 1 or timed(threads, 1) > 2 * one or (several := timed(threads, 6)) > one:
+        torch.set_num_threads(1)
+        return one
+    return several
 
 
 def _kept(file: Path, plan: Plan, full: bool) -> Plan:
@@ -220,7 +244,7 @@ def _kept(file: Path, plan: Plan, full: bool) -> Plan:
         return plan
     values = json.loads(file.read_text())
     begun = Plan(**values | {"runs": tuple(values["runs"])})
-    if (begun == FULL) != full:
+    if (replace(begun, threads=None) == FULL) != full:
         raise ValueError(
             f"{file.parent} holds a demo that was begun {'without' if full else 'with'} --full: give another "
             "--output-dir, or remove it"
@@ -321,7 +345,8 @@ def _reload(adapter: Path, base: str, documents: list[list[int]], file: Path, ev
         "print(records[-1]['perplexity'])\n"
     )
     arguments = [str(adapter), base, str(file), json.dumps(evaluation)]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"The saved adapter could not be loaded in a fresh process:\n{done.stderr[-2000:]}")
     return float(done.stdout.split()[-1])

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,29 @@ def small(monkeypatch):
     monkeypatch.setattr(demo, "TARGET_LENGTH", 128)
     monkeypatch.setattr(demo, "LENGTHS", (32, 128))
     monkeypatch.setattr(demo, "EVALUATION", {"lengths": (32, 128), "stride": 16})
+
+
+@pytest.mark.parametrize(
+    ("by_threads", "taken"), [({1: 3.5, 2: 34.0}, 1), ({1: 0.4, 2: 0.25}, 2), ({1: 0.3, 2: 0.4}, 1)]
+)
+def test_threads_are_those_that_are_faster(monkeypatch, by_threads, taken):
+    """On a busy machine two take ten times as long as one, and finding that out takes one step."""
+    clock = [0.0]
+
+    def pretrain(config, documents, steps, progress):
+        clock[0] += steps * by_threads[torch.get_num_threads()]
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(demo, "pretrain", pretrain)
+    monkeypatch.setattr(demo, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    torch.set_num_threads(2)
+    try:
+        assert demo.seconds_of_a_step(None, []) == pytest.approx(by_threads[taken])
+        assert torch.get_num_threads() == taken
+        given_up = by_threads[2] > 2 * by_threads[1]
+        assert clock[0] == pytest.approx(8 * by_threads[1] + (1 if given_up else 7) * by_threads[2])
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Interrupt(Exception):
