@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--no-chat-template", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS / "ruler.csv")
     args = parser.parse_args()
-    require_lm_eval()
+    require_lm_eval(args.tasks)
     folder, chat = args.work / args.model, not args.no_chat_template
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     for method in [f"adapter {args.adapter.name}"] if args.adapter else args.methods:

@@ -128,7 +128,7 @@ def run(options: argparse.Namespace) -> None:
     if options.evaluator is not None and options.long_ppl is None:
         raise ValueError("--evaluator is for --long-ppl, which isn't asked for")
     if tasks:
-        require_lm_eval()
+        require_lm_eval(tasks)
     out = Path(options.output_dir)
     check_writable(out)
     missing = no_plots()

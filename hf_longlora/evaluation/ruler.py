@@ -96,7 +96,7 @@ def ruler_accuracy(
         chat_template = bool(tokenizer.chat_template)
     if chat_template and not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: chat_template=False gives it the bare texts")
-    require_lm_eval()
+    require_lm_eval(names)
     from lm_eval import evaluate
     from lm_eval.tasks import TaskManager, ruler
     from lm_eval.tasks.ruler.common_utils import process_results
@@ -137,12 +137,15 @@ def ruler_accuracy(
     return records
 
 
-def require_lm_eval() -> None:
-    """Raise the `ImportError` that says what to install; import what of lm-eval would download something."""
+def require_lm_eval(names: Sequence[str]) -> None:
+    """Raise the `ImportError` that says what tasks need installed; import what of lm-eval would download something."""
     try:
         import lm_eval.models.huggingface
         import nltk
         import wonderwords  # noqa: F401
+
+        if "fwe" in names:
+            import scipy  # noqa: F401
     except ImportError as error:
         raise ImportError(f"RULER needs lm-eval ({error}): pip install 'hf-longlora[eval]'") from error
     with tempfile.TemporaryDirectory() as folder, _quiet():

@@ -27,7 +27,7 @@ WORDS = 700
 @pytest.fixture(scope="module")
 def words():
     """A tokenizer to which RULER's words are few tokens: as real ones have it, and not one a letter."""
-    require_lm_eval()
+    require_lm_eval(list(TASKS))
     from lm_eval.tasks.ruler import cwe_utils, fwe_utils, niah_utils, vt_utils
     from lm_eval.tasks.ruler.prepare_niah import NEEDLE, get_haystack
 
@@ -163,6 +163,15 @@ def test_a_model_as_it_stands(tiny_llama, tokenizer, tmp_path):
     fresh.get_base_model().load_state_dict(model.get_base_model().state_dict())
     expected = fresh.generate(input_ids=prompt, max_length=answer.shape[1], do_sample=False)
     assert answer.shape[1] > prompt.shape[1] and torch.equal(answer, expected)
+
+
+@needs_lm_eval
+def test_what_a_task_needs_is_said_before_it_runs(monkeypatch):
+    require_lm_eval(list(TASKS))
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    require_lm_eval(["vt"])
+    with pytest.raises(ImportError, match=r"hf-longlora\[eval\]"):
+        require_lm_eval(["vt", "fwe"])
 
 
 @needs_lm_eval
