@@ -506,6 +506,8 @@ def test_failed_injection_leaves_the_model_alone():
         LongLoraConfig(target_length=TARGET, target_modules=["nothing_of_the_kind"]),
         # PEFT finds out about the second target after it has replaced the first.
         LongLoraConfig(target_length=TARGET, target_modules=["q_proj", "rotary_emb"]),
+        # And has taken a part out of the first one's weights.
+        LongLoraConfig(target_modules=["q_proj", "rotary_emb"], init_lora_weights="pissa"),
         LongLoraConfig(target_length=LENGTH),
     ):
         stored = broken.to_dict()
