@@ -572,8 +572,10 @@ def test_who_is_told_that_a_reference_is_the_base_without_its_extension():
             setattr(model.peft_config["default"], name, value)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            with model.disable_adapter():
-                pass
+            model.base_model.disable_adapter_layers()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.base_model.enable_adapter_layers()
         return [str(w.message) for w in caught if "Without its adapter" in str(w.message)]
 
     extended = LongLoraConfig(target_length=TARGET)
@@ -592,6 +594,7 @@ def test_what_is_kept_of_a_base_while_it_carries_an_adapter_and_no_longer():
     assert native_window(model) == native_window(llama()) == LENGTH and len(model._forward_pre_hooks) == 1
     tuner.set_rope(target_length=2 * TARGET, rope_type="abf")
     assert native_window(model) == LENGTH and current_rope(model.config).max_position_embeddings == 2 * TARGET
+    assert tuner.train() is tuner
     base = tuner.unload()
     assert not base._forward_pre_hooks and not [name for name in vars(base) if "longlora" in name]
     adapted = get_peft_model(base, LongLoraConfig(target_length=TARGET))
@@ -601,9 +604,14 @@ def test_what_is_kept_of_a_base_while_it_carries_an_adapter_and_no_longer():
         warnings.simplefilter("error")
         with adapted.disable_adapter():
             assert current_rope(base.config) == current_rope(llama().config)
+    adapted.add_adapter("second", LongLoraConfig())
+    adapted.delete_adapter("second")
+    assert [name for name in vars(base) if "longlora" in name]
+    adapted.base_model.delete_adapter("default")
+    assert not [name for name in vars(base) if "longlora" in name]
     del base.model.rotary_emb
     with pytest.raises(ValueError, match="has no rotary module"):
-        adapted.base_model.set_rope(target_length=TARGET)
+        get_peft_model(base, LongLoraConfig(target_length=TARGET))
 
 
 def test_an_adapter_that_does_not_fit_leaves_frozen_what_was_and_trained_what_was(tmp_path):
