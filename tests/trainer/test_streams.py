@@ -54,12 +54,12 @@ def same(trainer, other):
     ("stop", "options"),
     [
         (1, {"packing_strategy": "wrapped", "shuffle_buffer": 3}),
-        (3, {"packing_strategy": "wrapped", "shuffle_buffer": 3}),
+        pytest.param(3, {"packing_strategy": "wrapped", "shuffle_buffer": 3}, marks=pytest.mark.slow),
         (4, {"packing_strategy": "bfd", "shuffle_buffer": 5, "dataloader_num_workers": 1}),
         (2, {"packing": False, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}),
         (5, {"packing": False, "shuffle_buffer": 4, "max_examples": 5}),
         (4, {"sparse": "windows", "dense_every": 2, "shuffle_buffer": 3}),
-        (4, {"sparse": "pose", "dense_every": 2, "shuffle_buffer": 3}),
+        pytest.param(4, {"sparse": "pose", "dense_every": 2, "shuffle_buffer": 3}, marks=pytest.mark.slow),
     ],
     ids=["block", "stage", "worker", "unpacked", "passes", "windows", "pose"],
 )
