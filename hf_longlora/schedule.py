@@ -17,6 +17,12 @@ __all__ = ["ContextStage", "Schedule"]
 
 StageAttention = Literal["s2attn", "dense"]
 
+SparseOption = Literal["auto", "s2", "windows", "pose"]
+"""What a run may say of `Sparse`: "auto" is settled by its data and its model."""
+
+DENSE_EVERY = 2
+"""Each how many optimizer steps one is dense where nothing says it (why: `LongLoraSFTConfig.dense_every`)."""
+
 
 @dataclass(frozen=True)
 class ContextStage:
@@ -69,12 +75,17 @@ class ContextStage:
         check_one_of(Sparse, sparse=self.sparse)
         if self.sparse is not None and self.attention == "dense":
             raise ValueError(f"A stage with attention='dense' has no sparse steps: leave out sparse={self.sparse!r}.")
-        of_groups = ("group_size", "group_size_ratio", "sink_tokens")
-        given = [name for name in of_groups if getattr(self, name) is not None]
-        if self.sparse not in (None, "s2") and given:
+        if self.sparse not in (None, "s2") and self.of_groups:
             raise ValueError(
-                f"A stage with sparse={self.sparse!r} has windows and no groups: leave out {' and '.join(given)}."
+                f"A stage with sparse={self.sparse!r} has windows and no groups: leave out "
+                f"{' and '.join(self.of_groups)}."
             )
+
+    @property
+    def of_groups(self) -> list[str]:
+        """The fields of groups that are given."""
+        names = ("group_size", "group_size_ratio", "sink_tokens")
+        return [name for name in names if getattr(self, name) is not None]
 
     @classmethod
     def of(cls, value: "ContextStage | Mapping[str, Any]") -> "ContextStage":

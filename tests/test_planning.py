@@ -240,13 +240,13 @@ def test_windows_are_planned_one_at_a_time(sparse):
     assert short.activations == long.activations == longer.activations == of(8192).activations
     assert short.gradients == of(8192).gradients  # at the peak there are none yet; of a window before, there are
     assert long.gradients == longer.gradients == of(8192, gradient_accumulation_steps=4).gradients > short.gradients
-    assert longer.total < of(131072, dense_every=0).total / 2
+    assert longer.total < of(131072, sparse="s2", dense_every=0).total / 2
     assert long.seconds == pytest.approx(4 * short.seconds, rel=0.03)
     assert longer.seconds == pytest.approx(16 * short.seconds, rel=0.03)
     assert of(32768, batch_size=2, **windows).seconds == pytest.approx(2 * long.seconds, rel=0.03)
     assert of(32768, batch_size=2, **windows).total == long.total
-    mixed = of(131072, sparse=sparse)
-    assert mixed.total == of(131072).total  # that of its dense steps
+    mixed = of(131072, sparse=sparse, dense_every=4)
+    assert mixed.total == of(131072, sparse="s2").total  # that of its dense steps
     assert mixed.seconds == pytest.approx((3 * longer.seconds + mixed.seconds_dense) / 4)
     assert mixed.seconds_dense == of(131072).seconds_dense
     assert of(131072, sparse=sparse, dense_every=1).seconds == mixed.seconds_dense
@@ -402,14 +402,25 @@ def test_plan_reads_nothing_but_the_config(tmp_path, capsys):
 def test_groups_are_the_trainer_s():
     """By default of the base's native window, at most a quarter of the length."""
     length = 16 * LLAMA.max_position_embeddings
-    by_default = plan_run(LLAMA, [length], gpu="H200").lengths
+    by_default = plan_run(LLAMA, [length], gpu="H200", sparse="s2").lengths
     assert by_default == plan_run(LLAMA, [length], gpu="H200", group_size=length // 16).lengths
     assert by_default != plan_run(LLAMA, [length], gpu="H200", group_size=length // 4).lengths
     known = LongLoraConfig(base_length=length // 32)
     assert (
-        plan_run(LLAMA, [length], gpu="H200", adapter=known).lengths
+        plan_run(LLAMA, [length], gpu="H200", adapter=known, sparse="s2").lengths
         == plan_run(LLAMA, [length], gpu="H200", group_size=length // 32).lengths
     )
+
+
+@pytest.mark.parametrize(
+    "said", [{}, {"group_size": 32}, {"group_size_ratio": 0.25}, {"sink_tokens": 0}, {"sequence_parallel": 2}]
+)
+def test_plain_text_is_planned_in_windows_unless_something_speaks_for_groups(said):
+    def of(sparse):
+        return plan_run(LLAMA, [1024], gpu="H200", sparse=sparse, **said).lengths
+
+    assert of("auto") == of("s2" if said else "windows")
+    assert said or of("auto") != of("s2")
 
 
 def test_sink_tokens_are_counted():
@@ -427,7 +438,9 @@ def test_a_native_window_that_is_not_known_is_said():
     with pytest.raises(ValueError, match="Steps in windows can't be planned"):
         plan_run(config, [1024], gpu="H200", sparse="pose")
     known = LongLoraConfig(base_length=SHAPE["max_position_embeddings"] // 4)
-    assert plan_run(config, [1024], gpu="H200", adapter=known).notes == ()
+    (note,) = plan_run(config, [1024], gpu="H200", adapter=known).notes
+    assert note.startswith(f"Steps that aren't dense are planned in windows of {known.base_length} tokens")
+    assert plan_run(config, [1024], gpu="H200", adapter=known, sparse="s2").notes == ()
     assert plan_run(config, [1024], gpu="H200", adapter=known, sparse="pose").lengths
 
 

@@ -84,12 +84,13 @@ def add(commands: Any) -> None:
         metavar="N",
         help="first tokens of a document that every group sees",
     )
-    plan.add_argument("--dense-every", type=int, default=4, metavar="K", help="each K-th step is dense; 0: none")
+    plan.add_argument("--dense-every", type=int, default=2, metavar="K", help="each K-th step is dense; 0: none")
     plan.add_argument(
         "--sparse",
-        choices=("s2", "windows", "pose"),
-        default="s2",
-        help="the other steps: shifted sparse attention, or windows of the base's native length (pose: of two chunks)",
+        choices=("auto", "s2", "windows", "pose"),
+        default="auto",
+        help="the other steps: shifted sparse attention, or windows of the base's native length (pose: of two "
+        "chunks); auto: windows, as for plain text, unless something says how groups are to be",
     )
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.set_defaults(run=run, after_interruption="Nothing has been changed.")

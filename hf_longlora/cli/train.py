@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -111,17 +112,7 @@ def run(options: argparse.Namespace) -> None:
             afresh = f"No whole checkpoint in {args.output_dir}: starting afresh."
             print(f"Resuming from {checkpoint}." if checkpoint else afresh, file=sys.stderr)
 
-    # Before the data are read.
-    config = config_of(model, args)
-    gpu = local_gpu()
-    if gpu is not None and args.process_index == 0:
-        try:
-            _, stages = plan_of(model, args, config, gpu, args.world_size)
-        except ValueError as error:
-            print(f"The run can't be planned: {error}", file=sys.stderr)
-        else:
-            print(f"Planned on {cards(gpu, args.world_size)}: {in_all(stages)}", file=sys.stderr)
-            print("\n".join(f"  stage {number}, {stage}" for number, stage in enumerate(stages, 1)), file=sys.stderr)
+    config = config_of(model, args)  # before the data are read
     data = load_data(script.dataset_name, script.dataset_config, script.dataset_streaming)
     # With a template, instructions are a conversation: the model's, if no other is given.
     chat = args.chat_template_path is not None or _has_chat_template(model, args)
@@ -129,6 +120,15 @@ def run(options: argparse.Namespace) -> None:
     if script.dataset_streaming and args.train_sampling_strategy != "sequential":
         train = train.shuffle(seed=args.order_seed, buffer_size=1)  # its files; the trainer shuffles their examples
     train = as_trl_reads(train, args.dataset_text_field, chat)
+    gpu = local_gpu()
+    if gpu is not None and args.process_index == 0:
+        try:
+            _, stages = plan_of(model, args, config, gpu, args.world_size, train.column_names or ())
+        except ValueError as error:
+            print(f"The run can't be planned: {error}", file=sys.stderr)
+        else:
+            print(f"Planned on {cards(gpu, args.world_size)}: {in_all(stages)}", file=sys.stderr)
+            print("\n".join(f"  stage {number}, {stage}" for number, stage in enumerate(stages, 1)), file=sys.stderr)
     evaluated = None
     if args.eval_strategy != "no":
         evaluated = split_of(data, script.dataset_test_split, "dataset_test_split")
@@ -179,7 +179,7 @@ def config_of(model: Any, args: Any) -> Any:
     return read_config(model.model_name_or_path, revision=revision, trust_remote_code=trusted)
 
 
-def plan_of(model: Any, args: Any, config: Any, gpu: Any, gpus: int) -> Any:
+def plan_of(model: Any, args: Any, config: Any, gpu: Any, gpus: int, columns: Collection[str] = ()) -> Any:
     """What `plan_stages` gives for a run as it was parsed."""
     import torch
 
@@ -195,6 +195,7 @@ def plan_of(model: Any, args: Any, config: Any, gpu: Any, gpus: int) -> Any:
         dtype=(config.dtype or torch.float32) if name == "auto" else getattr(torch, name),
         quantization=None if not quantized else "4bit" if model.load_in_4bit else "8bit",
         gpus=gpus,
+        columns=columns,
     )
 
 

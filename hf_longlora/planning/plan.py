@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from ..from_hub import read_config
 from ..parallel import check_shardable
+from ..schedule import AUTO
 from ..tuner import LongLoraConfig
 from .gpus import Gpu, find_gpu
 from .memory import COUNTED, GIB, bytes_at_peak, fits, in_windows, largest_step, longest
@@ -98,10 +99,19 @@ def plan_run(
         name, config = model.name_or_path or model.model_type, model
     if settings.sequence_parallel > 1:
         check_shardable(type(config), config)
-    shape = Shape.of(config, settings)
+    shape, notes = Shape.of(config, settings), []
+    if settings.sparse == AUTO:
+        known = shape.native_window is not None and shape.cuttable and not settings.names_groups
+        settings = replace(settings, sparse="windows" if known and settings.sequence_parallel == 1 else "s2")
+        if settings.sparse == "windows" and max(lengths) > (shape.native_window or 0):
+            notes.append(
+                f"Steps that aren't dense are planned in windows of {shape.native_window:,} tokens, as plain text is "
+                'trained; conversations and completions have sparse="s2".'
+            )
     if shape.native_window is None and settings.sparse != "s2":
         raise ValueError(f"Steps in windows can't be planned: {UNKNOWN}")
     rows = tuple(_plan_length(shape, settings, card, length) for length in lengths)
+    notes += _notes(config.get_text_config(), shape, settings, card)
     return RunPlan(
         model=name,
         gpu=card,
@@ -109,7 +119,11 @@ def plan_run(
         trainable=shape.trainable,
         lengths=rows,
         longest=longest(shape, settings, card),
-        notes=(*_notes(config.get_text_config(), shape, settings, card), *_dense_lengths(shape, settings, lengths)),
+        notes=(
+            *notes,
+            *_notes(config.get_text_config(), shape, settings, card),
+            *_dense_lengths(shape, settings, lengths),
+        ),
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from peft import PeftConfig
 
-from ..attention.config import S2AttentionConfig, Sparse
-from ..schedule import Schedule
+from ..attention.config import S2AttentionConfig
+from ..schedule import DENSE_EVERY, Schedule, SparseOption
 from ..values import check_one_of, check_share, check_whole
 from .gpus import Backend
 
@@ -37,7 +37,8 @@ class RunSettings:
         chunked_loss: Whether the loss is computed by tiles (TRL >= 1.16 does) and never has all logits.
         group_size, group_size_ratio, sink_tokens, dense_every: As the trainer's; by default groups are of the base's
             native window.
-        sparse: As the trainer's: "s2", or "windows" or "pose" for windows of the base's native window.
+        sparse: As the trainer's: "s2", or "windows" or "pose" for windows of the base's native window; "auto" is what
+            the trainer takes for plain text.
         sequence_parallel: Cards that share a sequence, each with the whole model; what they send each other is not
             counted.
         backend: Of attention; default the card's fastest.
@@ -58,15 +59,15 @@ class RunSettings:
     group_size: int | None = None
     group_size_ratio: float | None = None
     sink_tokens: int = S2AttentionConfig.sink_tokens
-    dense_every: int = 4
-    sparse: Sparse = "s2"
+    dense_every: int = DENSE_EVERY
+    sparse: SparseOption = "auto"
     sequence_parallel: int = 1
     backend: Backend | None = None
 
     def __post_init__(self) -> None:
         check_one_of(Dtype, dtype=self.dtype)
         check_one_of(Quantization, quantization=self.quantization)
-        check_one_of(Sparse, sparse=self.sparse)
+        check_one_of(SparseOption, sparse=self.sparse)
         counts = ("batch_size", "gradient_accumulation_steps", "sequence_parallel")
         check_whole(1, **{name: getattr(self, name) for name in counts})
         check_whole(1, none=True, mlp_tile=self.mlp_tile)
@@ -81,7 +82,7 @@ class RunSettings:
             raise ValueError("offload_share is planned with activation offloading only")
         if self.selective_checkpointing and not self.gradient_checkpointing:
             raise ValueError("selective checkpointing is planned with gradient checkpointing only")
-        if self.sparse != "s2" and self.sequence_parallel > 1:
+        if self.sparse in ("windows", "pose") and self.sequence_parallel > 1:
             raise ValueError("windows fit one card: none is shared")
 
     @classmethod
@@ -124,6 +125,12 @@ class RunSettings:
             sparse=schedule.sparse_by(stage),
             dense_every=1 if schedule.is_dense(stage) else schedule.dense_each(stage),
         )
+
+    @property
+    def names_groups(self) -> bool:
+        """Whether something says how shifted sparse attention is to be."""
+        given = self.group_size is not None or self.group_size_ratio is not None
+        return given or self.sink_tokens != S2AttentionConfig.sink_tokens
 
     @property
     def attention(self) -> S2AttentionConfig:

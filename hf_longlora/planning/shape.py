@@ -53,6 +53,8 @@ class Shape:
     head_matrix: int
     trained_matrices: float
     """Entries of matrices that get gradients themselves; 0 with an adapter."""
+    cuttable: bool
+    """Whether it can be trained in windows."""
     native_window: int | None
     """Tokens that the base was trained at before any scaling."""
     adds_up: bool
@@ -68,8 +70,13 @@ class Shape:
         except (ValueError, KeyError) as error:
             raise ValueError(f"a {config.model_type} is no causal language model: {error}") from error
         set_s2_attention(base)  # raises on what would not be trained
-        if settings.sparse != "s2":
+        try:
             check_skipping(type(base), config)
+            cuttable = True
+        except ValueError:
+            if settings.sparse in ("windows", "pose"):
+                raise
+            cuttable = False
         layers, hidden = text.num_hidden_layers, text.hidden_size
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -140,6 +147,7 @@ class Shape:
             layer_matrices=matrices,
             head_matrix=head_matrix,
             trained_matrices=0.0 if settings.adapter is not None else matrices + head_matrix,
+            cuttable=cuttable,
             native_window=native_window(config, getattr(settings.adapter, "base_length", None)),
             adds_up=_adds_up(config),
             windows=_windows(text),

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow.compute as pc
@@ -36,6 +36,9 @@ from .config import LongLoraSFTConfig
 from .data import StageData
 
 logger = logging.get_logger(__name__)
+
+ANSWERED = frozenset({"messages", "conversations", "prompt", "completion", "chosen", "rejected", "labels"})
+"""Columns of examples that end in answers, or whose labels may leave out tokens."""
 
 ANSWERS = (
     "In windows most of a document stands elsewhere than its end: answers, which alone are learned here "
@@ -313,8 +316,48 @@ def check_windows(
         columns: The training dataset's.
         own_collator: Whether the trainer is given a collator.
     """
-    if not schedule.any_windows:
-        return
+    if schedule.any_windows:
+        _check_cuttable(args, schedule, config, model_class, columns, own_collator)
+
+
+def resolve_sparse(
+    args: LongLoraSFTConfig,
+    schedule: Schedule,
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel] | None,
+    columns: Collection[str] = (),
+    own_collator: bool = False,
+) -> Schedule:
+    """The schedule with what `sparse="auto"` stands for, in `args`, too: "windows" for plain text that can be cut.
+
+    The arguments are those of `check_windows`.
+    """
+    if args.sparse != AUTO:
+        return schedule
+    why = None
+    if answers := sorted(set(columns) & ANSWERED):
+        why = f"the dataset has answers ({', '.join(answers)})"
+    elif args.sequence_parallel > 1:
+        why = "processes share sequences"
+    elif not args.names_groups:  # who names groups knows what they are
+        try:
+            _check_cuttable(args, schedule, config, model_class, columns, own_collator)
+        except ValueError as error:
+            why = str(error)
+    sparse = args.resolve_sparse(why is None and not args.names_groups)
+    if why is not None and args.process_index == 0:
+        logger.warning(f'Steps that aren\'t dense take sparse="s2", not "windows": {why}.')
+    return replace(schedule, sparse=sparse)
+
+
+def _check_cuttable(
+    args: LongLoraSFTConfig,
+    schedule: Schedule,
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel] | None,
+    columns: Collection[str],
+    own_collator: bool,
+) -> None:
     if schedule.native_window is None:  # of a linear RoPE that may be read in two ways: windows would be of either
         only_reading(config, current_rope(config))
     if model_class is not None:

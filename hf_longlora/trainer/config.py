@@ -9,7 +9,16 @@ from trl import SFTConfig
 
 from ..attention import S2AttentionConfig
 from ..attention.config import Sparse
-from ..schedule import AUTO_STAGES, ContextStage, Schedule, auto_stages, check_stages
+from ..schedule import (
+    AUTO,
+    AUTO_STAGES,
+    DENSE_EVERY,
+    ContextStage,
+    Schedule,
+    SparseOption,
+    auto_stages,
+    check_stages,
+)
 from ..values import check_one_of, check_share, check_whole
 
 
@@ -27,7 +36,10 @@ class LongLoraSFTConfig(SFTConfig):
         dense_every: Each how many optimizer steps one runs with dense attention; 0: none.
         sparse: What the other steps are: "s2", shifted sparse attention over whole rows; "windows", dense attention
             over windows of the length that the base was trained at, of several rows, at their true positions; "pose",
-            the same, each window two chunks of a document (PoSE).
+            the same, each window two chunks of a document (PoSE). "auto": "windows" for plain text, and "s2" for
+            conversations, completions and given labels, whose answers windows would cut off what they answer; where
+            `group_size`, `group_size_ratio` or `sink_tokens` says how; and where windows can't be had
+            (`sequence_parallel`, a collator of one's own, models without RoPE or with a state).
         group_size: Tokens in a group of shifted sparse attention.
         group_size_ratio: Group size as a share of the stage's `max_length`, where `group_size` is not given. With
             neither, a group is the length that the base was trained at before any scaling, and a quarter of
@@ -56,19 +68,21 @@ class LongLoraSFTConfig(SFTConfig):
             "or 'doubling', with max_length and max_steps."
         },
     )
-    # Dense steps spread over the run make sparse training carry over to dense inference. 44 M parameters, 512 -> 4,096
-    # tokens, YaRN, perplexity against dense training: groups of 1/4 with each 8th step dense -0.4% (books) and +0.5%
-    # (math), with none +0.0% and +1.2%; with linear RoPE +1.6% and +1.7%, +50% and +43% (benchmarks/results/
-    # quality.csv, seed 0).
+    # Dense steps spread over the run make sparse training carry over to dense inference. SmolLM2-135M, 8,192 -> 65,536
+    # tokens, perplexity of books over all of a window (its last 2,048 tokens) against dense training, two seeds: each
+    # 2nd step dense and the others in windows +0.3% (+0.4%) at 0.62 of the time, each 3rd +0.7% (+1.1%) at 0.49, each
+    # 4th +0.9% (+1.4%) at 0.43; shifted sparse attention, each 4th +1.7% (+2.4%) at 0.48
+    # (benchmarks/results/pretrained.csv).
     dense_every: int = field(
-        default=4, metadata={"help": "Each how many optimizer steps one runs with dense attention; 0: none."}
+        default=DENSE_EVERY, metadata={"help": "Each how many optimizer steps one runs with dense attention; 0: none."}
     )
-    sparse: Sparse = field(
-        default="s2",
+    sparse: SparseOption = field(
+        default="auto",
         metadata={
             "help": "What the steps are that aren't dense: s2 (shifted sparse attention), windows (dense attention "
             "over windows of the length that the base was trained at, at their true positions) or pose (such windows "
-            "of two chunks each); windows of both kinds are for plain text alone.",
+            "of two chunks each); windows of both kinds are for plain text alone. auto: windows for plain text, else "
+            "s2.",
         },
     )
     group_size: int | None = field(
@@ -121,7 +135,7 @@ class LongLoraSFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         check_whole(0, dense_every=self.dense_every)
-        check_one_of(Sparse, sparse=self.sparse)
+        check_one_of(SparseOption, sparse=self.sparse)
         check_whole(1, none=True, mlp_tile=self.mlp_tile)
         check_whole(1, sequence_parallel=self.sequence_parallel)
         check_share(offload_share=self.offload_share)
@@ -180,6 +194,20 @@ class LongLoraSFTConfig(SFTConfig):
         if isinstance(self.stages, str):
             self.stages = auto_stages(self.stages, base_length, self.max_length or 0, self.max_steps)
 
+    def resolve_sparse(self, windows: bool) -> Sparse:
+        """Put "windows", if they will do, or "s2" in the place of "auto"."""
+        found: Any = self.sparse if self.sparse != AUTO else "windows" if windows else "s2"
+        self.sparse = found
+        return found
+
+    @property
+    def names_groups(self) -> bool:
+        """Whether the configuration or a stage says how shifted sparse attention is to be."""
+        stages: Any = self.stages if isinstance(self.stages, list) else []
+        given = self.group_size is not None or self.group_size_ratio is not None
+        sinks = self.sink_tokens != S2AttentionConfig.sink_tokens
+        return given or sinks or any(stage.of_groups for stage in stages)
+
     @property
     def data_parallel(self) -> int:
         """How many batches are in work at once: processes, or groups of those that share a sequence."""
@@ -206,7 +234,8 @@ class LongLoraSFTConfig(SFTConfig):
             sink_tokens=self.sink_tokens,
             kernel=self.attention_kernel,
         )
-        return Schedule(tuple(self.stages), attention, self.dense_every, sparse=self.sparse)
+        sparse: Any = "s2" if self.sparse == AUTO else self.sparse  # until it is resolved, which lengths don't ask for
+        return Schedule(tuple(self.stages), attention, self.dense_every, sparse=sparse)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle, and so for `training_args.bin`, which goes to the Hub: without tokens."""

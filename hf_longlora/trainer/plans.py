@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from peft import PeftConfig
-from transformers import PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from ..planning import Gpu, LengthPlan, RunPlan, RunSettings, plan_run
 from ..planning.settings import Quantization
-from .checks import Start, base_window
+from .checks import Start, base_window, resolve_sparse
 from .config import LongLoraSFTConfig
 
 
@@ -51,6 +53,7 @@ def plan_stages(
     dtype: torch.dtype,
     quantization: Quantization | None = None,
     gpus: int = 1,
+    columns: Collection[str] = (),
 ) -> tuple[RunPlan, list[StagePlan]]:
     """What each stage of a run takes on a card, of a model of which only the config is read.
 
@@ -59,6 +62,7 @@ def plan_stages(
         args: The trainer's.
         gpu: The card.
         adapter, dtype, quantization: As for `RunSettings.of`.
+        columns: The dataset's: conversations and completions are not cut into windows (`LongLoraSFTConfig.sparse`).
         gpus: Cards, each with the model, and with sequences of its own or a share in others' (`sequence_parallel`).
 
     Returns:
@@ -71,6 +75,8 @@ def plan_stages(
     if isinstance(args.stages, str):
         args.resolve_stages(Start.of("", config, adapter).known)
     schedule = replace(args.schedule, native_window=base_window("", config, adapter))
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    schedule = resolve_sparse(args, schedule, config, model_class, columns)
     if gpus % args.sequence_parallel > 0:
         raise ValueError(f"sequence_parallel={args.sequence_parallel} needs a multiple of as many GPUs, not {gpus}.")
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus // args.sequence_parallel

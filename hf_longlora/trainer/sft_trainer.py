@@ -47,6 +47,7 @@ from .checks import (
     check_unmasked,
     check_windows,
     read_columns,
+    resolve_sparse,
     say_data,
     stage_ropes,
     supported_config,
@@ -142,10 +143,11 @@ class LongLoraSFTTrainer(SavingTrainer, PiecewiseTrainer, ShardedLoss):
         if isinstance(args.stages, str):
             args.resolve_stages(start.known)
         self.schedule: Schedule = replace(args.schedule, native_window=base_window(model, config, peft_config))
+        own_collator = kwargs.get("data_collator") is not None
+        self.schedule = resolve_sparse(args, self.schedule, config, model_class, columns, own_collator)
         check_attention(args, self.schedule)
         check_adapter(model, peft_config, self.schedule)
         check_trainable(model, peft_config)
-        own_collator = kwargs.get("data_collator") is not None
         check_windows(args, self.schedule, config, model_class, columns, own_collator)
         self._start, self._ropes = start, stage_ropes(start, self.schedule)
         init: Any = args.model_init_kwargs or {}

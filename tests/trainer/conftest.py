@@ -25,6 +25,7 @@ def make(tiny_llama, tiny_tokenizer, tmp_path):
             output_dir=str(tmp_path / output),
             stages=STAGES,
             dense_every=0,
+            sparse="s2",
             use_cpu=True,
             bf16=False,
             report_to="none",

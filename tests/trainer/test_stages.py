@@ -343,7 +343,7 @@ def test_a_stage_gives_back_what_the_allocators_keep(monkeypatch, tmp_path):
 
 
 def test_a_step_sets_what_all_layers_share_and_walks_over_none(make, monkeypatch):
-    trainer = make(dense_every=2)
+    trainer = make(dense_every=2, sparse="s2")
     apply, model = trainer._stage_callback.apply, trainer.model
     apply(model, 0)
 

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hf_longlora import ContextStage, LongLoraSFTTrainer, S2AttentionConfig
+from hf_longlora import ContextStage, LongLoraSFTConfig, LongLoraSFTTrainer, S2AttentionConfig
 from hf_longlora.attention import interface
 from hf_longlora.attention.reference import reference_kernel
 from hf_longlora.evaluation import compare_attention
 from hf_longlora.hub.card import ATTENTION
 from hf_longlora.schedule import Schedule
+from hf_longlora.trainer import checks
 from hf_longlora.trainer.pieces import piece, pieces
 from hf_longlora.trainer.report import write_report
 from hf_longlora.trainer.windows import Served, WindowCollator, cut, slots
@@ -434,7 +435,7 @@ def test_a_stage_says_for_itself(make):
         ContextStage(64, 1, rope_type=None, sparse="pose"),
         ContextStage(128, 2, sparse="pose"),
         ContextStage(128, 1, sparse="windows"),
-        ContextStage(256, 2, dense_every=5),
+        ContextStage(256, 2, dense_every=5, sparse="s2"),
     ]
     trainer = make(stages=stages, callbacks=[spy], model=yarned(make))
     trainer.train()
@@ -495,7 +496,7 @@ def test_what_a_run_leaves(make, tmp_path, sparse):
     assert list(compare_attention(trainer.model, [[5 + i % 90 for i in range(300)]], [64, 256])) == ["dense"]
     write_report(tmp_path / "out", trainer.state.log_history, trainer.schedule)
 
-    other = make(output="other")
+    other = make(output="other", sparse="s2")
     other.train()
     other.save_model()
     card = (tmp_path / "other" / "README.md").read_text()
@@ -538,6 +539,44 @@ def test_what_can_not_be_cut_is_refused(make, options, message, sparse):
         make(sparse=sparse, **options)
     if before is not None:
         assert options["model"].config._attn_implementation == before.config._attn_implementation
+
+
+@pytest.mark.parametrize(
+    ("options", "sparse"),
+    [
+        ({}, "windows"),
+        ({"dataset": Dataset.from_dict({"input_ids": [[5] * 300] * 8})}, "windows"),
+        ({"dataset": CHATS, "packing": False}, "s2"),
+        ({"dataset": PAIRS, "packing": False}, "s2"),
+        ({"dataset": MASKED, "packing": False}, "s2"),
+        ({"group_size": 32}, "s2"),
+        ({"group_size_ratio": 0.5}, "s2"),
+        ({"sink_tokens": 0}, "s2"),
+        ({"stages": [ContextStage(128, 1), ContextStage(256, 1, group_size=64)]}, "s2"),
+        ({"model": build("lfm2")}, "s2"),
+    ],
+    ids=["text", "tokens", "chats", "pairs", "labels", "size", "share", "sinks", "of a stage", "state"],
+)
+def test_what_the_data_and_the_model_are_settles_auto(make, options, sparse):
+    trainer = make(sparse="auto", **options)
+    assert trainer.schedule.sparse == trainer.args.sparse == sparse
+    trainer.train()
+    attention = {log["attention"] for log in trainer.state.log_history if "stage" in log}
+    assert attention == {"windows" if sparse == "windows" else "s2attn"}
+
+
+def test_a_recipe_told_nothing_but_lengths(make, monkeypatch):
+    """Each 2nd step dense, the others in windows of plain text; answers are said to be the reason where they are."""
+    args = LongLoraSFTConfig(output_dir="unused", stages=[ContextStage(128, 4)])
+    assert (args.sparse, args.dense_every) == ("auto", 2)
+    trainer = make(sparse="auto", dense_every=2)
+    assert [trainer.schedule.step(step).mode for step in range(4)] == ["windows", "dense"] * 2
+    said = []
+    monkeypatch.setattr(checks.logger, "warning", said.append)
+    make(sparse="auto", dataset=PAIRS, packing=False)
+    assert said[:1] == [
+        'Steps that aren\'t dense take sparse="s2", not "windows": the dataset has answers (completion, prompt).'
+    ]
 
 
 @pytest.mark.parametrize("packing", [True, False])
