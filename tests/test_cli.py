@@ -465,7 +465,7 @@ def test_trains_usage(run, capsys, monkeypatch):
     assert stopped.value.code == 0
     assert "accelerate launch -m hf_longlora train" in printed
     assert all(option in printed for option in ("--stages", "--train_norms", "--resume", "--learning_rate"))
-    assert "--sparse {s2,windows,pose}" in printed
+    assert "--sparse {auto,s2,windows,pose}" in printed
     assert main(["train", "--config", "missing.yaml"]) == 1
     monkeypatch.setenv("HF_LONGLORA_DEBUG", "1")
     with pytest.raises(FileNotFoundError):
@@ -478,8 +478,8 @@ def test_the_very_run_is_planned(run, capsys):
     found = json.loads(capsys.readouterr().out)
     assert [(stage["steps"], stage["sequences"]) for stage in found["stages"]] == [(1, 4), (2, 8)]
     config = AutoConfig.from_pretrained("base")
-    for stage, length, group, every in zip(found["stages"], (128, 256), (32, 64), (4, 2), strict=True):
-        settings = {"adapter": LongLoraConfig(r=4), "dtype": "float32", "group_size": group, "dense_every": every}
+    for stage, length in zip(found["stages"], (128, 256), strict=True):
+        settings = {"adapter": LongLoraConfig(r=4), "dtype": "float32", "sparse": "windows", "dense_every": 2}
         expected = plan_run(config, [length], gpu="H100", **settings).lengths[0]
         assert stage["step"] == asdict(expected) and stage["hours"] == stage["steps"] * expected.seconds / 3600
     assert main(arguments) == 0

@@ -119,11 +119,7 @@ def plan_run(
         trainable=shape.trainable,
         lengths=rows,
         longest=longest(shape, settings, card),
-        notes=(
-            *notes,
-            *_notes(config.get_text_config(), shape, settings, card),
-            *_dense_lengths(shape, settings, lengths),
-        ),
+        notes=(*notes, *_dense_lengths(shape, settings, lengths)),
     )
 
 
