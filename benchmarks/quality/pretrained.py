@@ -74,7 +74,6 @@ class Method:
         scatter: Whether the native windows of all sparse steps are shuffled among these, so that the windows of a step
             are of different documents.
         stage: Further fields of the stage.
-        sparse_weight: What a gradient of a sparse step counts, beside one of a dense step.
         shift: What is shifted.
         adapter: Fields of the adapter that differ.
     """
@@ -86,7 +85,6 @@ class Method:
     cut: float = 1.0
     scatter: bool = False
     stage: dict[str, Any] = field(default_factory=dict)
-    sparse_weight: float = 1.0
     shift: Shift = "heads"
     adapter: dict[str, Any] = field(default_factory=dict)
 
@@ -121,11 +119,6 @@ for _nth, _every in {"2nd": 2, "3rd": 3, "4th": 4}.items():
     METHODS[f"s2 native + sinks, {_nth} dense"] = Method(stage=_s2(_every))
 for _name in ("native windows", "native windows, 3rd dense", "native windows, 4th dense"):
     METHODS[f"{_name}, scattered"] = replace(METHODS[_name], scatter=True)
-for _nth, _every in {"3rd": 3, "4th": 4}.items():
-    for _weight in (0.5, 0.25):
-        METHODS[f"windows by {_weight}, {_nth} dense"] = Method(
-            sparse_weight=_weight, stage={"sparse": "windows", "dense_every": _every}
-        )
 for _sinks in (1, 16, 64):
     METHODS[f"s2 native + {_sinks} sinks, 4th dense"] = Method(stage=_s2(4, _sinks))
 for _exponent in (1.0, 1.5, 2.0):
@@ -170,20 +163,6 @@ class StepClock(TrainerCallback):
     ) -> None:
         _wait()
         self.seconds.append(time.perf_counter() - self._started)
-
-
-class SparseWeight(TrainerCallback):
-    """Scales the gradients of the sparse steps, after they were clipped: AdamW goes by their ratio to others."""
-
-    def __init__(self, weight: float) -> None:
-        self.weight = weight
-        self.trainer: Any = None
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.trainer.schedule.step(state.global_step).mode != "dense":
-            torch._foreach_mul_([p.grad for p in kwargs["model"].parameters() if p.grad is not None], self.weight)
 
 
 def _wait() -> None:
@@ -236,16 +215,15 @@ def train(run: Run, folder: Path) -> tuple[Any, dict[str, Any]]:
                 "use_liger_kernel": bool(run.liger),
             }
         )
-        clock, weight = StepClock(), SparseWeight(method.sparse_weight)
+        clock = StepClock()
         trainer = LongLoraSFTTrainer(
             model=model,
             args=args,
             train_dataset=Dataset.from_dict({"input_ids": list(rows)}),
             processing_class=AutoTokenizer.from_pretrained(folder / "base"),
             peft_config=LongLoraConfig(r=run.rank, lora_alpha=2 * run.rank, **method.adapter),
-            callbacks=[clock] if method.sparse_weight == 1 else [clock, weight],
+            callbacks=[clock],
         )
-        weight.trainer = trainer
         get_s2_attention(trainer.model).shift = method.shift
         trainer.remove_callback(PrinterCallback)
         if torch.cuda.is_available():
