@@ -16,7 +16,7 @@ from transformers.integrations import rewrite_logs
 from hf_longlora import ContextStage
 from hf_longlora.hub.card import weights_sha256
 from hf_longlora.hub.run import training_seconds
-from hf_longlora.trainer import report, sft_trainer, update_report
+from hf_longlora.trainer import report, saving, sft_trainer, update_report
 
 from .helpers import STAGES, Stop, texts
 
@@ -283,7 +283,8 @@ class Clock(TrainerCallback):
 @pytest.mark.parametrize("several", [False, True], ids=["one set", "a dict of them"])
 def test_evaluations_and_checkpoints_are_no_training_time(make, monkeypatch, several):
     clock = Clock()
-    monkeypatch.setattr(sft_trainer, "time", clock)
+    for module in (sft_trainer, saving):
+        monkeypatch.setattr(module, "time", clock)
     held_out = {"books": texts(2), "math": texts(4)} if several else texts(2)
     options = dict(eval_strategy="steps", eval_steps=2, eval_dataset=held_out, save_strategy="steps")
     trainer = make(callbacks=[clock], **options)
