@@ -83,6 +83,7 @@ def main(output: str, batch_size: int, *options: str) -> None:
         packing="packed" in options,
         shuffle_buffer=5,
         dense_every=2,
+        sparse="s2",
         use_cpu=not torch.cuda.is_available(),
         bf16="bf16" in options,
         report_to="none",
