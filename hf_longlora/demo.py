@@ -38,7 +38,7 @@ EVALUATION = {"lengths": LENGTHS, "stride": 128, "batch_size": 4}
 RESULT = "LongLoRA"
 RUNS: dict[str, dict[str, Any]] = {
     "LoRA, dense": {"attention": "dense"},
-    "S2 alone, as in the paper": {"sparse": "s2", "dense_every": 0},
+    "LongLoRA, S2 alone": {"sparse": "s2", "dense_every": 0},
     RESULT: {},
 }
 """Three ways to extend the same base: what is special in each stage, by the name in table and plot."""
