@@ -105,6 +105,7 @@ class Interrupt(Exception):
     """Stands for Ctrl-C, which pytest keeps for itself."""
 
 
+@pytest.mark.slow
 def test_demo_runs_and_goes_on_after_interruptions(small, tmp_path, monkeypatch, capsys):
     whole = demo.run_demo(tmp_path / "whole", full=True)
     printed = capsys.readouterr().out

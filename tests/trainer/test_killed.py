@@ -58,7 +58,7 @@ def finish(child, folder: Path):
     assert child.exitcode == 0, log(folder)[-3000:]
 
 
-@pytest.mark.parametrize("planned, seed", [(4, 0), pytest.param(20, None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("planned, seed", [(2, 0), pytest.param(20, None, marks=pytest.mark.slow)])
 def test_killed_at_random_points(start, whole, tmp_path, planned, seed):
     """By SIGTERM and SIGKILL at random moments, between the files of a checkpoint, and with a file half written.
 
