@@ -49,12 +49,14 @@ def hub(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def xet(hub, monkeypatch):
+def xet(hub, monkeypatch, tmp_path):
     """Uploads go by Xet, as they do to the real Hub."""
     pytest.importorskip("hf_xet")
     if not hasattr(_xet, "abort_xet_session"):
         pytest.skip("the retries of older versions can't be shortened")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    # By its cache it knows what a server has, by the server's address: an earlier test's may have had the same port.
+    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet"))
     monkeypatch.setenv("HF_XET_XORB_COMPRESSION_POLICY", "none")
     monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "10ms")
