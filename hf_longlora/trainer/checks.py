@@ -345,7 +345,7 @@ def resolve_sparse(
         except ValueError as error:
             why = str(error)
     sparse = args.resolve_sparse(why is None and not args.names_groups)
-    if why is not None and args.process_index == 0:
+    if why is not None and replace(schedule, sparse="windows").any_windows and args.process_index == 0:
         logger.warning(f'Steps that aren\'t dense take sparse="s2", not "windows": {why}.')
     return replace(schedule, sparse=sparse)
 
