@@ -18,8 +18,8 @@ Row = dict[str, str]
 
 
 def above(row: Row, dense: Sequence[Row], column: str) -> float | None:
-    """How far a row lies above dense training of its seed, in %."""
-    for other in dense:
+    """How far a row lies above dense training of its seed, in %, with the same kernels where there is such a row."""
+    for other in sorted(dense, key=lambda other: other["liger"] != row["liger"]):
         if all(row[name] == other[name] for name in ("model", "corpus", "length", "seed", "split", "rank")):
             return 100 * (float(row[column]) / float(other[column]) - 1)
     return None
