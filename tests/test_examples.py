@@ -21,7 +21,7 @@ from hf_longlora import LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
 from hf_longlora.cli import main
 from hf_longlora.cli.train import make_parser
 from hf_longlora.rope import current_rope, reach
-from hf_longlora.trainer.checks import Start, stage_ropes
+from hf_longlora.trainer.ropes import Start, stage_ropes
 
 from .vllm_rules import lengths as served_lengths
 

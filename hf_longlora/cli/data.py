@@ -251,7 +251,7 @@ def load_documents(files: Sequence[str]) -> list[Any]:
     Raises:
         ValueError, OSError: as `load_data` and `as_trl_reads`; rows without a text.
     """
-    from ..trainer.checks import check_columns
+    from ..trainer.columns import check_columns
 
     splits: list[Any] = []
     for file in files:

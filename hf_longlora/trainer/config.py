@@ -8,7 +8,6 @@ from typing import Any
 from trl import SFTConfig
 
 from ..attention import S2AttentionConfig
-from ..attention.config import Sparse
 from ..schedule import (
     AUTO,
     AUTO_STAGES,
@@ -193,12 +192,6 @@ class LongLoraSFTConfig(SFTConfig):
         """
         if isinstance(self.stages, str):
             self.stages = auto_stages(self.stages, base_length, self.max_length or 0, self.max_steps)
-
-    def resolve_sparse(self, windows: bool) -> Sparse:
-        """Put "windows", if they will do, or "s2" in the place of "auto"."""
-        found: Any = self.sparse if self.sparse != AUTO else "windows" if windows else "s2"
-        self.sparse = found
-        return found
 
     @property
     def names_groups(self) -> bool:

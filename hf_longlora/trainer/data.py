@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +12,11 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
+from transformers.utils import logging
 
 from .config import LongLoraSFTConfig
+
+logger = logging.get_logger(__name__)
 
 COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
 """Of a prepared dataset, what is of tokens."""
@@ -166,3 +169,17 @@ def describe(dataset: Dataset | IterableDataset, args: LongLoraSFTConfig) -> str
         limit = "" if args.max_examples is None else f"the first {args.max_examples:,} examples of "
         return f"{known}{limit}a stream{packed}"
     return f"{known}{len(dataset):,} examples{packed}"
+
+
+def say_data(stages: Sequence[StageData], args: LongLoraSFTConfig) -> None:
+    """One line a stage, of what it sees of the data; a warning if that is less than half."""
+    for number, data in enumerate(stages, start=1):
+        if data.share >= 0.5:
+            logger.info(f"Stage {number}: {data}")
+            continue
+        remedy = (
+            'packing_strategy="bfd_split" or "wrapped" goes on in the next row with what is over'
+            if args.packing
+            else 'packing=True with packing_strategy="bfd_split" or "wrapped" cuts nothing off'
+        )
+        logger.warning(f"Stage {number} uses less than half of the data: {data}. A longer stage sees more; {remedy}.")

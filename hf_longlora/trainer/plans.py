@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from ..planning import Gpu, LengthPlan, RunPlan, RunSettings, plan_run
 from ..planning.settings import Quantization
-from .checks import Start, base_window, resolve_sparse
 from .config import LongLoraSFTConfig
+from .guards import settled
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,8 @@ def plan_stages(
         ValueError: if it can't be planned.
     """
     args = copy.copy(args)
-    if isinstance(args.stages, str):
-        args.resolve_stages(Start.of("", config, adapter).known)
-    schedule = replace(args.schedule, native_window=base_window("", config, adapter))
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    schedule = resolve_sparse(args, schedule, config, model_class, columns)
+    _, schedule = settled("", args, config, model_class, adapter, columns)
     if gpus % args.sequence_parallel > 0:
         raise ValueError(f"sequence_parallel={args.sequence_parallel} needs a multiple of as many GPUs, not {gpus}.")
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus // args.sequence_parallel

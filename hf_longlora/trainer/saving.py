@@ -32,11 +32,11 @@ from .checkpoints import (
     optimizer_states,
     write_signature,
 )
-from .checks import Start
 from .config import LongLoraSFTConfig
 from .data import StageData
 from .identity import adapter_settings, optimizer_settings, weights_fingerprint
 from .report import write_report
+from .ropes import Start
 from .streams import StreamedRows, stage_data
 
 logger = logging.get_logger(__name__)

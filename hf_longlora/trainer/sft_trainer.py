@@ -4,7 +4,6 @@ import copy
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,49 +24,38 @@ from ..hub.run import write_facts
 from ..modules import base_model
 from ..parallel import sequence_group
 from ..rope import find_rope, forget_lengths, rope_factor
-from ..schedule import Schedule
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
-from .checkpoints import (
-    STREAM_NAME,
-    last_checkpoint,
-    refuse_others,
-)
-from .checks import (
-    Start,
-    base_window,
-    check_adapter,
-    check_arguments,
-    check_attention,
-    check_dataset,
-    check_lengths,
-    check_replicas,
-    check_rows,
-    check_saving,
-    check_trainable,
-    check_unmasked,
-    check_windows,
-    read_columns,
-    resolve_sparse,
-    say_data,
-    stage_ropes,
-    supported_config,
-)
+from .checkpoints import STREAM_NAME, last_checkpoint, refuse_others
+from .columns import check_rows, read_columns
 from .config import LongLoraSFTConfig
-from .data import COLUMNS, StageData, column_names, describe, limited, longest_document, order, whole, with_length
+from .data import (
+    COLUMNS,
+    StageData,
+    column_names,
+    describe,
+    limited,
+    longest_document,
+    order,
+    say_data,
+    whole,
+    with_length,
+)
+from .guards import Run, check_replicas, check_saving
 from .identity import data_fingerprint
 from .layers import compiled_layers, tile_mlps
 from .offload import PartialOffload
 from .pieces import PiecewiseTrainer
+from .ropes import check_lengths
 from .saving import SavingTrainer
 from .sequences import (
     InShards,
     ShardableCollator,
     ShardedLoss,
-    check_sequences,
     own_attention,
     parallelism_config,
     shards_in_turn,
 )
+from .sparse import check_unmasked
 from .streams import StreamCollator, StreamedRows
 from .trouble import beginnings, diverged, has_diverged, out_of_memory, peak_memory
 from .windows import Served, WindowCollator
@@ -134,25 +122,9 @@ class LongLoraSFTTrainer(SavingTrainer, PiecewiseTrainer, ShardedLoss):
         if not isinstance(args, LongLoraSFTConfig):
             raise TypeError(f"`args` must be a LongLoraSFTConfig with its stages, got {type(args).__name__}.")
         args = copy.copy(args)  # what is resolved here is of this model, and the caller may have others
-        # All that can be refused is refused here, while the model is as it was.
-        check_arguments(args)
-        columns = check_dataset(train_dataset, args, kwargs.get("formatting_func"))
+        run = Run.of(model, args, train_dataset, peft_config, kwargs)  # refused here, while the model is as it was
         train_dataset = limited(train_dataset, args.max_examples)
-        config, model_class = supported_config(model, args)
-        start = Start.of(model, config, peft_config)
-        if isinstance(args.stages, str):
-            args.resolve_stages(start.known)
-        self.schedule: Schedule = replace(args.schedule, native_window=base_window(model, config, peft_config))
-        own_collator = kwargs.get("data_collator") is not None
-        self.schedule = resolve_sparse(args, self.schedule, config, model_class, columns, own_collator)
-        check_attention(args, self.schedule)
-        check_adapter(model, peft_config, self.schedule)
-        check_trainable(model, peft_config)
-        check_windows(args, self.schedule, config, model_class, columns, own_collator)
-        self._start, self._ropes = start, stage_ropes(start, self.schedule)
-        init: Any = args.model_init_kwargs or {}
-        spread = bool(init.get("device_map")) or hasattr(model, "hf_device_map")
-        check_sequences(args, self.schedule, self._ropes, config, model_class, spread, kwargs)
+        self.schedule, self._start, self._ropes, self._columns = run.schedule, run.start, run.ropes, run.columns
         self._stage_callback = ContextStageCallback(self.schedule, self._ropes)
         if isinstance(model, str):
             given: Any = args.model_init_kwargs
@@ -160,7 +132,6 @@ class LongLoraSFTTrainer(SavingTrainer, PiecewiseTrainer, ShardedLoss):
         else:
             set_s2_attention(model)
         self._train_source: Dataset | IterableDataset | None = train_dataset
-        self._columns = columns
         self._stage_examples: list[int] = []
         self._stage_data: dict[int, StageData] = {}
         self._stream_state = ""  # of what was last trained on

@@ -27,10 +27,10 @@ from transformers.utils import logging
 from trl import pack_dataset
 
 from ..schedule import Schedule
-from .checks import check_unmasked
 from .config import LongLoraSFTConfig
 from .data import COLUMNS, StageData, order
 from .identity import data_fingerprint
+from .sparse import check_unmasked
 from .windows import Served
 
 logger = logging.get_logger(__name__)

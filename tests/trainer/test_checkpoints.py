@@ -13,7 +13,7 @@ from hf_longlora.trainer.checkpoints import (
     optimizer_states,
     refuse_others,
 )
-from hf_longlora.trainer.checks import check_saving
+from hf_longlora.trainer.guards import check_saving
 
 
 def whole(folder):

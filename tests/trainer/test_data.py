@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from hf_longlora import ContextStage
-from hf_longlora.trainer import checks
+from hf_longlora.trainer import data
 from hf_longlora.trainer.data import StageData, lengths
 
 STAGES = [ContextStage(128, 3), ContextStage(256, 3)]
@@ -17,8 +17,8 @@ ROWS = [50, 100, 128, 129, 300, 600, 40, 30]  # 1,377 tokens
 @pytest.fixture
 def said(monkeypatch):
     lines = []
-    monkeypatch.setattr(checks.logger, "info", lines.append)
-    monkeypatch.setattr(checks.logger, "warning", lines.append)
+    monkeypatch.setattr(data.logger, "info", lines.append)
+    monkeypatch.setattr(data.logger, "warning", lines.append)
     return lines
 
 

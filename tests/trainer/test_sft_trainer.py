@@ -28,7 +28,7 @@ from trl import SFTTrainer
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
 from hf_longlora.attention import get_s2_attention, interface
 from hf_longlora.rope import scaled_rope, write_rope
-from hf_longlora.trainer import checkpoints, checks, identity
+from hf_longlora.trainer import checkpoints, guards, identity
 
 from .helpers import STAGES, TEXT, Spy, Stop, texts, weights
 
@@ -628,7 +628,7 @@ def test_stages_are_served_their_examples_where_a_model_takes_several_gpus(make,
 )
 def test_a_stage_that_groups_make_dense_is_said(make, monkeypatch, options, warned):
     said = []
-    monkeypatch.setattr(checks.logger, "warning", said.append)
+    monkeypatch.setattr(guards.logger, "warning", said.append)
     trainer = make(**{"stages": [ContextStage(256, 1)], **options})
     words = "Stage 1: A group of 256 tokens holds all of a sequence of 256: attention is dense"
     assert [message.startswith(words) for message in said] == [True] * warned

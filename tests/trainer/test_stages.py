@@ -22,8 +22,8 @@ from hf_longlora.modules import attention_modules
 from hf_longlora.rope import current_rope, reach, rope_factor
 from hf_longlora.schedule import Schedule, auto_stages
 from hf_longlora.trainer.callbacks import ContextStageCallback
-from hf_longlora.trainer.checks import Start, check_lengths, stage_ropes
 from hf_longlora.trainer.data import order
+from hf_longlora.trainer.ropes import Start, check_lengths, stage_ropes
 
 from .helpers import Stop, texts, weights
 

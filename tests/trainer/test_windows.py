@@ -21,7 +21,6 @@ from hf_longlora.attention.reference import reference_kernel
 from hf_longlora.evaluation import compare_attention
 from hf_longlora.hub.card import ATTENTION
 from hf_longlora.schedule import Schedule
-from hf_longlora.trainer import checks
 from hf_longlora.trainer.pieces import piece, pieces
 from hf_longlora.trainer.report import write_report
 from hf_longlora.trainer.windows import Served, WindowCollator, cut, slots
@@ -572,7 +571,7 @@ def test_a_recipe_told_nothing_but_lengths(make, monkeypatch):
     trainer = make(sparse="auto", dense_every=2)
     assert [trainer.schedule.step(step).mode for step in range(4)] == ["windows", "dense"] * 2
     said = []
-    monkeypatch.setattr(checks.logger, "warning", said.append)
+    monkeypatch.setattr("hf_longlora.trainer.sparse.logger.warning", said.append)
     make(sparse="auto", dataset=PAIRS, packing=False)
     assert said[:1] == [
         'Steps that aren\'t dense take sparse="s2", not "windows": the dataset has answers (completion, prompt).'

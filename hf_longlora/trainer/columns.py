@@ -1,0 +1,111 @@
+"""What TRL reads of a dataset: its columns of texts and messages, and what of them can't be trained on."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset, LargeList, List, Value
+
+from .config import LongLoraSFTConfig
+
+
+def check_dataset(dataset: Any, args: LongLoraSFTConfig, formatting_func: Any) -> set[str]:
+    """The columns of a dataset or a stream, if it can be trained on."""
+    if isinstance(dataset, Mapping):
+        raise TypeError(f"`train_dataset` must be one split of a dataset, not all of them: {', '.join(dataset)}.")
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"`train_dataset` must be a datasets.Dataset or a datasets.IterableDataset, got {type(dataset).__name__}. "
+            "Of a list one is made by Dataset.from_list, of a generator a stream by IterableDataset.from_generator."
+        )
+    if isinstance(dataset, IterableDataset):
+        check_stream(args)
+        dataset = Dataset.from_list(list(dataset.take(1)), features=dataset.features)
+    if len(dataset) == 0:
+        raise ValueError("`train_dataset` is empty.")
+    columns = set(dataset.column_names)
+    if columns & {"image", "images"}:
+        raise ValueError("Datasets with images are not supported: stages cut text to their length.")
+    if formatting_func is None:
+        check_columns(dataset, args.dataset_text_field)
+    return columns
+
+
+def check_stream(args: LongLoraSFTConfig) -> None:
+    if args.dataloader_num_workers > 1:
+        raise ValueError(
+            f"`dataloader_num_workers={args.dataloader_num_workers}`: a stream is read in order, by one worker or (0) "
+            "by none."
+        )
+    if args.sequence_parallel > 1:
+        raise ValueError(
+            "`sequence_parallel` doesn't take streams: `max_examples` of one, made a dataset by "
+            "Dataset.from_list(list(stream.take(N))), will do."
+        )
+
+
+def check_columns(dataset: Dataset, text_field: str) -> None:
+    """Raise a `ValueError` unless the columns that TRL reads hold texts or messages in every row."""
+    for name in read_columns(dataset.column_names, text_field):
+        check_texts(dataset, name, plain=name == text_field)
+
+
+def read_columns(columns: Collection[str], text_field: str) -> list[str]:
+    """The columns of texts or messages that TRL reads; none of a dataset that is tokenized.
+
+    Raises:
+        ValueError: there are no such columns.
+    """
+    if "input_ids" in columns:
+        return []
+    if "prompt" in columns and "completion" not in columns:
+        raise ValueError(
+            f"The dataset has a 'prompt' and no 'completion': its columns are {sorted(columns)}, and TRL reads "
+            "'prompt' before any other. Rename what answers it, or remove_columns('prompt')."
+        )
+    if "prompt" in columns:
+        return ["prompt", "completion"]
+    names = [name for name in ("messages", "conversations", text_field) if name in columns][:1]
+    if not names:
+        raise ValueError(
+            f"The dataset has no text: its columns are {sorted(columns)}, and none is {text_field!r} "
+            "(dataset_text_field), 'messages', 'prompt' or 'input_ids'. Name the column, or pass a formatting_func."
+        )
+    return names
+
+
+def check_rows(stream: IterableDataset, names: Sequence[str]) -> IterableDataset:
+    """A stream that raises a `ValueError` at a row without a text or a message in one of its columns."""
+
+    def check(row: dict[str, Any], index: int) -> dict[str, Any]:
+        for name in names:
+            if row[name] is None or row[name] == []:
+                raise ValueError(
+                    f"The column {name!r} of the stream has nothing in row {index:,}. Leave such rows out: "
+                    f"stream.filter(lambda row: row[{name!r}])."
+                )
+        return row
+
+    return stream.map(check, with_indices=True) if names else stream
+
+
+def check_texts(dataset: Dataset, name: str, plain: bool) -> None:
+    """Raise a `ValueError` unless a column holds nothing but texts or, where it need not be plain, messages."""
+    kind: Any = dataset.features[name]
+    text = getattr(kind, "dtype", None) in ("string", "large_string")
+    messages = isinstance(kind, List | LargeList) and not isinstance(kind.feature, Value)
+    if plain and not text:
+        raise ValueError(f"The column {name!r} of the dataset holds {kind}, not text alone.")
+    if not messages and (not text or name in ("messages", "conversations")):
+        raise ValueError(f"The column {name!r} of the dataset holds {kind}, not a list of messages in each row.")
+    column = dataset.select_columns([name]).with_format("arrow")[:][name]
+    missing = pc.is_null(column)
+    if messages:
+        missing = pc.or_kleene(missing, pc.equal(pc.list_value_length(column), 0))
+    rows = pc.indices_nonzero(missing)
+    if len(rows) > 0:
+        raise ValueError(
+            f"The column {name!r} of the dataset has no {'text' if text else 'message'} in {len(rows):,} of "
+            f"{len(dataset):,} rows, such as row {rows[0].as_py():,}. Leave them out: "
+            f"dataset.filter(lambda row: row[{name!r}])."
+        )

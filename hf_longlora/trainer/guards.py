@@ -1,0 +1,248 @@
+"""What can be refused before a run starts, each with one error that says what to change, and what is settled then."""
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import trl
+from peft import PeftConfig, PeftModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ..attention import check_supported
+from ..attention.kernels import check_kernel
+from ..from_hub import refuse_adapter
+from ..modules import base_model
+from ..rope import AUTO, RopeScaling
+from ..schedule import Schedule
+from ..tuner import LongLoraConfig, LongLoraModel
+from ..values import check_whole
+from .callbacks import longlora_tuner
+from .columns import check_dataset
+from .config import LongLoraSFTConfig
+from .ropes import Start, stage_ropes
+from .sequences import check_sequences
+from .sparse import base_window, settle_sparse
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of which nothing is refused.
+
+    Args:
+        columns: The training dataset's.
+        start: The RoPE that it starts from.
+        schedule: The stages, "auto" replaced by what it stands for.
+        ropes: The RoPE of each stage; `None` where it is the model's.
+    """
+
+    columns: set[str]
+    start: Start
+    schedule: Schedule
+    ropes: list[RopeScaling | None]
+
+    @classmethod
+    def of(
+        cls,
+        model: str | PreTrainedModel | PeftModel,
+        args: LongLoraSFTConfig,
+        dataset: Any,
+        peft_config: PeftConfig | None,
+        others: Mapping[str, Any],
+    ) -> "Run":
+        """The run of a trainer with these arguments, the model untouched; in `args` "auto" is settled.
+
+        Args:
+            model, args, peft_config: The trainer's.
+            dataset: To train on.
+            others: The remaining arguments of TRL's trainer.
+
+        Raises:
+            ValueError, TypeError: if it can't be, or would not do what its arguments say.
+        """
+        check_arguments(args)
+        columns = check_dataset(dataset, args, others.get("formatting_func"))
+        config, model_class = supported_config(model, args)
+        own_collator = others.get("data_collator") is not None
+        start, schedule = settled(model, args, config, model_class, peft_config, columns, own_collator)
+        check_attention(args, schedule)
+        check_adapter(model, peft_config, schedule)
+        check_trainable(model, peft_config)
+        ropes = stage_ropes(start, schedule)
+        init: Any = args.model_init_kwargs or {}
+        spread = bool(init.get("device_map")) or hasattr(model, "hf_device_map")
+        check_sequences(args, schedule, ropes, config, model_class, spread, others)
+        return cls(columns, start, schedule, ropes)
+
+
+def settled(
+    model: str | PreTrainedModel | PeftModel,
+    args: LongLoraSFTConfig,
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel] | None,
+    peft_config: PeftConfig | None,
+    columns: Collection[str] = (),
+    own_collator: bool = False,
+) -> tuple[Start, Schedule]:
+    """The RoPE that a run starts from and its schedule; in `args`, too, stages and steps take the place of "auto".
+
+    The arguments are those of `settle_sparse`.
+    """
+    start = Start.of(model, config, peft_config)
+    if isinstance(args.stages, str):
+        args.resolve_stages(start.known)
+    schedule = replace(args.schedule, native_window=base_window(model, config, peft_config))
+    return start, settle_sparse(args, schedule, config, model_class, columns, own_collator)
+
+
+def check_arguments(args: LongLoraSFTConfig) -> None:
+    if args.auto_find_batch_size:
+        raise ValueError("`auto_find_batch_size` would change how many examples a stage sees; set the batch size.")
+    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    check_whole(1, **{name: getattr(args, name) for name in sizes})
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"`train_sampling_strategy={args.train_sampling_strategy!r}` would mix the stages; use 'random' (shuffled "
+            "within each stage) or 'sequential'."
+        )
+    if args.padding_free and not args.packing:
+        raise ValueError(
+            '`padding_free` without packing: set packing=True as well, and packing_strategy="bfd", which packs whole '
+            "examples and needs no padding either."
+        )
+    accelerator: Any = args.accelerator_config
+    if accelerator.split_batches and args.world_size > 1:
+        raise ValueError("`split_batches` would change how many examples a stage sees; leave it out.")
+    parallel: Any = args.parallelism_config
+    of_launch = int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1"))
+    if of_launch > 1 or (parallel is not None and getattr(parallel, "sp_size", 1) > 1):
+        raise ValueError(
+            "Say how many processes share a sequence by `sequence_parallel`, not by accelerate's "
+            "`parallelism_config`, which knows no sparse attention."
+        )
+    if parallel is not None and parallel.tp_size * parallel.cp_size > 1:
+        raise ValueError(
+            "tp and cp in `parallelism_config` are not supported: torch's context parallelism deals the tokens of a "
+            "sequence out in turns and knows dense attention alone. For sequences over several processes set "
+            "`sequence_parallel`; FSDP2 and ZeRO-3 spread weights."
+        )
+    if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
+        raise ValueError("`skip_prepare_dataset` leaves no way to cut sequences to each stage's length.")
+
+    if args.selective_checkpointing and not hasattr(trl.models, "enable_selective_activation_checkpointing"):
+        raise ValueError(f"TRL {trl.__version__} has no selective gradient_checkpointing_kwargs: 1.15 is the first.")
+    if args.activation_offloading and not torch.accelerator.is_available():
+        raise ValueError("`activation_offloading` moves activations off an accelerator, and there is none here.")
+
+
+def check_attention(args: LongLoraSFTConfig, schedule: Schedule) -> None:
+    """Refuse a kernel that can't run here, and warn of stages that would be dense unasked."""
+    check_kernel(schedule.attention.kernel, args.device.type)
+    for number, stage in enumerate(schedule.stages, start=1):
+        words = schedule.attention_config(number - 1).dense_at(stage.max_length)
+        if words is not None and stage.attention != "dense" and schedule.sparse_by(number - 1) == "s2":
+            logger.warning(f"Stage {number}: {words}")
+
+
+def check_trainable(model: Any, peft_config: PeftConfig | None) -> None:
+    """Refuse a run in which nothing is trained, or nothing of a part that the adapter's config names."""
+    if isinstance(model, str) or peft_config is not None:  # made trainable when it is loaded, or the adapter put on
+        return
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "Nothing would be trained: the adapter was loaded for inference. Load it by "
+            "PeftModel.from_pretrained(base, adapter, is_trainable=True), or AutoPeftModelForCausalLM's."
+            if isinstance(model, PeftModel)
+            else f"Nothing would be trained: no weight of {type(model).__name__} has requires_grad. Set it where it "
+            "is meant, or give an adapter (peft_config)."
+        )
+    tuner = longlora_tuner(model)
+    frozen = tuner.frozen_parts() if tuner is not None else []
+    if frozen:
+        raise ValueError(
+            f"The adapter asks for {', '.join(frozen)}, of which nothing is trainable. Load it by "
+            "from_pretrained(..., is_trainable=True). If norms or embeddings are to stay as they are, say so: "
+            "model.active_peft_config.train_norms = False, or train_embeddings."
+        )
+
+
+def check_adapter(model: Any, peft_config: PeftConfig | None, schedule: Schedule) -> None:
+    stretches = any(stage.rope_type is not None or stage.rope_parameters for stage in schedule.stages)
+    if isinstance(model, PeftModel):
+        if stretches and not isinstance(model.base_model, LongLoraModel):
+            raise ValueError(
+                f"An adapter of type {model.active_peft_config.peft_type.value} can't carry the RoPE of the stages. "
+                "Merge it (merge_and_unload) and train a LongLoraConfig adapter on the result."
+            )
+        return
+    if peft_config is None:
+        return
+    if not isinstance(peft_config, LongLoraConfig):
+        if stretches:
+            raise ValueError(
+                f"A {type(peft_config).__name__} adapter is saved without RoPE scaling and would be wrong when "
+                "loaded. Use hf_longlora.LongLoraConfig (it takes the same arguments), or stages with rope_type=None."
+            )
+        return
+    longest = schedule.stages[-1].max_length
+    if peft_config.target_length not in (None, longest):
+        raise ValueError(
+            f"`target_length={peft_config.target_length}` of the adapter contradicts the last stage's max_length "
+            f"{longest}. Leave it out: the stages set it."
+        )
+    if peft_config.rope_parameters is not None or any(
+        peft_config.rope_type not in (AUTO, stage.rope_type) for stage in schedule.stages
+    ):
+        raise ValueError(
+            "The adapter's rope_type or rope_parameters contradict the stages'. Set them in ContextStage alone, for "
+            'example ContextStage(8192, 200, rope_type="yarn").'
+        )
+
+
+def check_replicas(args: LongLoraSFTConfig) -> None:
+    """Refuse `torch.nn.DataParallel`, as TRL does since 1.15: to be asked once Trainer has counted the GPUs.
+
+    Its replicas run what is bound to the model that they are copies of: TRL's loss, the weight of our tied head.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process: Trainer would wrap the model in torch.nn.DataParallel, which is not "
+            "supported. Start the script by `accelerate launch` or `torchrun`, or show it one GPU "
+            "(CUDA_VISIBLE_DEVICES=0)."
+        )
+
+
+def check_saving(accelerator: Any) -> None:
+    """Refuse a launch that would train an adapter and save none."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.state_dict_type.name != "FULL_STATE_DICT":
+        raise ValueError(
+            f"FSDP would save no adapter: fsdp_state_dict_type is {plugin.state_dict_type.name}, with which Trainer "
+            "writes each process's part of the weights and no file of the adapter. Set fsdp_state_dict_type: "
+            "FULL_STATE_DICT in accelerate's config (--fsdp_state_dict_type FULL_STATE_DICT)."
+        )
+
+
+def supported_config(model: Any, args: LongLoraSFTConfig) -> tuple[PreTrainedConfig, type[PreTrainedModel] | None]:
+    """Configuration and class of a model or of a path, if shifted sparse attention can be used in it.
+
+    A class of remote code shows itself when it is loaded, and is `None` till then.
+    """
+    if isinstance(model, str):
+        given: Any = args.model_init_kwargs
+        init = {"trust_remote_code": args.trust_remote_code} | dict(given or {})
+        options = {key: init[key] for key in ("revision", "trust_remote_code") if key in init}
+        refuse_adapter(model)
+        config = AutoConfig.from_pretrained(model, **options)
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    else:
+        config = model.config
+        model_class = type(base_model(model))
+    if not isinstance(model_class, type):
+        return config, None
+    check_supported(model_class, config)
+    return config, model_class
