@@ -363,7 +363,7 @@ class Bench:
         from trl.trainer.utils import add_fused_lm_head
 
         from hf_longlora import LongLoraConfig, set_s2_attention
-        from hf_longlora.trainer.layers import tile_mlps
+        from hf_longlora.trainer.tiles import tile_mlps
 
         self.name, self.rank, self.size = name, dist.get_rank(), dist.get_world_size()
         self.tile, self.liger = tile, liger

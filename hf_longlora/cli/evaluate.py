@@ -282,8 +282,8 @@ def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import cached_file
 
-    from ..from_hub import adapter_values, reason
     from ..hub.export import check_task
+    from ..lookup import adapter_values, reason
     from ..tuner import LongLoraConfig
     from ..tuner.stored import fit_vocabulary
 

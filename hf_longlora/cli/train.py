@@ -170,7 +170,7 @@ def config_of(model: Any, args: Any) -> Any:
         ValueError: if none is named, or it is an adapter.
         OSError: if it can't be had.
     """
-    from ..from_hub import read_config, refuse_adapter
+    from ..lookup import read_config, refuse_adapter
 
     if model.model_name_or_path is None:
         raise ValueError("No model: name it by model_name_or_path.")

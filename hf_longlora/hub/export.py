@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from ..from_hub import adapter_values, reason
+from ..lookup import adapter_values, reason
 from ..modules import meta_model
 from ..rope import RopeScaling, current_rope, reach, vllm_overrides, write_length, write_rope
 from ..tuner import LongLoraConfig

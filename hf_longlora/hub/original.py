@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import logging
 
-from ..from_hub import ORIGINAL_NAME, read_config, reason
+from ..lookup import ORIGINAL_NAME, read_config, reason
 from ..modules import input_embedding, is_norm, meta_model, output_head, walk
 from ..rope import current_rope
 from ..tuner import LongLoraConfig

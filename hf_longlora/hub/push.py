@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import logging
 
-from ..from_hub import causes, http_error
+from ..lookup import causes, http_error
 from ..tuner import LongLoraConfig
 from ..values import check_whole
 from .card import folder_card

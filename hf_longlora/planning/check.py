@@ -32,7 +32,7 @@ from ..attention.interface import left_alone, refuse_sparse, refuse_unknown
 from ..attention.kernels import KERNELS
 from ..attention.mask import READS_MASK, S2Mask, s2_mask
 from ..families import Family, find_family
-from ..from_hub import adapter_values, read_config
+from ..lookup import adapter_values, read_config
 from ..modules import is_norm, language_modules, meta_model, walk
 from ..parallel import check_shardable
 from ..rope import AUTO, RopeScaling, current_rope, native_window, reach, readings, rotary_modules

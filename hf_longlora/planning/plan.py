@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..from_hub import read_config
+from ..lookup import read_config
 from ..parallel import check_shardable
 from ..schedule import AUTO
 from ..tuner import LongLoraConfig

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..attention import check_supported
 from ..attention.kernels import check_kernel
-from ..from_hub import refuse_adapter
+from ..lookup import refuse_adapter
 from ..modules import base_model
 from ..rope import AUTO, RopeScaling
 from ..schedule import Schedule

@@ -27,6 +27,7 @@ from ..rope import find_rope, forget_lengths, rope_factor
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
 from .checkpoints import STREAM_NAME, last_checkpoint, refuse_others
 from .columns import check_rows, read_columns
+from .compiling import compiled_layers
 from .config import LongLoraSFTConfig
 from .data import (
     COLUMNS,
@@ -42,7 +43,6 @@ from .data import (
 )
 from .guards import Run, check_replicas, check_saving
 from .identity import data_fingerprint
-from .layers import compiled_layers, tile_mlps
 from .offload import PartialOffload
 from .pieces import PiecewiseTrainer
 from .ropes import check_lengths
@@ -57,6 +57,7 @@ from .sequences import (
 )
 from .sparse import check_unmasked
 from .streams import StreamCollator, StreamedRows
+from .tiles import tile_mlps
 from .trouble import beginnings, diverged, has_diverged, out_of_memory, peak_memory
 from .windows import Served, WindowCollator
 

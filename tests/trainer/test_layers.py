@@ -16,8 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from hf_longlora import ContextStage, LongLoraConfig
 from hf_longlora.attention import interface
 from hf_longlora.attention.kernels import in_place
-from hf_longlora.trainer.layers import compiled_layers, tile_mlps
+from hf_longlora.trainer.compiling import compiled_layers
 from hf_longlora.trainer.offload import PartialOffload
+from hf_longlora.trainer.tiles import tile_mlps
 
 from .helpers import weights
 

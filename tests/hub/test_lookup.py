@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_longlora import LongLoraConfig, perplexity_by_length
 from hf_longlora.cli import main
-from hf_longlora.from_hub import reason
+from hf_longlora.lookup import reason
 from tests.tuner.helpers import llama, perturbed
 
 PRIVATE, MISSING = "user/private", "user/missing"

@@ -1,58 +1,20 @@
-"""What a long sequence asks of the layers around attention: their MLP by tiles of tokens, and compiled.
+"""MLPs that take a long sequence by tiles of tokens, one after the other.
 
-Both act on the decoder layers that a model has, by PyTorch's own means: the class of an MLP is replaced by a subclass
-of it, as FSDP2 does, so that names, weights and state dicts stay; `nn.Module.compile` compiles in place.
+The class of an MLP is replaced by a subclass of it, as FSDP2 does, so that names, weights and state dicts stay.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..attention.interface import NAME
-from ..modules import decoder_layers, is_attention, is_mlp, is_norm, walk
-
-
-@contextmanager
-def compiled_layers(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Within it, the norms, the attention modules and the MLPs of the decoder layers are compiled.
-
-    These and not whole layers or the model: the trainer's loss replaces the model's forward, and checkpointing runs a
-    layer that can't be one graph without compiling any of it. The attention function is left out of the graphs: it
-    is one of kernels already, and documents' ends would be constants of a graph. Nor are tiled MLPs compiled.
-
-    Raises:
-        ValueError: if the model has no decoder layers.
-    """
-    found = [child for layer in decoder_layers(model) for child in layer.children()] if active else []
-    parts = [m for m in found if is_attention(m) or is_mlp(m) or any(is_norm(part) for _, part in walk(m))]
-    parts = [m for m in parts if not isinstance(m, _TiledMLP)]
-    before = [(part, part._compiled_call_impl) for part in parts]
-    attention = ALL_ATTENTION_FUNCTIONS[NAME]
-    try:
-        if active:
-            AttentionInterface.register(NAME, torch.compiler.disable(attention))
-        for part in parts:
-            part.compile()
-        yield
-    finally:
-        for part, compiled in before:
-            part._compiled_call_impl = compiled
-        if active:
-            AttentionInterface.register(NAME, attention)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# MLPs by tiles
+from ..modules import decoder_layers, is_mlp
 
 
 def tile_mlps(model: nn.Module, tile: int) -> None:
@@ -75,7 +37,7 @@ def tile_mlps(model: nn.Module, tile: int) -> None:
         mlp: Any = found[0]
         if any(isinstance(m, nn.Dropout) and m.p > 0 for m in mlp.modules()):
             raise ValueError(f"`mlp_tile` does not support dropout in {type(mlp).__name__}. Set it to 0.")
-        if not isinstance(mlp, _TiledMLP):
+        if not isinstance(mlp, TiledMLP):
             mlp.__class__ = _tiled(mlp.__class__)
         mlp.mlp_tile = tile
         if is_deepspeed_zero3_enabled():
@@ -86,7 +48,7 @@ def tile_mlps(model: nn.Module, tile: int) -> None:
             set_z3_leaf_module(mlp, True)
 
 
-class _TiledMLP(nn.Module):
+class TiledMLP(nn.Module):
     """Mixed into the class of an MLP, which comes second in `type(self).__bases__`."""
 
     mlp_tile: int
@@ -108,7 +70,7 @@ class _TiledMLP(nn.Module):
 
 @functools.cache
 def _tiled(cls: Any) -> type:
-    return type(cls.__name__, (_TiledMLP, cls), {"__module__": cls.__module__})
+    return type(cls.__name__, (TiledMLP, cls), {"__module__": cls.__module__})
 
 
 def _new_tiled(cls: Any) -> Any:
