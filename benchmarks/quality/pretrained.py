@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality.models smollm2 --corpus DIR --work DIR
     python -m benchmarks.quality.pretrained --work DIR --lengths 32768 65536 --seeds 0 1 2 [--methods dense default]
+    python -m benchmarks.quality.pretrained --work DIR --corpora books --methods factors
 
 A run extends the base on one corpus by `STEPS[length]` steps of one row, and is scored with dense attention on
 windows of the validation and the test documents: over all of a window, its last 2,048 tokens, and its first 4,096 and
@@ -11,6 +12,11 @@ not done again. Seconds are those of the steps, dense and sparse ones apart, the
 "windows" and "pose of many rows" are the trainer's own, whose steps have windows of as many rows as a row has windows
 (8 at 65,536). In the rows "pose" and "pose, N-th dense", of a trainer before that, they are all of the step's own row,
 as those of "native windows" still are; "scattered" shuffles these among the rows of all sparse steps beforehand.
+
+"dense of equal time" is dense training of as many steps as take the time of "windows, 2nd dense", by the times of that
+one's steps in `results/pretrained.csv` (of this length and these kernels, on a GPU without other work); its rate falls
+to the end of those steps. "papers" and "factors" stand for several methods: the paper's own, and the default recipe
+with one thing changed, each with dense training of the same change beside it where that may change with it.
 """
 
 import argparse
@@ -21,8 +27,8 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +55,9 @@ from hf_longlora import (
     s2_attention_mode,
 )
 from hf_longlora.attention import get_s2_attention
-from hf_longlora.attention.interface import Shift
-from hf_longlora.rope import apply_rope, scaled_rope
+from hf_longlora.attention.interface import STATE, Shift
+from hf_longlora.modules import attention_modules
+from hf_longlora.rope import apply_rope, current_rope, scaled_rope
 
 from ..provenance import RESULTS, append_row, provenance, read_rows
 from .models import SOURCES, train_rows
@@ -70,11 +77,16 @@ class Method:
         exponent: For a larger theta: theta grows by this power of the factor (instead of `rope_type`).
         trained: Whether anything is trained; else RoPE is scaled and that is all.
         scaled: Whether RoPE is scaled.
-        cut: Share of the steps that are run, for dense training of equal time.
+        cut: Share of the steps that are run.
+        time_of: Method whose time is to be taken: of `STEPS` as many as that allows.
         scatter: Whether the native windows of all sparse steps are shuffled among these, so that the windows of a step
             are of different documents.
+        short: Share of the rows that are documents of the native length, packed. Their order is another one.
         stage: Further fields of the stage.
+        grow: Group sizes as shares of the length, one after the other, each for as many steps.
+        hybrid: Each how many layers one is always dense; 0: none.
         shift: What is shifted.
+        rank, learning_rate: Of LoRA, whose alpha is twice the rank; at the peak.
         adapter: Fields of the adapter that differ.
     """
 
@@ -83,9 +95,15 @@ class Method:
     trained: bool = True
     scaled: bool = True
     cut: float = 1.0
+    time_of: str | None = None
     scatter: bool = False
+    short: float = 0.0
     stage: dict[str, Any] = field(default_factory=dict)
+    grow: tuple[float, ...] = ()
+    hybrid: int = 0
     shift: Shift = "heads"
+    rank: int = 64
+    learning_rate: float = 3e-4
     adapter: dict[str, Any] = field(default_factory=dict)
 
 
@@ -121,12 +139,42 @@ for _name in ("native windows", "native windows, 3rd dense", "native windows, 4t
     METHODS[f"{_name}, scattered"] = replace(METHODS[_name], scatter=True)
 for _sinks in (1, 16, 64):
     METHODS[f"s2 native + {_sinks} sinks, 4th dense"] = Method(stage=_s2(4, _sinks))
+METHODS["s2 native + sinks, 4th layer dense"] = Method(stage=_s2(0), hybrid=4)
+METHODS["s2 1/16 to 1/4 + sinks, 4th dense"] = Method(stage=_s2(4), grow=(1 / 16, 1 / 8, 1 / 4))
+METHODS["dense of equal time"] = Method(stage=DENSE, time_of="windows, 2nd dense")
+RECIPE = "windows, 2nd dense"
+CHANGES: dict[str, dict[str, Any]] = {
+    "rank 8": {"rank": 8},
+    "rank 256": {"rank": 256},
+    "neither norms nor embeddings": {"adapter": {"train_norms": False, "train_embeddings": False}},
+    "norms only": {"adapter": {"train_embeddings": False}},
+    "rate 1e-4": {"learning_rate": 1e-4},
+    "rate 1e-3": {"learning_rate": 1e-3},
+    "half of the steps": {"cut": 0.5},
+    "twice the steps": {"cut": 2.0},
+    "a quarter short": {"short": 0.25},
+}
+for _name in (RECIPE, "dense"):
+    for _change, _fields in CHANGES.items():
+        METHODS[f"{_name}, {_change}"] = replace(METHODS[_name], **_fields)
 for _exponent in (1.0, 1.5, 2.0):
     METHODS[f"abf {_exponent} alone"] = Method(exponent=_exponent, trained=False)
     for _name, _like in list(METHODS.items()):
         if _like.trained and _like.exponent is None and _like.rope_type == "yarn":
-            METHODS[f"{_name}, abf {_exponent}"] = replace(_like, exponent=_exponent)
+            _of = _like.time_of and f"{_like.time_of}, abf {_exponent}"
+            METHODS[f"{_name}, abf {_exponent}"] = replace(_like, exponent=_exponent, time_of=_of)
 METHODS["default"] = Method(rope_type="auto")
+
+GROUPS = {
+    "papers": ["s2 1/4 linear (the paper)", "s2 1/4", "s2 1/4, abf 1.5"],
+    "factors": [
+        *(f"{RECIPE}, {change}, abf 1.5" for change in CHANGES),
+        *(f"dense, {change}, abf 1.5" for change in ("rate 1e-3", "rank 256", "twice the steps")),
+        "s2 native + sinks, 4th layer dense, abf 1.5",
+        "s2 1/16 to 1/4 + sinks, 4th dense, abf 1.5",
+    ],
+}
+"""Names that stand for several methods."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,12 +186,16 @@ class Run:
     length: int
     method: str
     seed: int
-    rank: int = 64
-    learning_rate: float = 3e-4
     liger: int = 0
 
     def key(self) -> dict[str, str]:
-        return {name: str(value) for name, value in vars(self).items()}
+        method = METHODS[self.method]
+        known = {**asdict(self), "rank": method.rank, "learning_rate": method.learning_rate}
+        return {name: str(known[name]) for name in KEY}
+
+
+KEY = ("model", "corpus", "length", "method", "seed", "rank", "learning_rate", "liger")
+"""The columns that name a run."""
 
 
 class StepClock(TrainerCallback):
@@ -170,8 +222,63 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def train(run: Run, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Extend the base as `run` says: the model, and what that cost."""
+class Pattern(TrainerCallback):
+    """What of a method no stage can say: what is shifted, group sizes that grow, layers that are always dense.
+
+    Its turn is after the trainer's callback, which gives all layers one state when training begins, and sets the group
+    size in it at the begin of each step.
+    """
+
+    def __init__(self, method: Method, length: int, steps: int) -> None:
+        self.method, self.length, self.steps = method, length, steps
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        shared = get_s2_attention(kwargs["model"])
+        shared.shift = self.method.shift
+        if self.method.hybrid:
+            dense = replace(shared, config=replace(shared.config, group_size=self.length), mode="auto")
+            for _, module in attention_modules(kwargs["model"]):
+                if (module.layer_idx + 1) % self.method.hybrid == 0:
+                    setattr(module, STATE, dense)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.method.grow:
+            shared = get_s2_attention(kwargs["model"])
+            ratio = self.method.grow[state.global_step * len(self.method.grow) // self.steps]
+            shared.config = replace(shared.config, group_size=round(ratio * self.length))
+
+
+def steps_of(run: Run, known: Iterable[dict[str, str]]) -> int:
+    """Optimizer steps of a run.
+
+    Args:
+        known: Rows of runs, for the times of steps.
+
+    Raises:
+        ValueError: if the steps whose time the run is to take haven't been timed.
+    """
+    method = METHODS[run.method]
+    if method.time_of is None:
+        return max(1, round(STEPS[run.length] * method.cut))
+    like = replace(run, method=method.time_of)
+    same = {name: text for name, text in like.key().items() if name not in ("corpus", "seed")}
+    timed = [r for r in known if same.items() <= r.items() and r["shared_gpu"] == "0" and r["dense_step_p50"]]
+    if not timed:
+        raise ValueError(
+            f"{run.method!r} takes the time of {method.time_of!r}, which no row of {run.model} at {run.length} has "
+            f"with liger={run.liger} on a GPU without other work: run that first."
+        )
+    # A run's own dense steps are what its time is measured in, so that the GPU's kind cancels.
+    shares = [float(r["train_seconds"]) / (int(r["steps"]) * float(r["dense_step_p50"])) for r in timed]
+    return max(1, round(STEPS[run.length] * statistics.median(shares)))
+
+
+def train(run: Run, folder: Path, known: Iterable[dict[str, str]] = ()) -> tuple[Any, dict[str, Any]]:
+    """Extend the base as `run` says: the model, and what that cost. `known`: see `steps_of`."""
     source, method = SOURCES[run.model], METHODS[run.method]
     set_seed(run.seed)
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, attn_implementation="s2attn")
@@ -179,30 +286,34 @@ def train(run: Run, folder: Path) -> tuple[Any, dict[str, Any]]:
         model.cuda()
     rope: dict[str, Any] = {"rope_type": method.rope_type}
     if method.exponent is not None:
-        theta = model.config.rope_parameters["rope_theta"] * (run.length / source.native) ** method.exponent
+        theta = current_rope(model.config).parameters["rope_theta"]
+        theta *= (run.length / source.native) ** method.exponent
         rope = {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
     if not method.trained:
         if method.scaled:
             apply_rope(model, scaled_rope(model.config, run.length, **rope))
         return model, {}
-    steps = max(1, round(STEPS[run.length] * method.cut))
-    rows = train_rows(folder, run.corpus, run.length, STEPS[run.length], run.seed, source.end)[:steps]
+    steps = steps_of(run, known)
+    rows = train_rows(folder, run.corpus, run.length, steps, run.seed, source.end, source.begin)
     if method.scatter:
         every = method.stage["dense_every"]
         sparse = [i for i in range(steps) if not every or (i + 1) % every]
         windows = rows[sparse].reshape(-1, source.native)
         rows[sparse] = windows[np.random.default_rng(run.seed).permutation(len(windows))].reshape(-1, run.length)
+    short = int(method.short * steps)
+    documents = [*rows[short:], *rows[:short].reshape(-1, source.native)]
     with tempfile.TemporaryDirectory() as output:
         args = LongLoraSFTConfig(
             **{
                 "output_dir": output,
                 "stages": [ContextStage(run.length, steps, **rope, **method.stage)],
                 "per_device_train_batch_size": 1,
-                "learning_rate": run.learning_rate,
+                "learning_rate": method.learning_rate,
                 "lr_scheduler_type": "cosine_with_min_lr",
                 "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
                 "warmup_steps": min(10, max(1, steps // 5)),
-                "train_sampling_strategy": "sequential",
+                "packing": bool(short),
+                "train_sampling_strategy": "random" if short else "sequential",
                 "gradient_checkpointing": source.checkpointed,
                 "bf16": True,
                 "use_cpu": not torch.cuda.is_available(),
@@ -219,12 +330,11 @@ def train(run: Run, folder: Path) -> tuple[Any, dict[str, Any]]:
         trainer = LongLoraSFTTrainer(
             model=model,
             args=args,
-            train_dataset=Dataset.from_dict({"input_ids": list(rows)}),
+            train_dataset=Dataset.from_dict({"input_ids": documents}),
             processing_class=AutoTokenizer.from_pretrained(folder / "base"),
-            peft_config=LongLoraConfig(r=run.rank, lora_alpha=2 * run.rank, **method.adapter),
-            callbacks=[clock],
+            peft_config=LongLoraConfig(r=method.rank, lora_alpha=2 * method.rank, **method.adapter),
+            callbacks=[clock, Pattern(method, run.length, steps)],
         )
-        get_s2_attention(trainer.model).shift = method.shift
         trainer.remove_callback(PrinterCallback)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -243,7 +353,7 @@ def train(run: Run, folder: Path) -> tuple[Any, dict[str, Any]]:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     cost["train_loss"] = losses[-1]
     cost["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    cost["theta"] = trainer.model.config.rope_parameters["rope_theta"]
+    cost["theta"] = current_rope(trainer.model.config).parameters["rope_theta"]
     return trainer.model, cost
 
 
@@ -251,6 +361,9 @@ def score(model: Any, run: Run, split: str, folder: Path) -> dict[str, float]:
     """Perplexities of windows of a split, dense."""
     with np.load(folder / f"{run.corpus}.{split}.npz") as file:
         documents = np.split(file["ids"].astype(np.int64), file["ends"][:-1])
+    if (begin := SOURCES[run.model].begin) is not None:
+        each = run.length - 1
+        documents = [np.insert(ids[at : at + each], 0, begin) for ids in documents for at in range(0, len(ids), each)]
     edges = sorted({1, *(n for n in (4096, 8192) if n < run.length - LAST), run.length - LAST, run.length})
     options: dict[str, Any] = {"max_windows": WINDOWS[run.length], "positions_per_window": run.length}
     with torch.autocast(model.device.type, dtype=torch.bfloat16):
@@ -267,7 +380,7 @@ def _perplexity(records: Sequence[dict[str, Any]]) -> float:
 
 
 COLUMNS = (
-    *(f for f in Run.__dataclass_fields__),
+    *KEY,
     "split",
     *("steps", "dense_steps", "sparse_steps", "train_seconds", "train_loss", "peak_gib", "theta", "shared_gpu"),
     *(f"{mode}_step_p{quantile}" for mode in ("dense", "sparse") for quantile in (20, 50, 80)),
@@ -278,7 +391,7 @@ COLUMNS = (
 def do(run: Run, folder: Path, results: Path, *, shared: bool, as_trained: bool) -> None:
     """Run it and append its rows."""
     started = time.perf_counter()
-    model, cost = train(run, folder)
+    model, cost = train(run, folder, [*read_rows(RESULTS / "pretrained.csv"), *read_rows(results)])
     for split in SPLITS:
         scores = score(model, run, split, folder)
         if as_trained and split == SPLITS[0]:
@@ -310,7 +423,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", choices=list(SOURCES))
     parser.add_argument("--corpora", nargs="+", default=["books", "math"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[32_768])
-    parser.add_argument("--methods", nargs="+", default=["dense", "default"], choices=list(METHODS), metavar="METHOD")
+    names = [*METHODS, *GROUPS]
+    parser.add_argument("--methods", nargs="+", default=["dense", "default"], choices=names, metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after so long")
     parser.add_argument(
@@ -321,15 +435,15 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "pretrained.csv")
     args = parser.parse_args()
     folder = args.work / args.model
-    columns = list(Run.__dataclass_fields__)
-    done = [{name: row[name] for name in columns} for row in read_rows(args.results)]
+    done = [{name: row[name] for name in KEY} for row in read_rows(args.results)]
     started = time.perf_counter()
     runs = [
         Run(model=args.model, corpus=corpus, length=length, method=method, seed=seed, liger=int(args.liger))
         for seed in args.seeds
         for length in args.lengths
         for corpus in args.corpora
-        for method in args.methods
+        for name in args.methods
+        for method in GROUPS.get(name, [name])
     ]
     for run in runs:
         if run.key() in done:

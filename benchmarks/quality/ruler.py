@@ -39,7 +39,7 @@ KEY = ("model", "corpus", "train_length", "method", "seed", "length", "task", "t
 
 def extended(run: Run, folder: Path) -> Any:
     """A model extended as `run` says, with what was trained merged into it: decoding calls half as many kernels."""
-    model, _ = train(run, folder)
+    model, _ = train(run, folder, read_rows(RESULTS / "pretrained.csv"))
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 

@@ -1,0 +1,177 @@
+"""The bench of models that others trained: its methods on a tiny model in the place of a pretrained one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from benchmarks.provenance import read_rows
+from benchmarks.quality import pretrained
+from benchmarks.quality.data import save_documents
+from benchmarks.quality.models import SOURCES, Source
+from benchmarks.quality.pretrained import GROUPS, METHODS, Run, do, main, steps_of
+from hf_longlora import LongLoraSFTTrainer
+from hf_longlora.attention.segments import Documents
+
+LENGTH = 256
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, tiny_llama, tiny_tokenizer):
+    """What `benchmarks.quality.models` leaves behind, of a model of 64 tokens."""
+    source = Source(packages=(), member="", sha256="", licence="", native=64, end=0, checkpointed=True)
+    monkeypatch.setitem(SOURCES, "tiny", source)
+    for name, value in {"STEPS": 4, "WINDOWS": 2}.items():
+        monkeypatch.setattr(pretrained, name, {LENGTH: value})
+    monkeypatch.setattr(pretrained, "LAST", 32)
+    monkeypatch.setattr(pretrained, "RESULTS", tmp_path / "elsewhere")
+    made = tmp_path / "tiny"
+    tiny_llama(num_hidden_layers=4).to(torch.bfloat16).save_pretrained(made / "base")
+    tiny_tokenizer.save_pretrained(made / "base")
+    draw = np.random.default_rng(0)
+    for split in ("train", "validation", "test"):
+        documents = [draw.integers(3, 128, size=2000).tolist() for _ in range(3)]
+        save_documents(made / f"books.{split}.npz", documents)
+    return made
+
+
+def run(folder, method, results, model="tiny", **more):
+    of = Run(model=model, corpus="books", length=LENGTH, method=method, seed=0, **more)
+    do(of, folder, results, shared=False, as_trained=False)
+
+
+@pytest.fixture
+def groups(monkeypatch):
+    """The group size of each layer, in the order in which they attend."""
+    found = []
+    parts = Documents.parts
+
+    def spy(self, heads, kv_heads, group_size, *rest):
+        found.append(group_size)
+        return parts(self, heads, kv_heads, group_size, *rest)
+
+    monkeypatch.setattr(Documents, "parts", spy)
+    return found
+
+
+@pytest.fixture
+def trainers(monkeypatch):
+    found = []
+
+    class Kept(LongLoraSFTTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            found.append(self)
+
+    monkeypatch.setattr(pretrained, "LongLoraSFTTrainer", Kept)
+    return found
+
+
+FEW = ["s2 1/4 linear (the paper)", "windows, 2nd dense, norms only, abf 1.5", "dense, rank 256, abf 1.5"]
+ALL = ["default", "abf 1.5 alone", *GROUPS["papers"], *GROUPS["factors"]]
+
+
+@pytest.mark.parametrize("method", [*FEW, *(pytest.param(m, marks=pytest.mark.slow) for m in ALL if m not in FEW)])
+def test_a_row_for_each_split(method, folder, tmp_path, trainers):
+    run(folder, method, tmp_path / "rows.csv")
+    found = read_rows(tmp_path / "rows.csv")
+    assert [row["split"] for row in found] == ["validation", "test"]
+    of = METHODS[method]
+    if not of.trained:
+        assert not trainers
+        return
+    [trainer] = trainers
+    for row in found:
+        assert row["steps"] == str(round(4 * of.cut)) == str(trainer.state.global_step)
+        assert int(row["dense_steps"]) == (
+            0
+            if "4th layer" in method or method in GROUPS["papers"]
+            else int(row["steps"]) // (1 if method.startswith("dense") else 4 if "4th" in method else 2)
+        )
+        assert (row["rank"], row["learning_rate"]) == (str(of.rank), f"{of.learning_rate:.5g}")
+        assert float(row["theta"]) == pytest.approx(1e4 * (8 if "abf" in method else 1))
+    config = trainer.model.active_peft_config
+    assert config.r == of.rank and trainer.args.learning_rate == of.learning_rate
+    names = {name for name, p in trainer.model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert any("norm" in name for name in names) == ("neither" not in method)
+    assert any("embed" in name for name in names) == (not of.adapter)
+
+
+def test_a_layer_stays_dense(folder, tmp_path, groups):
+    run(folder, "s2 native + sinks, 4th layer dense", tmp_path / "rows.csv")
+    assert groups[:4] == [64, 64, 64, LENGTH] and set(groups) == {64, LENGTH}
+    assert groups.count(LENGTH) * 3 == groups.count(64)
+
+
+def test_groups_grow(folder, tmp_path, groups, monkeypatch):
+    monkeypatch.setitem(pretrained.STEPS, LENGTH, 6)
+    run(folder, "s2 1/16 to 1/4 + sinks, 4th dense", tmp_path / "rows.csv")
+    assert list(dict.fromkeys(groups)) == [16, 32, None, 64]
+    assert len({groups.count(size) for size in (16, 64)}) == 1 and groups.count(16) == 2 * groups.count(32)
+
+
+def test_short_documents_are_of_the_same_rows(folder, tmp_path, trainers, monkeypatch):
+    for method in ("windows, 2nd dense", "windows, 2nd dense, a quarter short"):
+        run(folder, method, tmp_path / "rows.csv")
+    whole, mixed = (trainer.train_dataset for trainer in trainers)
+    assert sorted(mixed["seq_lengths"]) == [[64] * 4, *[[LENGTH]] * 3]
+    assert sorted(mixed["input_ids"]) == sorted(whole["input_ids"])
+
+
+RECIPE = {"model": "tiny", "length": str(LENGTH), "method": "windows, 2nd dense, abf 1.5", "rank": "64", "liger": "0"}
+TIMED = {"learning_rate": "0.0003", "steps": "4", "train_seconds": "3.1", "dense_step_p50": "1.0", "shared_gpu": "0"}
+
+
+def test_dense_training_takes_as_many_steps_as_the_recipe_s_time_allows(folder, tmp_path, trainers):
+    method, results = "dense of equal time, abf 1.5", tmp_path / "rows.csv"
+    of = Run(model="tiny", corpus="math", length=LENGTH, method=method, seed=7)
+    row = RECIPE | TIMED
+    with pytest.raises(ValueError, match="run that first"):
+        steps_of(of, [row | {"shared_gpu": "1"}, row | {"liger": "1"}, row | {"method": "windows, 2nd dense"}])
+    assert steps_of(of, [row, row | {"train_seconds": "90", "shared_gpu": "1"}]) == 3
+    run(folder, "windows, 2nd dense, abf 1.5", results)
+    rows = read_rows(results)
+    expected = steps_of(Run(model="tiny", corpus="books", length=LENGTH, method=method, seed=0), rows)
+    run(folder, method, results)
+    found = read_rows(results)[-1]
+    assert found["steps"] == found["dense_steps"] == str(expected) and expected <= 4
+    assert trainers[-1].state.log_history[-1]["step"] == trainers[-1].args.max_steps == expected
+
+
+def test_what_is_there_is_not_done_again(folder, tmp_path, monkeypatch, trainers):
+    command = ["pretrained", "--work", str(folder.parent), "--model", "tiny", "--corpora", "books"]
+    command += ["--lengths", str(LENGTH), "--results", str(tmp_path / "rows.csv"), "--methods"]
+    monkeypatch.setitem(GROUPS, "two", ["dense, rank 8", "abf 1.5 alone"])
+    for names, rows in ((["dense, rank 8"], 2), (["two"], 4), (["two", "dense, rank 8"], 4)):
+        monkeypatch.setattr("sys.argv", [*command, *names])
+        main()
+        assert len(read_rows(tmp_path / "rows.csv")) == rows
+    assert len(trainers) == 1
+
+
+def test_each_row_and_window_begins_as_gemma_s_texts_do(folder, tmp_path, monkeypatch, trainers):
+    monkeypatch.setitem(SOURCES, "gemma", replace(SOURCES["tiny"], begin=1))
+    config = Gemma3TextConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=16,
+        max_position_embeddings=64,
+    )
+    Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "base")
+    seen = []
+    score = pretrained.loss_by_position
+    monkeypatch.setattr(pretrained, "loss_by_position", lambda m, d, *a, **k: seen.extend(d) or score(m, d, *a, **k))
+    for method in ("dense, abf 1.5", "windows, 2nd dense, abf 1.5", "s2 native + sinks, 4th dense, abf 1.5"):
+        run(folder, method, tmp_path / "rows.csv", model="gemma")
+    assert {ids[0] for trainer in trainers for ids in trainer.train_dataset["input_ids"]} == {1}
+    assert {len(ids) for trainer in trainers for ids in trainer.train_dataset["input_ids"]} == {LENGTH}
+    assert {int(ids[0]) for ids in seen} == {1} and max(map(len, seen)) == LENGTH
+    # all of the text is in some window, once
+    assert sum(len(ids) - 1 for ids in seen) == 2 * 3 * 3 * 2000
