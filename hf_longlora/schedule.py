@@ -112,7 +112,7 @@ class ContextStage:
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class Step:
     """How one optimizer step runs.
 
     Args:
@@ -175,15 +175,15 @@ class Schedule:
     def max_steps(self) -> int:
         return self.ends[-1]
 
-    def step(self, global_step: int) -> StepPlan:
-        """The plan of the optimizer step that starts after `global_step` steps are done."""
+    def step(self, global_step: int) -> Step:
+        """The optimizer step that starts after `global_step` steps are done."""
         if not 0 <= global_step < self.max_steps:
             raise ValueError(f"Step {global_step} is outside this schedule of {self.max_steps} steps.")
         index = bisect_right(self.ends, global_step)
         every = self.dense_each(index)
         dense = self.is_dense(index) or (every > 0 and (global_step + 1) % every == 0)
         sparse: AttentionMode = "auto" if self.sparse_by(index) == "s2" else "windows"
-        return StepPlan(index, global_step + 1 == self.ends[index], "dense" if dense else sparse)
+        return Step(index, global_step + 1 == self.ends[index], "dense" if dense else sparse)
 
     def dense_each(self, stage: int) -> int:
         """Each how many optimizer steps of a stage one is dense; 0 for never."""
@@ -283,7 +283,7 @@ AUTO_STAGES = ("auto", "doubling")
 """What may stand in place of a list of stages: `auto_stages` makes one, when the base's length is known."""
 
 FIRST_SHARE = 0.2
-"""Of the steps, what an `auto_stages` plan spends before the target's length: tokens are spent less well there."""
+"""Of the steps, what `auto_stages` spends before the target's length: tokens are spent less well there."""
 
 
 def auto_stages(kind: str, base_length: int, max_length: int, max_steps: int) -> list[ContextStage]:

@@ -132,21 +132,12 @@ def s2_attention_forward(
     if sparse and state.mode not in ("dense", "windows"):
         native = state.native_window if state is not _DEFAULT else native_window(module.config)
         group_size = state.config.resolve_group_size(documents.longest, native)
-    kernel = select_kernel(
-        state.config.kernel,
-        query,
-        value,
-        dropout=module.training and dropout > 0,
-        softcap=softcap is not None,
-        learned_sinks=learned_sinks is not None,
-    )
+    dropped = dropout if module.training and dropout > 0 else None
+    asked = {"dropout_p": dropped, "softcap": softcap, "learned_sinks": learned_sinks}
+    options = {name: given for name, given in asked.items() if given is not None}
+    kernel = select_kernel(state.config.kernel, query, value, tuple(options))
+    options["scale"] = scaling
     pattern: Any = (group_size, _shift(state.shift, module), state.config.sink_tokens)
-    options = {
-        "scale": scaling,
-        "dropout_p": dropout if module.training else 0.0,
-        "softcap": softcap,
-        "learned_sinks": learned_sinks,
-    }
     if sequence is not None:
         out = sequence.attend(query, key, value, *pattern, kernel=kernel, **options)
     else:

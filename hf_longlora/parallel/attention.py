@@ -1,8 +1,8 @@
 """Attention over sequences that a group of processes holds in shards, sparse and dense."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from ..attention.functional import check_tensors
 from ..attention.kernels import select_kernel
 from ..attention.segments import Documents, Part, Span
 from ..values import check_whole
-from .exchange import Halo, HaloPlan, linked, to_heads, to_tokens
+from .exchange import Halo, Routes, linked, to_heads, to_tokens
 from .shards import Shards
 
 
@@ -31,7 +31,7 @@ class ShardedSequence:
         self.group = group
         self.shards = shards
         self.documents = documents
-        self._plans: dict[tuple[Part, torch.device], HaloPlan] = {}
+        self._routes: dict[tuple[Part, torch.device], Routes] = {}
 
     @classmethod
     @torch.compiler.disable
@@ -92,10 +92,7 @@ class ShardedSequence:
         sink_tokens: int = 0,
         *,
         kernel: Callable[..., torch.Tensor],
-        scale: float | None = None,
-        dropout_p: float = 0.0,
-        softcap: float | None = None,
-        learned_sinks: torch.Tensor | None = None,
+        **options: Any,
     ) -> torch.Tensor:
         """Attention of the shard's queries: `[B, H, S, D]`, `[B, H_kv, S, D]` -> `[B, S, H, D_v]`.
 
@@ -104,14 +101,13 @@ class ShardedSequence:
             shift: As `Documents.parts` has it.
             sink_tokens: As there.
             kernel: One of `hf_longlora.attention.kernels`.
-            scale: As all below, as kernels take it.
+            options: Those of the kernel.
         """
         heads, kv_heads = query.shape[1], key.shape[1]
-        options = {"scale": scale, "dropout_p": dropout_p, "softcap": softcap}
         if group_size is None:
-            return self._by_heads(query, key, value, kernel, learned_sinks, options)
+            return self._by_heads(query, key, value, kernel, options)
         parts = self.documents.parts(heads, kv_heads, group_size, shift, sink_tokens)
-        return self._by_halo(query, key, value, parts, kernel, learned_sinks, options)
+        return self._by_halo(query, key, value, parts, kernel, options)
 
     def _by_halo(
         self,
@@ -120,8 +116,7 @@ class ShardedSequence:
         value: torch.Tensor,
         parts: Sequence[Part],
         kernel: Callable[..., torch.Tensor],
-        learned_sinks: torch.Tensor | None,
-        options: dict[str, float | None],
+        options: Mapping[str, Any],
     ) -> torch.Tensor:
         """Each process attends with its own queries, and gets what these see of earlier shards.
 
@@ -134,21 +129,20 @@ class ShardedSequence:
         shared = len({part.kv_heads for part in parts}) < len(parts)  # a single key/value head
         sizes = [b - a for _, (a, b), _ in parts]
         keys, values = (([x] * len(parts) if shared else x.split(sizes, dim=1)) for x in (key, value))
-        halos = [Halo(self._plan(part, query.device), self.group) for part in parts]
+        halos = [Halo(self._routes_of(part, query.device), self.group) for part in parts]
         for halo, k, v in zip(halos, keys, values, strict=True):
             halo.start(k, v)
         outs = []
         for part, halo, q in zip(parts, halos, queries, strict=True):
             k, v = halo.finish()
-            own = halo.plan.local.part._replace(heads=(0, q.shape[1]), kv_heads=(0, k.shape[1]))
-            sinks = None if learned_sinks is None else learned_sinks[slice(*part.heads)]
-            outs.append(linked(kernel(q, k, v, (own,), learned_sinks=sinks, **options), q, k, v))
+            own = halo.routes.local.part._replace(heads=(0, q.shape[1]), kv_heads=(0, k.shape[1]))
+            outs.append(linked(kernel(q, k, v, (own,), **_of_heads(options, *part.heads)), q, k, v))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
-    def _plan(self, part: Part, device: torch.device) -> HaloPlan:
-        if (part, device) not in self._plans:
-            self._plans[part, device] = HaloPlan.of(part, self.shards, device)
-        return self._plans[part, device]
+    def _routes_of(self, part: Part, device: torch.device) -> Routes:
+        if (part, device) not in self._routes:
+            self._routes[part, device] = Routes.of(part, self.shards, device)
+        return self._routes[part, device]
 
     def _by_heads(
         self,
@@ -156,8 +150,7 @@ class ShardedSequence:
         key: torch.Tensor,
         value: torch.Tensor,
         kernel: Callable[..., torch.Tensor],
-        learned_sinks: torch.Tensor | None,
-        options: dict[str, float | None],
+        options: Mapping[str, Any],
     ) -> torch.Tensor:
         """Dense: each process attends over whole rows with some of the heads (DeepSpeed Ulysses, arXiv 2309.14509).
 
@@ -174,11 +167,15 @@ class ShardedSequence:
         if first == last:  # more processes than heads
             out = query.new_zeros(query.shape[0], query.shape[2], 0, value.shape[-1])
         else:
-            sinks = None if learned_sinks is None else learned_sinks[first:last]
             parts = tuple(_dense_parts(first, last, each, self.documents))
-            out = kernel(query, key, value, parts, learned_sinks=sinks, **options)
+            out = kernel(query, key, value, parts, **_of_heads(options, first, last))
         out = linked(out, query, key, value)
         return to_tokens(out.transpose(1, 2), own, self.shards, self.group).transpose(1, 2)
+
+
+def _of_heads(options: Mapping[str, Any], first: int, last: int) -> dict[str, Any]:
+    """A kernel's options for some of the query heads: each has a learned sink of its own."""
+    return {name: x[first:last] if name == "learned_sinks" else x for name, x in options.items()}
 
 
 def _dense_parts(first: int, last: int, each: int, documents: Documents) -> list[Part]:

@@ -43,7 +43,7 @@ class _Linked(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class HaloPlan:
+class Routes:
     """Who sends which tokens to whom, for one part of the heads.
 
     Args:
@@ -59,8 +59,8 @@ class HaloPlan:
     moves: bool
 
     @classmethod
-    def of(cls, part: Part, shards: Shards, device: torch.device) -> "HaloPlan":
-        """The plan of a part of the whole rows' heads."""
+    def of(cls, part: Part, shards: Shards, device: torch.device) -> "Routes":
+        """Those of a part of the whole rows' heads."""
         locals_ = [localize(part, span) for span in shards.spans]
         sent = tuple(_tokens(_held(local, shards.spans[shards.rank], own=True), device) for local in locals_)
         mine = locals_[shards.rank]
@@ -92,12 +92,12 @@ class Halo:
     What is computed between the two goes on while the tokens are on their way, in the backward as in the forward.
 
     Args:
-        plan: Who sends which tokens to whom.
+        routes: Who sends which tokens to whom.
         group: The processes.
     """
 
-    def __init__(self, plan: HaloPlan, group: dist.ProcessGroup) -> None:
-        self.plan = plan
+    def __init__(self, routes: Routes, group: dist.ProcessGroup) -> None:
+        self.routes = routes
         self.group = group
         self._work: Any
         self._sent: torch.Tensor
@@ -105,15 +105,15 @@ class Halo:
 
     def start(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Send off tokens of `[B, H_kv, S, D]`."""
-        self._started = _Start.apply(self, key, value) if self.plan.moves else (key, value)
+        self._started = _Start.apply(self, key, value) if self.routes.moves else (key, value)
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[B, H_kv, E + S, D]`, the halo's before the shard's own."""
-        return _Finish.apply(self, *self._started) if self.plan.moves else self._started
+        return _Finish.apply(self, *self._started) if self.routes.moves else self._started
 
     def send(self, tensors: Sequence[torch.Tensor], *, back: bool = False) -> None:
         """Set off tokens of `[B, H, T, D]` tensors, to those who need them or `back`; `receive` waits for theirs."""
-        gone, come = (self.plan.received, self.plan.sent) if back else (self.plan.sent, self.plan.received)
+        gone, come = (self.routes.received, self.routes.sent) if back else (self.routes.sent, self.routes.received)
         rows, tokens = (torch.cat(x) for x in zip(*gone, strict=True))
         self._sent = torch.cat([x[rows, :, tokens].flatten(1) for x in tensors], dim=1)  # kept until it is gone
         counts = [len(tokens) for _, tokens in come]
@@ -144,9 +144,9 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         found = tuple(gradient.clone() for gradient in gradients)
-        sizes = [len(tokens) for _, tokens in ctx.halo.plan.sent]
+        sizes = [len(tokens) for _, tokens in ctx.halo.routes.sent]
         for gradient, returned in zip(found, ctx.halo.receive(found), strict=True):
-            for (rows, tokens), part in zip(ctx.halo.plan.sent, returned.split(sizes), strict=True):
+            for (rows, tokens), part in zip(ctx.halo.routes.sent, returned.split(sizes), strict=True):
                 gradient[rows, :, tokens] += part  # each token once a rank, and so sums are of one order
         return None, *found
 
@@ -156,10 +156,10 @@ class _Finish(torch.autograd.Function):
     def forward(ctx: Any, halo: Halo, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.halo = halo
         received = halo.receive((key, value))
-        before = halo.plan.local.keys
+        before = halo.routes.local.keys
         if before == 0:
             return key.view_as(key), value.view_as(value)
-        rows, slots = (torch.cat(x) for x in zip(*halo.plan.received, strict=True))
+        rows, slots = (torch.cat(x) for x in zip(*halo.routes.received, strict=True))
         found = []
         for x, part in zip((key, value), received, strict=True):
             batch, heads, length, width = x.shape
@@ -173,7 +173,7 @@ class _Finish(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        before = ctx.halo.plan.local.keys
+        before = ctx.halo.routes.local.keys
         ctx.halo.send([gradient[:, :, :before] for gradient in gradients], back=True)
         return None, *(gradient[:, :, before:] for gradient in gradients)
 

@@ -29,7 +29,7 @@ from transformers import (
 
 from ..attention import S2AttentionConfig, check_skipping, check_supported, set_s2_attention
 from ..attention.interface import left_alone, refuse_sparse, refuse_unknown
-from ..attention.kernels import KERNELS
+from ..attention.kernels import KERNELS, OPTIONS
 from ..attention.mask import READS_MASK, S2Mask, s2_mask
 from ..families import Family, find_family
 from ..lookup import adapter_values, read_config
@@ -52,7 +52,7 @@ class Layer:
     left_alone: str | None
     """Why it is dense in training as well; `None` if it is sparse."""
     needs: tuple[str, ...] = ()
-    """What a kernel has to have for it."""
+    """Of `hf_longlora.attention.kernels.OPTIONS`, what its kernel has to take."""
 
 
 @dataclass
@@ -287,7 +287,7 @@ def _run(model: PreTrainedModel, found: ModelCheck) -> None:
         if id(module) in language:
             causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
             alone = left_alone(module, query, key, attention_mask, causal, kwargs.get("sliding_window"))
-            needs = {"softcap": kwargs.get("softcap"), "attention sinks": kwargs.get("s_aux")}
+            needs = {"softcap": kwargs.get("softcap"), "learned_sinks": kwargs.get("s_aux")}
             if "cu_seq_lens_q" not in kwargs:
                 untold.add(type(module).__name__)
             try:
@@ -362,14 +362,10 @@ def _judge(found: ModelCheck, config: Any) -> None:
         )
     needs = {need for layer in found.sparse for need in layer.needs}
     if needs:
-        able = [
-            name
-            for name, kernel in KERNELS.items()
-            if (kernel.softcap or "softcap" not in needs) and (kernel.learned_sinks or "attention sinks" not in needs)
-        ]
+        able = [name for name, kernel in KERNELS.items() if needs <= set(kernel.options)]
         found.notes.append(
-            f"{' and '.join(sorted(needs))}: train with one of the kernels {', '.join(able)}; dense attention is the "
-            "family's own eager one, in blocks of queries."
+            f"{' and '.join(OPTIONS[name] for name in sorted(needs))}: train with one of the kernels "
+            f"{', '.join(able)}; dense attention is the family's own eager one, in blocks of queries."
         )
     if found.attention is not None and found.length is not None:
         words = found.attention.dense_at(found.length)

@@ -36,8 +36,8 @@ class ContextStageCallback(TrainerCallback):
 
         The tokenizer, which is saved beside it, is let take texts as long.
         """
-        plan = self.schedule.step(global_step)
-        rope = self.ropes[plan.stage]
+        step = self.schedule.step(global_step)
+        rope = self.ropes[step.stage]
         if rope is not None:
             tuner = longlora_tuner(model)
             if tuner is not None:
@@ -46,7 +46,7 @@ class ContextStageCallback(TrainerCallback):
                 apply_rope(model, rope)
             write_length(processing_class, rope)
         attention = get_s2_attention(model)  # one state, which all layers read: no walk over them
-        attention.config, attention.mode = self.schedule.attention_config(plan.stage), plan.mode
+        attention.config, attention.mode = self.schedule.attention_config(step.stage), step.mode
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -34,8 +34,8 @@ class PiecewiseTrainer(SFTTrainer):
         gained by parts, and a small model is slower in them (135 M on an H200, 65,536 tokens: 1.6 s against 0.4).
         """
         step = super().training_step
-        plan = self.schedule.step(self.state.global_step)
-        alone = plan.mode == "windows" and self.schedule.dense_each(plan.stage) == 0
+        now = self.schedule.step(self.state.global_step)
+        alone = now.mode == "windows" and self.schedule.dense_each(now.stage) == 0
         if not alone or num_items_in_batch is None or not self._adds_up:
             return step(model, inputs, num_items_in_batch, *args, **kwargs)
         ends, window = inputs["cu_seq_lens_q"].tolist(), self.schedule.native_window

@@ -19,7 +19,7 @@ from ..hub.card import base_name, folder_card
 from ..hub.run import RUN_NAME, read_facts, run_facts, write_facts
 from ..modules import base_model
 from ..rope import RopeScaling, find_rope
-from ..schedule import Schedule, StepPlan
+from ..schedule import Schedule, Step
 from ..tuner.config import read_shapes
 from ..tuner.stored import rope_seen_to
 from .callbacks import ContextStageCallback, longlora_tuner
@@ -79,8 +79,8 @@ class SavingTrainer(SFTTrainer):
         return {f"data of stage {number + 1}": line for number, line in lines.items()}
 
     @property
-    def _plan(self) -> StepPlan:
-        """That of the step that was last done."""
+    def _last_step(self) -> Step:
+        """The step that was last done."""
         return self.schedule.step(max(self.state.global_step - 1, 0))
 
     @contextmanager
@@ -171,7 +171,7 @@ class SavingTrainer(SFTTrainer):
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         """As Trainer's. By what it returns `save_strategy="best"` saves or not, and a stage's end is always saved."""
-        return super()._determine_best_metric(*args, **kwargs) or self._plan.last_of_stage
+        return super()._determine_best_metric(*args, **kwargs) or self._last_step.last_of_stage
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -356,11 +356,11 @@ class LongLoraSFTTrainer(SavingTrainer, PiecewiseTrainer, ShardedLoss):
 
     def _stop_at_divergence(self, what: str) -> NoReturn:
         """Keep the weights, which the step has not touched, and stop the run."""
-        plan = self.schedule.step(self.state.global_step)
+        step = self.schedule.step(self.state.global_step)
         path = os.path.join(str(self.args.output_dir), LAST_GOOD_NAME)
         self.save_model(path, _internal_call=True)  # which keeps it from the Hub
         raise FloatingPointError(
-            f"The {what} of step {self.state.global_step + 1} (stage {plan.stage + 1}) is not finite. The weights "
+            f"The {what} of step {self.state.global_step + 1} (stage {step.stage + 1}) is not finite. The weights "
             f"before it are in {path}. The last batch begins with {self._documents}. Lower the learning rate, clip "
             "gradients (max_grad_norm), or look at the data."
         )
@@ -375,7 +375,9 @@ class LongLoraSFTTrainer(SavingTrainer, PiecewiseTrainer, ShardedLoss):
         if has_diverged(losses, vocabulary):
             checkpoint = last_checkpoint(str(self.args.output_dir))
             raise FloatingPointError(
-                diverged(losses, vocabulary, self._plan.stage, self.state.global_step, self._documents, checkpoint)
+                diverged(
+                    losses, vocabulary, self._last_step.stage, self.state.global_step, self._documents, checkpoint
+                )
             )
 
     @property
@@ -426,14 +428,14 @@ class LongLoraSFTTrainer(SavingTrainer, PiecewiseTrainer, ShardedLoss):
         """
         if "loss" not in logs or not self.model.training:
             return super().log(logs, start_time)
-        plan = self._plan
-        stage = self.schedule.stages[plan.stage]
+        step = self._last_step
+        stage = self.schedule.stages[step.stage]
         now, tokens = time.perf_counter(), self._total_train_tokens
         if self._last_log is not None:
             since, before = self._last_log
             logs["tokens_per_second"] = (tokens - before) / max(now - since, 1e-9)
         self._last_log = now, tokens
-        logs["stage"] = plan.stage + 1
+        logs["stage"] = step.stage + 1
         logs["context_length"] = stage.max_length
         rope = find_rope(self.model.config)
         base, length = self._start.base, self._start.base_length
@@ -441,7 +443,7 @@ class LongLoraSFTTrainer(SavingTrainer, PiecewiseTrainer, ShardedLoss):
         logs["peak_memory_gib"] = peak_memory(self.args.device)
         super().log(logs, start_time)
         last: dict[str, Any] = self.state.log_history[-1]
-        last["attention"] = {"auto": "s2attn", "windows": self.schedule.sparse_by(plan.stage)}.get(
-            plan.mode, plan.mode
+        last["attention"] = {"auto": "s2attn", "windows": self.schedule.sparse_by(step.stage)}.get(
+            step.mode, step.mode
         )
         self._check_losses()

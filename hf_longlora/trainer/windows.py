@@ -191,16 +191,16 @@ class Served(Dataset[dict[str, Any] | Windows]):
 
     def __getitem__(self, index: int) -> dict[str, Any] | Windows:
         place = self.start + index
-        plan = self.schedule.step(place // self.batch)
-        if plan.mode != "windows":
+        step = self.schedule.step(place // self.batch)
+        if step.mode != "windows":
             return self.rows[index]
         size = self.schedule.native_window
         assert size is not None
-        among, count = self._places[plan.stage], ceil(self.schedule.stages[plan.stage].max_length / size)
+        among, count = self._places[step.stage], ceil(self.schedule.stages[step.stage].max_length / size)
         own = bisect_left(among, place)
         places = [among[(own - slot) % len(among)] for slot in range(count)]
         table = self._tables[[place - self.start for place in places]]
-        pose = self.schedule.sparse_by(plan.stage) == "pose"
+        pose = self.schedule.sparse_by(step.stage) == "pose"
         found = []
         for slot, place in enumerate(places):
             row = {name: table[name][slot].values.to_numpy() for name in table.column_names}

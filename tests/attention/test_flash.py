@@ -191,8 +191,7 @@ def test_auto_takes_it_where_it_is_the_fastest(stand_in, monkeypatch):
     assert kernels.select_kernel("auto", query, value) is KERNELS["sdpa"].function
     monkeypatch.setattr(flash, "is_fastest", lambda: True)
     assert kernels.select_kernel("auto", query, value) is flash.flash_kernel
-    monkeypatch.setitem(KERNELS, "flash", dataclasses.replace(KERNELS["flash"], dropout=False))
-    assert kernels.select_kernel("auto", query, value, dropout=True) is KERNELS["sdpa"].function
+    assert kernels.select_kernel("auto", query, value, ["dropout_p"]) is KERNELS["sdpa"].function
 
 
 @pytest.mark.parametrize(
@@ -219,7 +218,7 @@ def test_widths_that_the_packages_lack():
         kernel = dataclasses.replace(KERNELS[name], devices=None, dtypes=None, missing=lambda: None)
         for width, lack in ({256: None, 20: "heads of 20", 288: "heads of 288"} | others).items():
             query, _, value = draw(4, 2, 8, dim=width)
-            assert kernel.lacks(query, value, dropout=False, softcap=False, learned_sinks=False) == lack
+            assert kernel.lacks(query, value) == lack
 
 
 @pytest.mark.parametrize(("capability", "version"), [((8, 0), 2), ((9, 0), 4)])
@@ -254,7 +253,7 @@ with FakeTensorMode():
     q, k, v, dq, dk, dv = map(rows, (heads, kv_heads, kv_heads) * 2)
     out, grad = rows(heads), rows(heads)
     lse = torch.empty(heads, 1, length, device="cuda").transpose(0, 1)
-    for launch, call in engine.calls(ragged.plan(parts, length, True, 64), q, k, v, out, lse):
+    for launch, call in engine.calls(ragged.encoded(parts, length, True, 64), q, k, v, out, lse):
         engine.forward(launch, call, 0.125)
         own = [(dq, launch.heads), (dk, launch.kv_heads), (dv, launch.kv_heads)]
         gradients = [engine.view(launch, x, h) for x, h in own]

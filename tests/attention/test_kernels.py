@@ -116,7 +116,7 @@ def test_half_precision_and_group_sizes(kernel, dtype, half, group_size, device)
 @pytest.mark.parametrize("dim", [8, 16, 24, 40, 64, 72, 80, 96, 112, 128, 192, 256])
 def test_each_width_is_right_or_refused(kernel, dim, dtype, device):
     tensors = draw(4, 2, 70, 2, dim=dim, dtype=dtype, device=device)
-    if KERNELS[kernel].lacks(tensors[0], tensors[2], dropout=False, softcap=False, learned_sinks=False):
+    if KERNELS[kernel].lacks(tensors[0], tensors[2]):
         assert dim % 32
         with pytest.raises(ValueError, match=f"heads of {dim}"):
             check(tensors, 32, kernel)
@@ -480,9 +480,9 @@ def test_forward_mode_is_right_or_refused(kernel, device, dtype):
 def test_a_named_kernel_that_cannot_serve_raises():
     query, _, value = draw(4, 2, 8)
     with pytest.raises(ValueError, match=r"'sdpa' lacks softcap.*reference"):
-        select_kernel("sdpa", query, value, softcap=True)
+        select_kernel("sdpa", query, value, ["softcap"])
     with pytest.raises(ValueError, match="lacks learned attention sinks"):
-        select_kernel("auto", query, value, learned_sinks=True)
+        select_kernel("auto", query, value, ["learned_sinks"])
     with pytest.raises(ValueError, match=r"'varlen' lacks device 'cpu'"):
         select_kernel("varlen", query, value)
-    assert select_kernel("reference", query, value, learned_sinks=True) is KERNELS["reference"].function
+    assert select_kernel("reference", query, value, ["learned_sinks"]) is KERNELS["reference"].function

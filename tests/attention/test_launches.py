@@ -49,13 +49,13 @@ def test_each_token_once_and_within_the_limit(packed, padding, alike, heads, gro
     ]
     wanted = Counter((row, head, token) for row, head, start, end in segments for token in range(start, end))
     found = Counter()
-    for launch in sdpa._launches(sdpa.plan(parts, length, follow, limit)):
+    for launch in sdpa.decoded(sdpa.encoded(parts, length, follow, limit)):
         assert launch.tokens <= limit or launch.rows == launch.times == 1
         assert follow or not launch.joins_rows
         found += launched(launch)
     assert found == wanted
     covered = Counter()
-    for launch in ragged.launches(ragged.plan(parts, length, follow, limit)):
+    for launch in ragged.decoded(ragged.encoded(parts, length, follow, limit)):
         assert launch.tokens <= limit or len(launch.lengths) == 1
         first, last = launch.start // length, (launch.start + launch.tokens - 1) // length
         assert launch.joins_rows == (first != last) and (follow or first == last)
@@ -89,7 +89,7 @@ def test_each_token_once_and_within_the_limit(packed, padding, alike, heads, gro
 )
 def test_few_launches(length, batch, follow, limit, plain, shifted):
     parts = Documents((((0, length),),) * batch, length).parts(4, 2, 8)
-    found = list(sdpa._launches(sdpa.plan(parts, length, follow, limit)))
+    found = list(sdpa.decoded(sdpa.encoded(parts, length, follow, limit)))
     assert [launch[2:] for launch in found if launch.heads == (0, 2)] == plain
     assert shifted is None or [launch[2:] for launch in found if launch.heads == (2, 4)] == shifted
 
@@ -104,7 +104,7 @@ def test_groups_that_hold_every_document_are_one_part():
 
 @pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
 def test_memory_is_set_to_zero_first_only_where_launches_leave_gaps(kernel):
-    launches = {"sdpa": sdpa, "varlen": ragged}[kernel].plan
+    launches = {"sdpa": sdpa, "varlen": ragged}[kernel].encoded
     query = torch.empty(2, 4, 20, 8)
     for documents in (((0, 20),), ((0, 7), (7, 20))):
         parts = Documents((documents, ((0, 20),)), 20).parts(4, 2, 8)

@@ -49,7 +49,7 @@ def compare_with_plain(triton, monkeypatch, case, dtype, width, keys):
     monkeypatch.setattr(triton, "KEYS", keys)
     triton._launches.cache_clear()
     parts = Documents((documents, documents[:1]), length).parts(heads, kv_heads, group_size, sink_tokens=sink_tokens)
-    plan = seen.plan(parts)
+    plan = seen.encoded(parts)
     query, key, value, out, grad, dq, dk, dv = (
         torch.randn(2, length, n, width, device=DEVICE).to(dtype).transpose(1, 2)
         for n in (heads, kv_heads, kv_heads, heads, heads, heads, kv_heads, kv_heads)
@@ -81,7 +81,7 @@ def test_keys_before_the_queries(monkeypatch):
         before, length = max(local.keys for local in locals_), 300 - first
         assert before > 0
         for local in locals_:
-            plan, _ = seen._by_adjoining(tuple(seen.plan((local.part,))))
+            plan, _ = seen._by_adjoining(tuple(seen.encoded((local.part,))))
             query, key, value, out, grad, dq, dk, dv = (
                 torch.randn(2, size, n, 24, device=DEVICE).transpose(1, 2)
                 for n, size in zip((4, 2, 2, 4, 4, 4, 2, 2), (0, 1, 1, 0, 0, 0, 1, 1), strict=True)
@@ -108,7 +108,7 @@ def test_no_query_is_worked_on_twice_at_once(first):
     documents = Documents((((0, 90), (90, 300)), ((3, 260), (260, 300))), 300)
     together = 0
     for part in documents.parts(4, 2, 16, sink_tokens=40):
-        pieces = list(seen.pieces(seen.plan((localize(part, (first, 300)).part,))))
+        pieces = list(seen.pieces(seen.encoded((localize(part, (first, 300)).part,))))
         at_once = seen.rounds(pieces)
         assert sorted(piece for own in at_once for piece in own) == sorted(pieces)
         for own in at_once:
@@ -133,7 +133,7 @@ def test_what_adjoins_is_launched(monkeypatch, device):
     for group_size, first in ((64, 200), (100, 120), (3, 110)):
         for part in documents.parts(4, 2, group_size):
             local = localize(part, (first, 300))
-            plan = seen.plan((local.part,))
+            plan = seen.encoded((local.part,))
             if not plan:
                 continue
             assert seen._by_adjoining(tuple(plan)) == ([], plan)
@@ -167,7 +167,7 @@ def test_what_adjoins_is_launched(monkeypatch, device):
 def test_on_a_gpu(kernel, heads, dtype, width):
     """Output and gradients, in one document, packed, and with ragged padding on both sides."""
     tensors = draw(*heads, 700, dim=width, dtype=dtype, device="cuda")
-    lack = KERNELS[kernel].lacks(tensors[0], tensors[2], dropout=False, softcap=False, learned_sinks=False)
+    lack = KERNELS[kernel].lacks(tensors[0], tensors[2])
     if lack:
         pytest.skip(f"it lacks {lack}")
     for sink_tokens in (0, 4, 40):

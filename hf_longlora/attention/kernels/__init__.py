@@ -1,13 +1,13 @@
 """The kernels, one a file, all of one signature, and the table of what each supports.
 
 A kernel takes `query` `[B, H, S, D]`, `key` and `value` `[B, H_kv, E + S, D]` (value's `D` may differ), the `parts` of
-`Documents.parts` (which heads are cut where, and which key/value heads are theirs) and `scale`, `dropout_p`,
-`softcap`, `learned_sinks`; it returns `[B, S, H, D_v]`, 0 where a query lies in no segment. The first `E` keys, mostly
-none, are of tokens whose queries are elsewhere (`hf_longlora.parallel`): segments see them by negative numbers. To add
-a kernel: write its file, add its row to `KERNELS`, and the tests run over it.
+`Documents.parts` (which heads are cut where, and which key/value heads are theirs), `scale` and, of `OPTIONS`, those
+that its row names; it returns `[B, S, H, D_v]`, 0 where a query lies in no segment. The first `E` keys, mostly none,
+are of tokens whose queries are elsewhere (`hf_longlora.parallel`): segments see them by negative numbers. To add a
+kernel: write its file, add its row to `KERNELS`, and the tests run over it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,6 +20,9 @@ from . import flash, flex, sdpa, varlen
 
 logger = logging.get_logger(__name__)
 HALF = (torch.bfloat16, torch.float16)
+OPTIONS = {"dropout_p": "attention dropout", "softcap": "softcap", "learned_sinks": "learned attention sinks"}
+"""What some layers ask of attention and some kernels take, in words: weights are dropped, scores are bounded by
+`softcap * tanh(scores / softcap)`, a score of each head takes weight and gives nothing (gpt-oss's `s_aux`, `[H]`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +37,7 @@ class Kernel:
         head_dim: The largest; `None`: any.
         head_step: What it has to be a multiple of.
         value_dim: Whether values may have another width than keys.
-        dropout: Whether it drops attention weights.
-        softcap: Whether it bounds scores.
-        learned_sinks: Whether it has sinks that a model has learned (gpt-oss's `s_aux`). Sink tokens all have.
+        options: Of `OPTIONS`, what it takes. Sink tokens all kernels have.
     """
 
     function: Callable[..., torch.Tensor]
@@ -46,9 +47,7 @@ class Kernel:
     head_dim: int | None = None
     head_step: int = 1
     value_dim: bool = True
-    dropout: bool = True
-    softcap: bool = False
-    learned_sinks: bool = False
+    options: tuple[str, ...] = ()
 
     def lacks_here(self, device: str) -> str | None:
         """What a type of device, or this machine, has not for it, in words; `None` if it can run."""
@@ -56,24 +55,19 @@ class Kernel:
             return f"device {device!r}"
         return self.missing()
 
-    def lacks(
-        self, query: torch.Tensor, value: torch.Tensor, *, dropout: bool, softcap: bool, learned_sinks: bool
-    ) -> str | None:
+    def lacks(self, query: torch.Tensor, value: torch.Tensor, options: Collection[str] = ()) -> str | None:
         """What a call needs and this kernel has not, in words; `None` if it can serve."""
         device, dtype, width = query.device.type, computed_in(query), query.shape[-1]
         wanted = {
             f"{dtype}": self.dtypes is not None and dtype not in self.dtypes,
             f"heads of {width}": width % self.head_step > 0 or (self.head_dim is not None and width > self.head_dim),
             "values of another width than keys": not self.value_dim and width != value.shape[-1],
-            "attention dropout": dropout and not self.dropout,
-            "softcap": softcap and not self.softcap,
-            "learned attention sinks": learned_sinks and not self.learned_sinks,
-        }
+        } | {OPTIONS[name]: name not in self.options for name in options}
         return self.lacks_here(device) or next((name for name, lacking in wanted.items() if lacking), None)
 
 
 KERNELS: dict[str, Kernel] = {
-    "sdpa": Kernel(function=sdpa.sdpa_kernel),
+    "sdpa": Kernel(function=sdpa.sdpa_kernel, options=("dropout_p",)),
     "varlen": Kernel(
         function=varlen.varlen_kernel,
         devices=("cuda",),
@@ -81,7 +75,6 @@ KERNELS: dict[str, Kernel] = {
         head_dim=256,
         head_step=8,
         value_dim=False,
-        dropout=False,
     ),
     "flash": Kernel(
         function=flash.flash_kernel,
@@ -93,10 +86,9 @@ KERNELS: dict[str, Kernel] = {
         # (4.0.0b36 on Hopper; Dao-AILab/flash-attention#2896).
         head_step=32,
         value_dim=False,
-        dropout=False,
     ),
-    "flex": Kernel(function=flex.flex_kernel, devices=("cuda",), dropout=False, softcap=True, learned_sinks=True),
-    "reference": Kernel(function=reference_kernel, softcap=True, learned_sinks=True),
+    "flex": Kernel(function=flex.flex_kernel, devices=("cuda",), options=("softcap", "learned_sinks")),
+    "reference": Kernel(function=reference_kernel, options=tuple(OPTIONS)),
 }
 
 
@@ -115,30 +107,23 @@ def check_kernel(name: str, device: str) -> None:
 
 
 def select_kernel(
-    name: str,
-    query: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    dropout: bool = False,
-    softcap: bool = False,
-    learned_sinks: bool = False,
+    name: str, query: torch.Tensor, value: torch.Tensor, options: Collection[str] = ()
 ) -> Callable[..., torch.Tensor]:
-    """The kernel called `name`, or for `"auto"` the first of `preference()` that can serve.
+    """The kernel called `name`, or for `"auto"` the first of `preference()` that can serve a call with `options`.
 
     Raises:
         ValueError: if the named kernel, or for `"auto"` every kernel, lacks what the call needs.
     """
-    needs = {"dropout": dropout, "softcap": softcap, "learned_sinks": learned_sinks}
     candidates = preference() if name == "auto" else (name,)
     reasons = {}
     for candidate in candidates:
-        lack = KERNELS[candidate].lacks(query, value, **needs)
+        lack = KERNELS[candidate].lacks(query, value, options)
         if lack is None:
             if name == "auto" and not torch.compiler.is_compiling():
                 _say(candidate)
             return KERNELS[candidate].function
         reasons[candidate] = lack
-    able = [other for other, kernel in KERNELS.items() if kernel.lacks(query, value, **needs) is None]
+    able = [other for other, kernel in KERNELS.items() if kernel.lacks(query, value, options) is None]
     raise ValueError(
         "No attention kernel for this model: "
         + ", ".join(f"{kernel!r} lacks {lack}" for kernel, lack in reasons.items())

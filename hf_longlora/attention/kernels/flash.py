@@ -56,13 +56,8 @@ def flash_kernel(
     parts: Sequence[Part],
     *,
     scale: float | None = None,
-    dropout_p: float = 0.0,
-    softcap: float | None = None,
-    learned_sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention within segments: `[B, H, S, D]`, `[B, H_kv, E + S, D]` -> `[B, S, H, D]`, 0 in padding."""
-    if dropout_p or softcap is not None or learned_sinks is not None:
-        raise ValueError("The flash kernel has neither dropout nor softcap nor learned sinks.")
     if version() == 4:
         return attend_ragged("flash4", query, key, value, parts, scale)
     return _by_autograd(query, key, value, parts, scale)
@@ -136,14 +131,14 @@ def _by_autograd(
     (_, attend, *_), _ = modeling_flash_attention_utils.lazy_import_flash_attention(f"flash_attention_{version()}")
     outs = []
     for heads, kv_heads, rows in parts:
-        plans = [list(runs(cut, length)) for cut in rows]
-        every = [run for plan in plans for run in plan]
+        by_row = [list(runs(cut, length)) for cut in rows]
+        every = [run for row in by_row for run in row]
         # With more keys than queries the causal mask ends with both: keys before a segment's own are seen by all.
         queries = tuple(run.length for run in every for _ in range(max(run.segments, 1)))
         keys = tuple(run.length + run.others for run in every for _ in range(max(run.segments, 1)))
         out = attend(
             heads_of(query, heads).transpose(1, 2).flatten(0, 1),
-            *(_gathered(plans, heads_of(x, kv_heads)) for x in (key, value)),
+            *(_gathered(by_row, heads_of(x, kv_heads)) for x in (key, value)),
             cu_seqlens_q=edges(queries, query.device),
             cu_seqlens_k=edges(keys, query.device),
             max_seqlen_q=max(queries),
@@ -155,17 +150,17 @@ def _by_autograd(
         out = out.unflatten(0, (batch, length))
         if any(run.segments == 0 for run in every):
             out = out.clone()
-            for row, plan in enumerate(plans):
-                for run in plan:
+            for row, found in enumerate(by_row):
+                for run in found:
                     if run.segments == 0:
                         out[row, run.start : run.start + run.length] = 0
         outs.append(out)
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
 
-def _gathered(plans: Sequence[Sequence[Run]], x: torch.Tensor) -> torch.Tensor:
+def _gathered(by_row: Sequence[Sequence[Run]], x: torch.Tensor) -> torch.Tensor:
     """Keys or values segment by segment: `[B, h, E + S, D]` -> `[keys, h, D]`, a view where none is seen twice."""
-    if not any(run.seen for plan in plans for run in plan):
-        return x[:, :, x.shape[2] - sum(run.tokens for run in plans[0]) :].transpose(1, 2).flatten(0, 1)
-    rows = zip(plans, x.split(1), strict=True)
-    return torch.cat([keys[0].flatten(1, 2).transpose(0, 1) for plan, row in rows for keys in keys_of(plan, row)])
+    if not any(run.seen for row in by_row for run in row):
+        return x[:, :, x.shape[2] - sum(run.tokens for run in by_row[0]) :].transpose(1, 2).flatten(0, 1)
+    rows = zip(by_row, x.split(1), strict=True)
+    return torch.cat([keys[0].flatten(1, 2).transpose(0, 1) for found, row in rows for keys in keys_of(found, row)])

@@ -25,7 +25,6 @@ def flex_kernel(
     parts: Sequence[Part],
     *,
     scale: float | None = None,
-    dropout_p: float = 0.0,
     softcap: float | None = None,
     learned_sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -33,8 +32,6 @@ def flex_kernel(
 
     `softcap` and `learned_sinks` as in `hf_longlora.attention.reference`.
     """
-    if dropout_p:
-        raise ValueError("The flex kernel has no attention dropout.")
     query, key, value = as_autocast(query, key, value)
     outs = []
     for heads, kv_heads, rows in parts:

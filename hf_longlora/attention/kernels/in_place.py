@@ -46,29 +46,29 @@ class Engine(NamedTuple):
     """How one kind of launch is served.
 
     Args:
-        launches: Reads a plan, a flat list of numbers: `heads`, `kv_heads` and `tokens` of each launch, whether it
-            `joins_rows`, several as one run of tokens, and what else the engine wants to know.
+        decode: Reads launches off a flat list of numbers: `heads`, `kv_heads` and `tokens` of each, whether it
+            `joins_rows` (goes through several as one run of tokens), and what else the engine wants to know.
         view: `(launch, x, heads)`: the launch's tokens of some heads of `[B, H, S, D]`, as a view.
         forward: `(launch, call, scale)`; fills `call.out` and `call.lse`.
         backward: `(launch, grad, call, gradients, scale)`; fills the gradients of queries, keys and values.
     """
 
-    launches: Callable[[Sequence[int]], Iterator[Any]]
+    decode: Callable[[Sequence[int]], Iterator[Any]]
     view: Callable[[Any, torch.Tensor, Span], torch.Tensor]
     forward: Callable[[Any, Call, float], None]
     backward: Callable[[Any, torch.Tensor, Call, Tensors, float], None]
 
     def calls(
         self,
-        plan: Sequence[int],
+        launches: Sequence[int],
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
     ) -> Iterator[tuple[Any, Call]]:
-        """The launches of a plan and what each works on; `out` is `[B, H, S, D]`, `lse` `[B, H, S]`."""
-        for launch in self.launches(plan):
+        """The launches and what each works on; `out` is `[B, H, S, D]`, `lse` `[B, H, S]`."""
+        for launch in self.decode(launches):
             yield (
                 launch,
                 Call(
@@ -80,9 +80,9 @@ class Engine(NamedTuple):
                 ),
             )
 
-    def cover(self, plan: Sequence[int], query: torch.Tensor) -> bool:
-        """Whether the launches of a plan reach every query of `[B, H, S, D]`."""
-        rows = sum(launch.tokens * (launch.heads[1] - launch.heads[0]) for launch in self.launches(plan))
+    def cover(self, launches: Sequence[int], query: torch.Tensor) -> bool:
+        """Whether the launches reach every query of `[B, H, S, D]`."""
+        rows = sum(launch.tokens * (launch.heads[1] - launch.heads[0]) for launch in self.decode(launches))
         return rows == query.shape[:3].numel()
 
 
@@ -94,13 +94,13 @@ def attend_in_place(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    plan: Sequence[int],
+    launches: Sequence[int],
     parts: Sequence[Part],
     scale: float | None,
 ) -> torch.Tensor:
-    """Attention by the launches of a plan: `[B, H, S, D]`, `[B, H_kv, E + S, D]` -> `[B, S, H, D]`, else 0.
+    """Attention by launches: `[B, H, S, D]`, `[B, H_kv, E + S, D]` -> `[B, S, H, D]`, else 0.
 
-    The plan covers the segments of `parts`; what these see beside that is read off `parts`.
+    These cover the segments of `parts`; what segments see beside their own keys is read off `parts`.
     """
     if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in (query, key, value)):
         raise NotImplementedError(
@@ -109,7 +109,7 @@ def attend_in_place(
         )
     query, key, value = as_autocast(query, key, value)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    return _forward(query, key, value, plan, seen.plan(tuple(parts)), factor, engine)[0]
+    return _forward(query, key, value, launches, seen.encoded(tuple(parts)), factor, engine)[0]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -166,19 +166,19 @@ def _forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    plan: Sequence[int],
+    launches: Sequence[int],
     others: Sequence[int],
     scale: float,
     engine: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, length, _ = query.shape
     found = ENGINES[engine]
-    joined = any(launch.joins_rows for launch in found.launches(plan))
+    joined = any(launch.joins_rows for launch in found.decode(launches))
     query, key, value = (_readable(x, joined) for x in (query, key, value))
-    out = _allocate(query, zeros=not found.cover(plan, query))
+    out = _allocate(query, zeros=not found.cover(launches, query))
     lse = query.new_empty(heads, batch, length, dtype=_wide(query.dtype)).transpose(0, 1)
     with torch.autocast(query.device.type, enabled=False):
-        for launch, call in found.calls(plan, query, own_keys(query, key), own_keys(query, value), out, lse):
+        for launch, call in found.calls(launches, query, own_keys(query, key), own_keys(query, value), out, lse):
             found.forward(launch, call, scale)
         seen.merge(others, query, key, value, out, lse, scale)
     return out.transpose(1, 2), lse
@@ -192,27 +192,27 @@ def _backward(
     value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    plan: Sequence[int],
+    launches: Sequence[int],
     others: Sequence[int],
     scale: float,
     engine: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     found = ENGINES[engine]
-    joined = any(launch.joins_rows for launch in found.launches(plan))
+    joined = any(launch.joins_rows for launch in found.decode(launches))
     query, key, value = (_readable(x, joined) for x in (query, key, value))
     out, grad = _readable(out.transpose(1, 2), joined), grad.transpose(1, 2)
     # Some engines want the output's gradient to lie as the output does.
     grad = _readable(grad, joined) if grad.stride() == out.stride() else _allocate(grad, zeros=False).copy_(grad)
     # Two parts of the query heads may share one key/value head; then the second adds to the first's gradients.
-    parts = {(launch.heads, launch.kv_heads) for launch in found.launches(plan)}
+    parts = {(launch.heads, launch.kv_heads) for launch in found.decode(launches)}
     add = len(parts) > len({kv_heads for _, kv_heads in parts})
-    gaps = not found.cover(plan, query)
+    gaps = not found.cover(launches, query)
     others_only = key.shape[2] > query.shape[2]  # keys that no launch reaches
     dq = _allocate(query, zeros=gaps)
     dk, dv = (_allocate(x, zeros=gaps or add or others_only) for x in (key, value))
     own_key, own_value, own_dk, own_dv = (own_keys(query, x) for x in (key, value, dk, dv))
     with torch.autocast(query.device.type, enabled=False):
-        for launch, call in found.calls(plan, query, own_key, own_value, out, lse):
+        for launch, call in found.calls(launches, query, own_key, own_value, out, lse):
             shared = [found.view(launch, x, launch.kv_heads) for x in (own_dk, own_dv)]
             own = [torch.empty_like(x) for x in shared] if add else shared
             gradients = found.view(launch, dq, launch.heads), *own

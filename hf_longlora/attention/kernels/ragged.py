@@ -64,8 +64,8 @@ def edges(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
-def plan(parts: tuple[Part, ...], length: int, follow: bool, limit: float) -> list[int]:
-    """The launches of a call as a flat list, for the operator takes numbers only.
+def encoded(parts: tuple[Part, ...], length: int, follow: bool, limit: float) -> list[int]:
+    """The launches of a call as a flat list of numbers, which is what a custom operator takes.
 
     Args:
         parts: What is cut where.
@@ -112,7 +112,8 @@ def _cover(cut: Sequence[Segment], length: int) -> Iterator[tuple[int, bool]]:
         yield length - at, False
 
 
-def launches(numbers: Sequence[int]) -> Iterator[Launch]:
+def decoded(numbers: Sequence[int]) -> Iterator[Launch]:
+    """The launches that `encoded` gave."""
     at = 0
     while at < len(numbers):
         a, b, c, d, joins, start, segments, pads = numbers[at : at + 8]
@@ -144,7 +145,7 @@ def engine(
     backward: Callable[[Launch, torch.Tensor, Call, Tensors, float], None],
 ) -> Engine:
     """An engine over these launches."""
-    return Engine(launches, tokens_of, forward, backward)
+    return Engine(decoded, tokens_of, forward, backward)
 
 
 def attend_ragged(
@@ -157,5 +158,5 @@ def attend_ragged(
 ) -> torch.Tensor:
     """`attend_in_place` over the launches of `parts`."""
     follow = rows_follow(query, own_keys(query, key), own_keys(query, value))
-    launches = plan(tuple(parts), query.shape[2], follow, LAUNCH_TOKENS)
+    launches = encoded(tuple(parts), query.shape[2], follow, LAUNCH_TOKENS)
     return attend_in_place(name, query, key, value, launches, parts, scale)

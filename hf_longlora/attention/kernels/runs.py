@@ -56,15 +56,15 @@ def runs(cut: Sequence[Segment], length: int) -> Iterator[Run]:
         yield Run(at, 0, length - at)
 
 
-def keys_of(plan: Sequence[Run], x: torch.Tensor) -> Iterator[torch.Tensor]:
+def keys_of(every: Sequence[Run], x: torch.Tensor) -> Iterator[torch.Tensor]:
     """The keys, or values, of each run's segments: `[B, H, E + S, D]` -> `[B, H, segments, others + length, D]`.
 
     Of padding, its own.
     """
-    tokens = [run.tokens for run in plan]
+    tokens = [run.tokens for run in every]
     before = x.shape[2] - sum(tokens)
     # `split` and not slices: its backward is one concatenation, that of a slice a zero-filled tensor of full size.
-    for run, own in zip(plan, x.split([before, *tokens], 2)[1:], strict=True):
+    for run, own in zip(every, x.split([before, *tokens], 2)[1:], strict=True):
         own = own.unflatten(2, (max(run.segments, 1), run.length))
         others = [
             x[:, :, None, before + start : before + end].expand(-1, -1, run.segments, -1, -1)

@@ -58,15 +58,11 @@ def sdpa_kernel(
     *,
     scale: float | None = None,
     dropout_p: float = 0.0,
-    softcap: float | None = None,
-    learned_sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention within segments: `[B, H, S, D]`, `[B, H_kv, E + S, D]` -> `[B, S, H, D_v]`, 0 in padding."""
-    if softcap is not None or learned_sinks is not None:
-        raise ValueError("The sdpa kernel has neither softcap nor learned sinks.")
     if dropout_p == 0.0 and operators.serve(query, value):
         follow = rows_follow(query, own_keys(query, key), own_keys(query, value))
-        launches = plan(tuple(parts), query.shape[2], follow, LAUNCH_TOKENS)
+        launches = encoded(tuple(parts), query.shape[2], follow, LAUNCH_TOKENS)
         return attend_in_place("sdpa", query, key, value, launches, parts, scale)
     outs = []
     for heads, kv_heads, rows in parts:
@@ -80,8 +76,8 @@ def sdpa_kernel(
 
 
 @lru_cache(maxsize=64)
-def plan(parts: tuple[Part, ...], length: int, follow: bool, limit: int) -> list[int]:
-    """The launches of a call as a flat list, for the operator takes numbers only.
+def encoded(parts: tuple[Part, ...], length: int, follow: bool, limit: int) -> list[int]:
+    """The launches of a call as a flat list of numbers, which is what a custom operator takes.
 
     Args:
         parts: What is cut where.
@@ -148,7 +144,8 @@ def progressions(cut: Sequence[Segment]) -> list[tuple[int, int, int, int]]:
     return merged
 
 
-def _launches(numbers: Sequence[int]) -> Iterator[Launch]:
+def decoded(numbers: Sequence[int]) -> Iterator[Launch]:
+    """The launches that `encoded` gave."""
     for at in range(0, len(numbers), 10):
         a, b, c, d, *rest = numbers[at : at + 10]
         yield Launch((a, b), (c, d), *rest)
@@ -177,7 +174,7 @@ def _backward(launch: Launch, grad: torch.Tensor, call: Call, gradients: Tensors
         into.copy_(gradient)
 
 
-ENGINES["sdpa"] = Engine(_launches, _fold, _forward, _backward)
+ENGINES["sdpa"] = Engine(decoded, _fold, _forward, _backward)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -194,18 +191,18 @@ def _by_autograd(
 ) -> torch.Tensor:
     """Heads that are cut alike: `[B, h, S, D]` -> `[B, S, h, D_v]`."""
     batch, length = query.shape[0], query.shape[2]
-    plan = list(runs(rows[0], length))
+    own = list(runs(rows[0], length))
     alike = all(row == rows[0] for row in rows[1:])
     # Several rows fold into one call by views only where a run is a single segment or spans the whole row.
-    if batch > 1 and not (alike and all(run.segments <= 1 or run.tokens == length for run in plan)):
+    if batch > 1 and not (alike and all(run.segments <= 1 or run.tokens == length for run in own)):
         by_row = zip(query.split(1), key.split(1), value.split(1), rows, strict=True)
         return torch.cat([_by_autograd(q, k, v, [row], scale, dropout_p) for q, k, v, row in by_row])
 
     # `split` and not slices: its backward is one concatenation, that of a slice a zero-filled tensor of full size.
-    queries = query.split([run.tokens for run in plan], 2)
+    queries = query.split([run.tokens for run in own], 2)
     parts = [
         _attend(q, k, v, run, scale, dropout_p)
-        for run, q, k, v in zip(plan, queries, keys_of(plan, key), keys_of(plan, value), strict=True)
+        for run, q, k, v in zip(own, queries, keys_of(own, key), keys_of(own, value), strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

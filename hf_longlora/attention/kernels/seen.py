@@ -68,8 +68,8 @@ class Piece(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def plan(parts: tuple[Part, ...]) -> list[int]:
-    """The pieces of a call as a flat list, for an operator takes numbers only."""
+def encoded(parts: tuple[Part, ...]) -> list[int]:
+    """The pieces of a call as a flat list of numbers, which is what a custom operator takes."""
     found: list[int] = []
     for heads, kv_heads, rows in parts:
         for row, segments in enumerate(rows):
@@ -82,7 +82,7 @@ def plan(parts: tuple[Part, ...]) -> list[int]:
 
 
 def pieces(numbers: Sequence[int]) -> Iterator[Piece]:
-    """Reads a plan."""
+    """The pieces that `encoded` gave."""
     for at in range(0, len(numbers), 9):
         a, b, c, d, *rest = numbers[at : at + 9]
         yield Piece((a, b), (c, d), *rest)
@@ -101,7 +101,7 @@ def rounds(found: Iterable[Piece]) -> list[list[Piece]]:
 
 @lru_cache(maxsize=64)
 def _by_adjoining(numbers: tuple[int, ...]) -> tuple[list[int], list[int]]:
-    """The plans of those pieces that don't adjoin, and of those that do."""
+    """The numbers of the pieces that don't adjoin, and of those that do."""
     found: tuple[list[int], list[int]] = [], []
     for at, piece in enumerate(pieces(numbers)):
         found[piece.adjoins].extend(numbers[9 * at : 9 * at + 9])
@@ -130,7 +130,7 @@ def merge(
     """Merge what the pieces' keys give into `out` and `lse`, in place.
 
     Args:
-        numbers: A plan.
+        numbers: What `encoded` gave.
         query: `[B, H, S, D]`.
         key: `[B, H_kv, E + S, D]`.
         value: `[B, H_kv, E + S, D_v]`.
@@ -186,7 +186,7 @@ def add_gradients(
     """Add what the pieces' keys give and get to the gradients of queries, keys and values, in place.
 
     Args:
-        numbers: A plan.
+        numbers: What `encoded` gave.
         grad: The output's gradient, `[B, H, S, D_v]`.
         query: `[B, H, S, D]`.
         key: `[B, H_kv, E + S, D]`.

@@ -20,13 +20,8 @@ def varlen_kernel(
     parts: Sequence[Part],
     *,
     scale: float | None = None,
-    dropout_p: float = 0.0,
-    softcap: float | None = None,
-    learned_sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention within segments: `[B, H, S, D]`, `[B, H_kv, E + S, D]` -> `[B, S, H, D]`, 0 in padding."""
-    if dropout_p or softcap is not None or learned_sinks is not None:
-        raise ValueError("The varlen kernel has neither dropout nor softcap nor learned sinks.")
     return attend_ragged("varlen", query, key, value, parts, scale)
 
 
