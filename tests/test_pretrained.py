@@ -7,11 +7,23 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from benchmarks.provenance import read_rows
+from benchmarks.provenance import RESULTS, read_rows
 from benchmarks.quality import pretrained
 from benchmarks.quality.data import save_documents
 from benchmarks.quality.models import SOURCES, Source
 from benchmarks.quality.pretrained import GROUPS, METHODS, Run, do, main, steps_of
+from benchmarks.quality.pretrained_table import (
+    BEGIN,
+    END,
+    FAMILIES,
+    LINES,
+    README,
+    changes,
+    plot,
+    points,
+    table,
+    written,
+)
 from hf_longlora import LongLoraSFTTrainer
 from hf_longlora.attention.segments import Documents
 
@@ -175,3 +187,72 @@ def test_each_row_and_window_begins_as_gemma_s_texts_do(folder, tmp_path, monkey
     assert {int(ids[0]) for ids in seen} == {1} and max(map(len, seen)) == LENGTH
     # all of the text is in some window, once
     assert sum(len(ids) - 1 for ids in seen) == 2 * 3 * 3 * 2000
+
+
+# --- its tables ------------------------------------------------------------------------------------------------------
+
+
+def measured(method, corpus, seed, ppl, seconds, **more):
+    row = {"model": "smollm2", "corpus": corpus, "length": "65536", "method": method, "seed": str(seed), "liger": "1"}
+    row |= {"split": "test", "train_seconds": str(seconds), "shared_gpu": "0", "gpu": "H", "ppl_first_8192": "20"}
+    return row | {"ppl": str(ppl), "ppl_last_2048": str(2 * ppl)} | more
+
+
+ROWS = [
+    measured("dense, abf 1.5", "books", 0, 10, 100),
+    measured("dense, abf 1.5", "books", 1, 20, 100),
+    measured("dense, abf 1.5", "math", 0, 4, 100),
+    measured("windows, 2nd dense, abf 1.5", "books", 0, 10.1, 60),
+    measured("windows, 2nd dense, abf 1.5", "books", 1, 19.8, 50, liger="0"),  # another kernel, and not the only row
+    measured("windows, 2nd dense, abf 1.5", "books", 1, 20.4, 50),
+    measured("windows, 2nd dense, abf 1.5", "books", 2, 30, 50),  # no dense training to compare with
+    measured("windows, 2nd dense, abf 1.5", "math", 0, 4, 500, shared_gpu="1"),
+    measured("windows, 2nd dense, abf 1.5", "math", 0, 8, 50, split="validation"),
+    measured("windows, 2nd dense, rank 8, abf 1.5", "books", 0, 10.403, 55),
+    measured("dense, rank 8, abf 1.5", "books", 0, 10.3, 90),
+    measured("abf 1.5 alone", "books", 0, 30, ""),
+    measured("nothing that is shown", "books", 0, 30, 1),
+]
+
+
+def test_a_line_compares_with_dense_training_of_its_seed():
+    lines = table(ROWS, "smollm2", "65536", "test", "dense, abf 1.5", every=False)
+    assert lines[0] == (
+        "| SmolLM2-135M, 8,192 -> 65,536 | books, above, % | math, above, % | first 8,192, books / math | time |"
+    )
+    assert lines[2:] == [
+        "| dense | 15.00; 30.00 | 4.000; 8.000 | 20.00 / 20.00 | 1 (100.0 s) |",
+        "| **each 2nd dense, windows (the default for plain text)** | +1.00, +2.00; +1.00, +2.00 | +0.00; +0.00 "
+        "| 20.00 / 20.00 | 0.53 |",
+        "| nothing trained, theta raised | +200.00; +200.00 |  | 20.00 / - |  |",
+    ]
+    assert "nothing that is shown" in "".join(table(ROWS, "smollm2", "65536", "test", "dense, abf 1.5", every=True))
+
+
+def test_a_change_is_compared_with_the_default_and_with_dense_training_changed_alike():
+    lines = changes(ROWS, "test")
+    assert lines[2:] == ["| rank 8 | +3.00; +3.00 | +3.00; +3.00 | +1.00; +1.00 |"]
+
+
+def test_points_of_the_plot(tmp_path):
+    found = points(ROWS, "smollm2", "65536", "books", "test")
+    assert found == {
+        "dense, fewer steps": [("dense", 100.0, {"ppl": 0.0, "ppl_last_2048": 0.0})],
+        "windows": [("2nd", pytest.approx(160 / 3), pytest.approx({"ppl": 1.5, "ppl_last_2048": 1.5}))],
+    }
+    plot(ROWS, "test", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_tables_take_the_place_of_those_before():
+    page = f"Before.\n\n{BEGIN}an old table\n{END}\nAfter.\n"
+    assert written(page, "a new one\n") == f"Before.\n\n{BEGIN}a new one\n{END}\nAfter.\n"
+    assert BEGIN + "a new one\n" + END in written(README.read_text(), "a new one\n")
+    with pytest.raises(SystemExit):
+        written("Before.", "a new one\n")
+
+
+def test_what_is_shown_is_a_method_or_was_one():
+    shown = {*LINES, *(method for methods in FAMILIES.values() for method in methods)}
+    stored = {row["method"] for row in read_rows(RESULTS / "pretrained.csv")}
+    assert shown - set(METHODS) <= stored
