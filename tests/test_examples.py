@@ -17,10 +17,13 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from benchmarks.provenance import RESULTS, read_rows
+from benchmarks.quality.pretrained import METHODS
 from hf_longlora import LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
 from hf_longlora.cli import main
 from hf_longlora.cli.train import make_parser
 from hf_longlora.rope import current_rope, reach
+from hf_longlora.schedule import DENSE_EVERY
 from hf_longlora.trainer.ropes import Start, stage_ropes
 
 from .vllm_rules import lengths as served_lengths
@@ -39,6 +42,16 @@ CONFIGS = {
     ),
     "meta-llama/Llama-2-7b-hf": LlamaConfig(
         **LLAMA, vocab_size=32000, intermediate_size=11008, max_position_embeddings=4096
+    ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
     ),
 }
 """What the examples' models have in their config.json, as far as it matters here."""
@@ -301,7 +314,36 @@ def test_qlora_24gb(base):
     assert config.r == 8
 
 
-@pytest.mark.parametrize("name", ["extend_llama_pg19.yaml", "million_tokens.yaml", "qlora_24gb.yaml"])
+def test_smollm2_32k(base):
+    base("HuggingFaceTB/SmolLM2-135M-Instruct")
+    twin("smollm2_32k.yaml")
+    model, config = loaded("out")
+    rope = current_rope(model.config)
+    assert (rope.rope_type, reach(rope)[1], config.r, config.trained.pattern(0).kind) == ("default", 64, 64, "windows")
+    assert rope.parameters["rope_theta"] == pytest.approx(1e5 * 4**1.5)
+
+
+def test_smollm2_32k_has_the_settings_of_the_rows_that_it_names():
+    """What the bench gives its trainer and what the file says, but for where the rows come from."""
+    values = options_of("smollm2_32k.yaml")
+    method = METHODS["windows, 2nd dense, abf 1.5"]
+    rows = [row for row in read_rows(RESULTS / "pretrained.csv") if row["method"] == "windows, 2nd dense, abf 1.5"]
+    [stage] = values["stages"]
+    assert {(row["steps"], row["theta"]) for row in rows if row["length"] == str(stage["max_length"])} == {
+        (str(stage["max_steps"]), f"{1e5 * 4**1.5:.5g}")
+    }
+    assert (values["lora_r"], values["lora_alpha"], values["learning_rate"]) == (
+        method.rank,
+        2 * method.rank,
+        method.learning_rate,
+    )
+    assert method.stage["dense_every"] == DENSE_EVERY and not values["gradient_checkpointing"]
+
+
+RUNS = ["extend_llama_pg19.yaml", "million_tokens.yaml", "qlora_24gb.yaml", "smollm2_32k.yaml"]
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_a_runs_options_are_known_and_its_stages_extend_its_model(name):
     values = options_of(name)
     parser = make_parser()

@@ -8,7 +8,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from benchmarks.provenance import RESULTS, read_rows
-from benchmarks.quality import pretrained
+from benchmarks.quality import example, pretrained
 from benchmarks.quality.data import save_documents
 from benchmarks.quality.models import SOURCES, Source
 from benchmarks.quality.pretrained import GROUPS, METHODS, Run, do, main, steps_of
@@ -256,3 +256,27 @@ def test_what_is_shown_is_a_method_or_was_one():
     shown = {*LINES, *(method for methods in FAMILIES.values() for method in methods)}
     stored = {row["method"] for row in read_rows(RESULTS / "pretrained.csv")}
     assert shown - set(METHODS) <= stored
+
+
+# --- the example on such a model -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_example_leaves_a_card(folder, tmp_path, monkeypatch):
+    stages = '[{"max_length": 256, "max_steps": 4, "rope_type": "abf"}]'
+    command = ["example", "--work", str(folder.parent), "--model", "tiny", "--out", str(tmp_path / "out")]
+    command += ["--lengths", "250", "256", "--windows", "2", "--passkeys", "1", "--", "--stages", stages]
+    command += ["--use_cpu", "true", "--bf16", "false", "--use_liger_kernel", "false", "--disable_tqdm", "true"]
+    monkeypatch.setattr("sys.argv", command)
+    example.main()
+    made = tmp_path / "out" / "card"
+    assert {file.name for file in made.iterdir()} == {
+        *("README.md", "adapter_config.json", "evaluation.json", "example.json", "run.json"),
+        *("perplexity.png", "positions.png", "passkey.png"),
+    }
+    text = (made / "README.md").read_text()
+    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in text and str(tmp_path) not in text
+    assert (
+        "| the base as it is |" in text and "## Passkeys found" in text and "| 1 | 256 | 4 | dense in windows" in text
+    )
+    assert text == str(example.card(made))
