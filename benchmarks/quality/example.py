@@ -82,9 +82,9 @@ def card(folder: Path) -> ModelCard:
         perplexity={"held-out novels": perplexity},
         retrieval={"passkey": evaluation["passkey"]} if "passkey" in evaluation else None,
         about=(
-            f"What `examples/{CONFIG.name}` makes in {seconds['train']} on one {times['gpu']}, from the command's start "
-            f"to its end; evaluating it took {seconds['evaluate']}. It was run offline: the base is a 4-bit file of "
-            f"`{config.base_model_name_or_path}`, made bf16 again, and so not weight for weight the one on the Hub, "
+            f"What `examples/{CONFIG.name}` makes in {seconds['train']} on one {times['gpu']}, from the start of the "
+            f"command to its end; evaluating it took {seconds['evaluate']}. It was run offline: the base is a 4-bit "
+            f"file of `{config.base_model_name_or_path}`, made bf16 again, and so not weight for weight that one, "
             "and the books are English novels in the place of PG19's. The adapter is not on the Hub: "
             "`python -m benchmarks.quality.example` makes it."
         ),
