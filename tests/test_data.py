@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 import shutil
 
 import pytest
@@ -52,6 +53,10 @@ def train(dataset, *arguments):
         ({"prompt": SHAREGPT[:1], "completion": SHAREGPT[1:]}, PAIR),
         ({"instruction": QUESTION, "output": ANSWER}, PAIR),
         ({"instruction": QUESTION, "input": "", "output": ANSWER, "file": "a.txt"}, PAIR),
+        (
+            {"messages": [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in CHAT]},
+            {"messages": CHAT},
+        ),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
@@ -85,12 +90,29 @@ def test_a_text_field_that_is_named_comes_first():
         ({"conversations": []}, "'messages' of the dataset has no message in 1 of 2 rows, such as row 1"),
         ({"prompt": CHAT[:1], "completion": []}, "'completion' of the dataset has no message in 1 of 2 rows"),
         ({"prompt": QUESTION, "response": None}, "'completion' of the dataset has no text in 1 of 2 rows"),
+        (
+            {"messages": [{"rolle": "user", "content": QUESTION}]},
+            "not a list of messages in each row, with 'role' and",
+        ),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "has no content in a message in 1 of 2 rows, such as row 1",
+        ),
+        ({"conversations": [{"from": "gpt", "value": None}]}, "no content in a message in 1 of 2 rows, such as row 1"),
+        ({"prompt": CHAT[:1], "completion": [{"role": "assistant", "content": None}]}, "no content in a message in 1"),
+        ({"instruction": QUESTION, "output": None}, "Row 1 has no text in 'output' but 'None'"),
+        ({"instruction": None, "input": LONG, "output": ANSWER}, "Row 1 has no text in 'instruction' but 'None'"),
+        ({"instruction": QUESTION, "output": [ANSWER]}, "Row 0 has no text in 'output' but"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "a.png"}]}]}, "other parts than text"),
+        ({"input_ids": "5 6 7"}, "'input_ids' of the dataset holds Value('string'), not lists of token ids"),
+        ({LONG: 1}, f"the columns are '{LONG[:40]}...', and"),
     ],
 )
 def test_what_can_not_be_read_is_said(folder, capsys, row, message):
-    empty = [name for name, value in row.items() if not value]
     full = {"messages": CHAT, "conversations": SHAREGPT, "completion": CHAT[1:], "response": ANSWER}
-    rows = [row | {name: full[name] for name in empty}, row]
+    full |= {"output": ANSWER, "instruction": QUESTION}
+    first = "null" in json.dumps(row) or not all(row.values())
+    rows = [{name: full.get(name, value) for name, value in row.items()} if first else row, row]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert train("rows.jsonl") == 1
     printed = capsys.readouterr().err
@@ -169,7 +191,11 @@ def test_documents_are_read_as_the_trainer_reads_them(tmp_path, tiny_tokenizer):
     Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     Dataset.from_list(rows).to_csv(tmp_path / "a.csv", index=False)
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    Dataset.from_list(rows).to_csv(tmp_path / "A.TSV", index=False, sep="\t")
     (tmp_path / "lines.json").write_text(lines)
+    (tmp_path / "lines.ndjson").write_text(lines)
+    (tmp_path / "bom.jsonl").write_text(lines, encoding="utf-8-sig")
+    (tmp_path / "[1].jsonl").write_text(lines + "\n" + json.dumps({"text": "", "n": 3}))
     (tmp_path / "a.jsonl").write_text(lines)
     for name in ("a.json", "lines.json", "a.csv"):
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
@@ -184,7 +210,7 @@ def test_documents_are_read_as_the_trainer_reads_them(tmp_path, tiny_tokenizer):
     splits = {name: Dataset.from_list([{"text": name}]) for name in ("train", "test")}
     DatasetDict(splits).save_to_disk(tmp_path / "both")
     assert read("both") == ["train", "test"]
-    for name in ("a.tsv", "a.xml", "a", "a.zst"):
+    for name in ("a.xls", "a.xml", "a", "a.zst"):
         (tmp_path / name).write_text("one")
         with pytest.raises(ValueError, match="of no known kind"):
             read(name)
@@ -283,17 +309,97 @@ def test_a_stream_that_can_not_be_read_is_one_message(folder, capsys, content, m
     assert f"{name} {message}" in printed and printed.count("hf-longlora: error:") == 1
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_file_that_is_no_text_is_named(tmp_path, packed):
-    for name in ("a.txt", "b.txt", "c.txt"):
-        (tmp_path / name).write_text("A text.")
-    latin = "Café".encode("latin-1")
-    (tmp_path / "b.txt").unlink()
-    name = "b.txt.gz" if packed else "b.txt"
-    (tmp_path / name).write_bytes(gzip.compress(latin) if packed else latin)
-    for data in (tmp_path, tmp_path / name):
-        with pytest.raises(ValueError, match=rf"{name} is not UTF-8 text: 'utf-8' codec can't decode"):
+BAD = {
+    "latin.txt": ("Café".encode("latin-1"), "is not UTF-8 text"),
+    "latin.txt.gz": (gzip.compress("Café".encode("latin-1")), "is not UTF-8 text"),
+    "latin.jsonl": ('{"text": "Café"}'.encode("latin-1"), "is not UTF-8 text"),
+    "cut.jsonl": (b'{"text": "Caf', "can't be read as data: JSON parse error"),
+    "no.jsonl.gz": (b'{"text": "one"}', "can't be read as data: Not a gzipped file"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "one"}')[:-9], "can't be read as data: Compressed file ended"),
+    "no.jsonl.xz": (b'{"text": "one"}', "can't be read as data: "),
+    "lines.csv": (b"text\n1\n1,2,3\n", "can't be read as data: Error tokenizing"),
+    "cut.parquet": (b"PAR1", "can't be read as data: "),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_file_that_can_not_be_read_is_named(tmp_path, name, alone):
+    """Among others of its kind, too."""
+    content, message = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    for other in () if alone else ("a", "z"):
+        write(tmp_path / f"{other}.{name.split('.')[1]}", [QUESTION])
+    with pytest.raises(ValueError, match=re.escape(f"{name} {message}")):
+        load_data(str(tmp_path / name if alone else tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "[]"])
+def test_files_without_rows(tmp_path, content):
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(content)
+    for data in (tmp_path / "a.json", tmp_path):
+        with pytest.raises(ValueError, match=re.escape(f"{data} holds no data")):
             load_data(str(data))
+    write(tmp_path / "c.json", [QUESTION])
+    if content:  # which has no columns, and nothing at all is none of a dataset's files
+        with pytest.raises(ValueError, match=r"a\.json holds no data"):
+            load_data(str(tmp_path))
+    else:
+        assert load_data(str(tmp_path))["train"]["text"] == [QUESTION]
+
+
+def test_files_whose_columns_differ(tmp_path):
+    write(tmp_path / "a.jsonl", [QUESTION])
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": CHAT}))
+    with pytest.raises(ValueError, match=r"the same columns: .*a\.jsonl has text, and .*b\.jsonl has messages"):
+        load_data(str(tmp_path))
+
+
+def test_what_is_no_data_in_a_folder_is_left_out_and_named(tmp_path, capsys):
+    """Whatever its name: a license without a suffix would be read as JSON, and other markup as a book."""
+    folder = tmp_path / "books [2024]"
+    folder.mkdir()
+    write(folder / "train.txt", [])
+    (folder / "train.txt").write_text(QUESTION)
+    (folder / "test.md").write_text(ANSWER)
+    data = load_data(str(folder))
+    assert data["train"]["text"] == [QUESTION] and data["test"]["text"] == [ANSWER]
+    assert capsys.readouterr().err.count("Not read") == 0
+    for name in ("train.rst", "train-license", "train.pdf", "a.jsonl"):
+        (folder / name).write_bytes(b"\xff")
+    assert load_data(str(folder))["train"]["text"] == [QUESTION]
+    assert ": a.jsonl, train-license, train.pdf and 1 more." in capsys.readouterr().err
+
+
+def test_what_is_read_of_an_example_is_said(folder, capsys):
+    rows = [{"conversations": SHAREGPT, "system": "Be kind.", "tools": "[]", "id": 1}]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train("rows.jsonl")
+    assert "Read of each example: conversations, tools; not read: system, id\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+@pytest.mark.parametrize("token", [-1, 128])
+def test_token_ids_that_the_model_does_not_have(folder, capsys, streaming, token):
+    """torch says "index out of range in self" of them, and CUDA that a kernel has failed."""
+    rows = [{"input_ids": list(range(127)) * 2}, {"input_ids": [5] * 100 + [token]}]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert train("rows.jsonl", "--dataset_streaming", streaming) == 1
+    assert (
+        f"token ids from {min(token, 0)} to {max(token, 126)}, and the model's are 0 to 127" in capsys.readouterr().err
+    )
+
+
+def test_a_stream_says_where_it_can_not_be_read_on(folder, capsys):
+    lines = [json.dumps({"text": LONG})] * 3
+    (folder / "rows.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "Caf\xe9"}')
+    assert train("rows.jsonl", "--dataset_streaming", "true") == 1
+    printed = capsys.readouterr().err
+    assert "The stream can't be read on after 3 examples: 'utf-8' codec can't decode" in printed
+    (folder / "rows.jsonl").write_text("\n".join([*lines, json.dumps({"text": None})]))
+    assert train("rows.jsonl", "--dataset_streaming", "true") == 1
+    assert "after 3 examples: The column 'text' of the stream has nothing in row 3" in capsys.readouterr().err
 
 
 def test_a_line_of_json_may_hold_other_line_ends(tmp_path, tiny_tokenizer):

@@ -1,15 +1,35 @@
 """Text from files and from the Hub, for training and for evaluation."""
 
+import glob
 import json
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".md": "text"}
-"""The `datasets` builder of a local file, by its suffix before any of `COMPRESSED`."""
+SUFFIXES = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "text",
+    ".md": "text",
+}
+"""The kind of a local file, by its suffix before any of `COMPRESSED`."""
+
+BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "json": ("json", {}),
+    "parquet": ("parquet", {}),
+    "csv": ("csv", {}),
+    "tsv": ("csv", {"sep": "\t"}),
+    "text": ("text", {"sample_by": "document"}),
+}
+"""The builder of `datasets` for files of a kind, and its options."""
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 
@@ -25,7 +45,7 @@ ALPACA = (
 )
 """The prompt of Alpaca and of LongLoRA's own supervised fine-tuning, for tokenizers without a chat template."""
 
-KINDS = f"{', '.join(BUILDERS)}, and {', '.join(COMPRESSED)} of them"
+KINDS = f"{', '.join(SUFFIXES)}, and {', '.join(COMPRESSED)} of them"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """What the weights of a model may be loaded in."""
@@ -45,9 +65,10 @@ def check_writable(folder: Path) -> None:
 def load_data(name: str, config: str | None = None, streaming: bool = False) -> Any:
     """A dataset by its name on the Hub, or from a local file or folder: a `DatasetDict` of its splits.
 
-    Local files are JSON Lines, JSON, Parquet, CSV or text, compressed or not; of text, each file is one document (a
-    row with a `text`). A file is the split "train"; in a folder the names tell (`train.jsonl`, `test.jsonl`), else all
-    of it is "train". A folder may also be one that `save_to_disk` wrote.
+    Local files are JSON Lines, JSON, Parquet, CSV, TSV or text, compressed or not; of text, each file is one document
+    (a row with a `text`). A file is the split "train"; in a folder the names tell (`train.jsonl`, `test.jsonl`), else
+    all of it is "train", and files that are neither are named and left out. A folder may also be one that
+    `save_to_disk` wrote.
 
     Raises:
         ValueError: if a local file is of no known kind or can't be read, or a folder holds several kinds or none.
@@ -57,20 +78,19 @@ def load_data(name: str, config: str | None = None, streaming: bool = False) -> 
 
     path = Path(name)
     if path.is_file():
-        if _suffix(path) not in BUILDERS:
+        if _kind(path) is None:
             raise ValueError(f"{path} is of no known kind; known are {KINDS}.")
-        return _read([path], streaming=streaming)
+        return _read(path, {"train": [str(path)]}, streaming)
     if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
         return _saved(path, streaming)
     if path.is_dir() and not list(path.glob("*.py")):
-        files = [file for file in path.rglob("*") if file.is_file() and _suffix(file) in BUILDERS]
-        files = [file for file in files if not file.name.startswith((".", "README"))]
-        kinds = Counter(BUILDERS[_suffix(file)] for file in files)
+        splits = _splits(path)
+        kinds = Counter(_kind(file) for files in splits.values() for file in files)
         if len(kinds) != 1:
             found = ", ".join(f"{count} of {kind}" for kind, count in kinds.items()) or "none"
             raise ValueError(f"{path} must hold data files of one kind ({KINDS}), and holds {found}.")
-        return _read(files, streaming=streaming, data_dir=str(path))
-    if _suffix(path) in BUILDERS or path.is_absolute():  # meant as a file, and the Hub would be asked for long
+        return _read(path, splits, streaming)
+    if _kind(path) is not None or path.is_absolute():  # meant as a file, and the Hub would be asked for long
         raise FileNotFoundError(f"{name} does not exist")
     try:
         return load_dataset(name, name=config, streaming=streaming)
@@ -80,33 +100,85 @@ def load_data(name: str, config: str | None = None, streaming: bool = False) -> 
         ) from error
 
 
-def _read(files: Sequence[Path], *, streaming: bool, **options: Any) -> Any:
-    """Files of one kind, by `datasets`: those of `data_dir` with their splits, else the first one alone."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+def _splits(folder: Path) -> dict[str, list[str]]:
+    """The data files of a folder by their splits, which `datasets` tells by names; the others are named."""
+    from datasets.data_files import DataFilesDict, DataFilesList, EmptyDatasetError, get_data_patterns
 
-    builder = BUILDERS[_suffix(files[0])]
-    if builder == "text":
-        options["sample_by"] = "document"
-    shown = options.get("data_dir", files[0])
-    packed = next((file for file in files if file.suffix == ".zst"), None)
+    base = glob.escape(str(folder))
+    try:
+        found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
+    except EmptyDatasetError:
+        return {}
+    data = {split: [file for file in files if _kind(file) is not None] for split, files in found.items()}
+    read = {file for files in data.values() for file in files}
+    rest = [Path(file).name for file in DataFilesList.from_patterns(["**"], base_path=base) if file not in read]
+    if rest and read:
+        more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
+        print(f"Not read in {folder}: {', '.join(rest[:3])}{more}.", file=sys.stderr)
+    return {split: files for split, files in data.items() if files}
+
+
+def _read(shown: Path, splits: Mapping[str, Sequence[str]], streaming: bool) -> Any:
+    """Files of one kind, by `datasets`.
+
+    Args:
+        shown: What is named where no single file is to blame.
+        splits: The files.
+        streaming: Whether they are read as they are used.
+    """
+    from datasets import load_dataset
+
+    files = [file for part in splits.values() for file in part]
+    packed = next((file for file in files if file.endswith(".zst")), None)
     if packed is not None and find_spec("zstandard") is None:
         raise ImportError(f"{packed} needs a package that isn't installed: pip install zstandard")
-    if "data_dir" not in options:
-        options["data_files"] = str(files[0])
+    builder, options = BUILDERS[_kind(files[0]) or ""]
+    patterns = {split: [glob.escape(file) for file in part] for split, part in splits.items()}
     try:
-        data = load_dataset(builder, streaming=streaming, **options)
-        if streaming:  # what can't be read at all is said now
-            for split in data.values():
-                next(iter(split))
+        data = load_dataset(builder, data_files=patterns, streaming=streaming, **options)
+        for split in data.values():
+            if streaming:
+                next(iter(split))  # what can't be read at all is said now
+            else:
+                split.data.validate(full=True)  # whether texts are UTF-8, which Arrow takes on trust
         return data
-    except (DatasetGenerationError, ValueError) as error:  # the first says nothing itself, but its cause does
-        if isinstance(error.__cause__ or error, UnicodeDecodeError):
-            shown = next((file for file in files if not _is_text(file)), shown)
-            raise ValueError(f"{shown} is not UTF-8 text: {error.__cause__ or error}") from error
-        raise ValueError(f"{shown} can't be read as data: {error.__cause__ or error}") from error
-    except StopIteration as error:  # what `datasets` makes of files without a row
-        raise ValueError(f"{shown} holds no data") from error
+    except Exception as error:  # of many types: one for each format and compression
+        raise ValueError(_trouble(shown, files, error)) from error
+
+
+def _trouble(shown: Path, files: Sequence[str], error: Exception) -> str:
+    """Which of the files can't be read, and why: each is read alone."""
+    from datasets import load_dataset
+
+    cause = error.__cause__ or error  # that it could not make a dataset is all that `datasets` says itself
+    said = f"can't be read as data: {cause or type(cause).__name__}"
+    if getattr(cause, "errno", None) is not None:  # a full disk is no fault of theirs
+        return f"{shown} {said}"
+    builder, options = BUILDERS[_kind(files[0]) or ""]
+    columns: dict[str, list[str]] = {}
+    for file in files:
+        try:
+            alone = load_dataset(builder, data_files=glob.escape(file), split="train", streaming=True, **options)
+            for row in alone:
+                columns[file] = list(row)
+        except StopIteration:  # what `datasets` makes of a file without a row
+            continue
+        except Exception as reason:
+            if isinstance(reason, UnicodeDecodeError):
+                return f"{file} is not UTF-8 text: {reason}"
+            return f"{file} can't be read as data: {str(reason) or type(reason).__name__}"
+    if not columns:
+        return f"{shown} holds no data"
+    if len(columns) < len(files):
+        return f"{next(file for file in files if file not in columns)} holds no data"
+    first = columns[files[0]]
+    other = next((file for file in files if set(columns[file]) != set(first)), None)
+    if other is not None:
+        return (
+            f"{shown} must hold files with the same columns: {files[0]} has {', '.join(first)}, and {other} has "
+            f"{', '.join(columns[other])}"
+        )
+    return f"{shown} {said}"
 
 
 def _saved(folder: Path, streaming: bool) -> Any:
@@ -120,16 +192,6 @@ def _saved(folder: Path, streaming: bool) -> Any:
     if not streaming:
         return splits
     return IterableDatasetDict({name: split.to_iterable_dataset() for name, split in splits.items()})
-
-
-def _is_text(file: Path) -> bool:
-    import fsspec
-
-    try:
-        with fsspec.open(file, "rt", encoding="utf-8", compression="infer") as text:
-            return all(True for _ in text)
-    except UnicodeDecodeError:
-        return False
 
 
 def split_of(data: Any, name: str, what: str) -> Any:
@@ -162,31 +224,45 @@ def as_trl_reads(data: Any, text_field: str = "text", chat: bool = True) -> Any:
     """
     from ..trainer.data import column_names
 
-    columns = set(column_names(data))
+    columns = column_names(data)
+    names = read_of(columns, text_field)
+    if "input_ids" in names:
+        return data
+    if "instruction" in names:
+        return data.map(_instruction, with_indices=True, fn_kwargs={"chat": chat}, remove_columns=list(columns))
+    data = data.select_columns(names)
+    if text_field in names:
+        return data
+    for name, usual in (("response", "completion"), ("conversations", "messages")):
+        if name in names:
+            data = data.rename_column(name, usual)
+    return _as_messages(data, chat)
+
+
+def read_of(columns: Collection[str], text_field: str = "text") -> list[str]:
+    """The columns that `as_trl_reads` reads.
+
+    Raises:
+        ValueError: there are none.
+    """
     kept = [name for name in KEPT if name in columns]
     if "input_ids" in columns:
-        return data
+        return list(columns)
     if text_field in columns and text_field != "text":
-        return data.select_columns([text_field, *kept])
-    for answer in ("completion", "response"):
-        if {"prompt", answer} <= columns:
-            data = data.select_columns(["prompt", answer, *kept])
-            return _as_messages(data if answer == "completion" else data.rename_column(answer, "completion"), chat)
-    for name in ("messages", "conversations"):
-        if name in columns:
-            data = data.select_columns([name, *kept])
-            return _as_messages(data if name == "messages" else data.rename_column(name, "messages"), chat)
-    if text_field in columns:
-        return data.select_columns([text_field, *kept])
-    if {"instruction", "output"} <= columns:
-        return data.map(_instruction, fn_kwargs={"chat": chat}, remove_columns=list(columns))
-    if {"chosen", "rejected"} <= columns:
+        return [text_field, *kept]
+    for names in (["prompt", "completion"], ["prompt", "response"], ["messages"], ["conversations"], [text_field]):
+        if set(names) <= set(columns):
+            return [*names, *kept]
+    if {"instruction", "output"} <= set(columns):
+        return [name for name in ("instruction", "input", "output") if name in columns]
+    if {"chosen", "rejected"} <= set(columns):
         raise ValueError(
             "The data are preferences ('chosen', 'rejected'), which supervised fine-tuning can't learn from. TRL's "
             'DPOTrainer does: `import hf_longlora`, and load the model with attn_implementation="s2attn".'
         )
+    found = ", ".join(repr(name if len(name) <= 40 else f"{name[:40]}...") for name in sorted(columns))
     raise ValueError(
-        f"No text in the data: the columns are {', '.join(map(repr, sorted(columns)))}, and what is read is "
+        f"No text in the data: the columns are {found}, and what is read is "
         f"{text_field!r} (dataset_text_field names another column), 'messages' or 'conversations', 'prompt' with "
         "'completion' or 'response', 'instruction' with 'output', or 'input_ids'."
     )
@@ -221,8 +297,12 @@ def _as_messages(data: Any, chat: bool) -> Any:
         row = maybe_convert_to_chatml(dict(row))
         for name in names:
             for message in row[name] or ():
-                if isinstance(message, dict) and "role" in message:
+                if not isinstance(message, dict):
+                    continue
+                if "role" in message:
                     message["role"] = ROLES.get(message["role"], message["role"])
+                if isinstance(message.get("content"), list):
+                    message["content"] = _joined(message["content"], index)
         return row
 
     # All columns are made anew: of a changed message, `datasets` would keep the old fields beside the new ones.
@@ -235,7 +315,18 @@ def _is_plain(data: Any, name: str) -> bool:
     return getattr(data.features[name], "dtype", None) in ("string", "large_string")
 
 
-def _instruction(row: dict[str, Any], chat: bool) -> dict[str, Any]:
+def _joined(parts: list[Any], index: int) -> str:
+    """The text of a message in parts, which not all chat templates can write."""
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        raise ValueError(f"Row {index:,} has a message with other parts than text: {str(parts)[:80]}")
+    return "".join(part["text"] for part in parts)
+
+
+def _instruction(row: dict[str, Any], index: int, chat: bool) -> dict[str, Any]:
+    for name in ("instruction", "input", "output"):
+        value = row.get(name)
+        if not (isinstance(value, str) or (name == "input" and value is None)):
+            raise ValueError(f"Row {index:,} has no text in {name!r} but {str(value)[:80]!r}. Leave such rows out.")
     prompt = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
     if not chat:
         return {"prompt": ALPACA.format(prompt), "completion": row["output"]}
@@ -266,7 +357,7 @@ def load_documents(files: Sequence[str]) -> list[Any]:
 
 
 def texts_of(splits: Sequence[Any], tokenizer: Any) -> list[str]:
-    """Each row as one text: messages in the tokenizer's chat template, token ids decoded by it."""
+    """Each row that has a text, as one: messages in the tokenizer's chat template, token ids decoded by it."""
     from trl import maybe_apply_chat_template
 
     def text_of(row: dict[str, Any]) -> str:
@@ -276,8 +367,10 @@ def texts_of(splits: Sequence[Any], tokenizer: Any) -> list[str]:
         return row["prompt"] + row["completion"] if "prompt" in row else row["text"]
 
     chat = tokenizer.chat_template is not None
-    return [text_of(row) for split in splits for row in as_trl_reads(split, chat=chat)]
+    texts = (text_of(row) for split in splits for row in as_trl_reads(split, chat=chat))
+    return [text for text in texts if text]
 
 
-def _suffix(file: Path) -> str:
-    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+def _kind(file: str | Path) -> str | None:
+    file = Path(file)
+    return SUFFIXES.get((Path(file.stem) if file.suffix in COMPRESSED else file).suffix.lower())

@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
         nargs="+",
         metavar="FILE",
         help="for perplexity and loss, files and folders as `train` reads them: .txt and .md, a document each; "
-        ".jsonl, .json, .parquet, .csv, a document in each row, whatever its columns",
+        ".jsonl, .json, .parquet, .csv, .tsv, a document in each row, whatever its columns",
     )
     evaluate.add_argument(
         "--lengths", nargs="+", type=int, required=True, metavar="N", help="context lengths in tokens"

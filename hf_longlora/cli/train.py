@@ -54,7 +54,7 @@ def make_parser() -> Any:
         dataset_name: str | None = field(
             default=None,
             metadata={
-                "help": "A dataset's name on the Hub, or a local file or folder: jsonl, json, parquet, csv, txt."
+                "help": "A dataset's name on the Hub, or a local file or folder: jsonl, json, parquet, csv, tsv, txt."
             },
         )
         resume: bool = field(
@@ -97,7 +97,8 @@ def run(options: argparse.Namespace) -> None:
 
     from ..planning import local_gpu
     from ..trainer import LongLoraSFTTrainer, last_checkpoint
-    from .data import as_trl_reads, check_writable, load_data, split_of
+    from ..trainer.data import column_names
+    from .data import as_trl_reads, check_writable, load_data, read_of, split_of
 
     script, model, args = parse(options.arguments)
     if script.dataset_name is None:
@@ -119,6 +120,12 @@ def run(options: argparse.Namespace) -> None:
     train = split_of(data, script.dataset_train_split, "dataset_train_split")
     if script.dataset_streaming and args.train_sampling_strategy != "sequential":
         train = train.shuffle(seed=args.order_seed, buffer_size=1)  # its files; the trainer shuffles their examples
+    if args.process_index == 0:
+        columns = column_names(train)
+        read = read_of(columns, args.dataset_text_field)
+        unread = ", ".join(name for name in columns if name not in read)
+        rest = f"; not read: {unread}" if unread else ""
+        print(f"Read of each example: {', '.join(read)}{rest}", file=sys.stderr)
     train = as_trl_reads(train, args.dataset_text_field, chat)
     gpu = local_gpu()
     if gpu is not None and args.process_index == 0:

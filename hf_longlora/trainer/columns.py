@@ -26,9 +26,25 @@ def check_dataset(dataset: Any, args: LongLoraSFTConfig, formatting_func: Any) -
     columns = set(dataset.column_names)
     if columns & {"image", "images"}:
         raise ValueError("Datasets with images are not supported: stages cut text to their length.")
+    if "input_ids" in columns:
+        kind: Any = dataset.features["input_ids"]
+        if not (isinstance(kind, List | LargeList) and "int" in getattr(kind.feature, "dtype", "")):
+            raise ValueError(f"The column 'input_ids' of the dataset holds {kind}, not lists of token ids.")
     if formatting_func is None:
         check_columns(dataset, args.dataset_text_field)
     return columns
+
+
+def check_tokens(dataset: Dataset, vocabulary: int) -> None:
+    """Raise a `ValueError` on token ids of a tokenized dataset that a model's embeddings don't have."""
+    for table in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=1000):
+        found = pc.min_max(pc.list_flatten(table["input_ids"])).as_py()
+        if found["min"] is not None and not 0 <= found["min"] <= found["max"] < vocabulary:
+            raise ValueError(
+                f"The data have token ids from {found['min']:,} to {found['max']:,}, and the model's are 0 to "
+                f"{vocabulary - 1:,}. Tokenize them by the model's own tokenizer; where tokens were added to it, call "
+                "model.resize_token_embeddings(len(tokenizer)) first."
+            )
 
 
 def check_stream(args: LongLoraSFTConfig) -> None:
@@ -79,14 +95,31 @@ def check_rows(stream: IterableDataset, names: Sequence[str]) -> IterableDataset
 
     def check(row: dict[str, Any], index: int) -> dict[str, Any]:
         for name in names:
-            if row[name] is None or row[name] == []:
+            if says_nothing(row[name]):
                 raise ValueError(
-                    f"The column {name!r} of the stream has nothing in row {index:,}. Leave such rows out: "
-                    f"stream.filter(lambda row: row[{name!r}])."
+                    f"The column {name!r} of the stream has nothing in row {index:,}, or a message without content. "
+                    f"Leave such rows out: stream.filter(lambda row: row[{name!r}])."
                 )
         return row
 
     return stream.map(check, with_indices=True) if names else stream
+
+
+def says_nothing(value: Any) -> bool:
+    """Whether there is no text or no message, or a message has no content, of which chat templates make "None"."""
+    if not isinstance(value, list):
+        return value is None
+    return not value or any(
+        isinstance(message, Mapping)
+        and message.get("content") is None
+        and message.get("value") is None
+        and not any(message.get(key) for key in ("tool_calls", "thinking", "reasoning_content"))
+        for message in value
+    )
+
+
+def _any_null(column: Any, field: str) -> bool:
+    return pc.struct_field(pc.list_flatten(column), field).null_count > 0
 
 
 def check_texts(dataset: Dataset, name: str, plain: bool) -> None:
@@ -96,16 +129,24 @@ def check_texts(dataset: Dataset, name: str, plain: bool) -> None:
     messages = isinstance(kind, List | LargeList) and not isinstance(kind.feature, Value)
     if plain and not text:
         raise ValueError(f"The column {name!r} of the dataset holds {kind}, not text alone.")
-    if not messages and (not text or name in ("messages", "conversations")):
-        raise ValueError(f"The column {name!r} of the dataset holds {kind}, not a list of messages in each row.")
+    fields = kind.feature if messages and isinstance(kind.feature, dict) else None
+    known = fields is None or {"role", "content"} <= fields.keys() or {"from", "value"} <= fields.keys()
+    if not (messages and known) and (not text or name in ("messages", "conversations")):
+        raise ValueError(
+            f"The column {name!r} of the dataset holds {kind}, not a list of messages in each row, with 'role' and "
+            "'content'."
+        )
     column = dataset.select_columns([name]).with_format("arrow")[:][name]
     missing = pc.is_null(column)
     if messages:
         missing = pc.or_kleene(missing, pc.equal(pc.list_value_length(column), 0))
-    rows = pc.indices_nonzero(missing)
-    if len(rows) > 0:
+    rows = pc.indices_nonzero(missing).to_pylist()
+    what = "text" if text else "message"
+    if not rows and messages and (fields is None or _any_null(column, "content" if "content" in fields else "value")):
+        rows = [index for index, value in enumerate(dataset[name]) if says_nothing(value)]
+        what = "content in a message"
+    if rows:
         raise ValueError(
-            f"The column {name!r} of the dataset has no {'text' if text else 'message'} in {len(rows):,} of "
-            f"{len(dataset):,} rows, such as row {rows[0].as_py():,}. Leave them out: "
-            f"dataset.filter(lambda row: row[{name!r}])."
+            f"The column {name!r} of the dataset has no {what} in {len(rows):,} of {len(dataset):,} rows, such as row "
+            f"{rows[0]:,}. Leave them out: dataset.filter(lambda row: row[{name!r}])."
         )

@@ -26,7 +26,7 @@ from ..parallel import sequence_group
 from ..rope import find_rope, forget_lengths, rope_factor
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
 from .checkpoints import STREAM_NAME, last_checkpoint, refuse_others
-from .columns import check_rows, read_columns
+from .columns import check_rows, check_tokens, read_columns
 from .compiling import compiled_layers
 from .config import LongLoraSFTConfig
 from .data import (
@@ -218,14 +218,16 @@ class LongLoraSFTTrainer(SavingTrainer, PiecewiseTrainer, ShardedLoss):
             if self.schedule.has_windows(number):
                 check_unmasked(view)
 
+        vocabulary = self._start.config.get_text_config().vocab_size
         if isinstance(tokenized, IterableDataset):
             documents = tokenized.select_columns([name for name in COLUMNS if name in names])
-            rows = StreamedRows(documents, args, self.schedule, masked)
+            rows = StreamedRows(documents, args, self.schedule, masked, vocabulary)
             head = rows.head()
             self._data_fingerprint = data_fingerprint(head)
             for number in range(len(self.schedule.stages)):
                 look(number, *rows.view(head, number))
         else:
+            check_tokens(tokenized, vocabulary)
             self._data_fingerprint = data_fingerprint(tokenized)
             # `train_batch_size` counts GPUs that Trainer has yet to find to hold one model between them.
             batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel

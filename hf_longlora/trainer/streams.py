@@ -27,6 +27,7 @@ from transformers.utils import logging
 from trl import pack_dataset
 
 from ..schedule import Schedule
+from .columns import check_tokens
 from .config import LongLoraSFTConfig
 from .data import COLUMNS, StageData, order
 from .identity import data_fingerprint
@@ -92,10 +93,13 @@ class StreamedRows(torch.utils.data.IterableDataset[Row]):
         args: The trainer's.
         schedule: The stages.
         masked: Whether there are tokens that are not to be learned.
+        vocabulary: The tokens that the model has.
     """
 
-    def __init__(self, documents: Stream, args: LongLoraSFTConfig, schedule: Schedule, masked: bool) -> None:
-        self.documents, self.schedule, self.masked = documents, schedule, masked
+    def __init__(
+        self, documents: Stream, args: LongLoraSFTConfig, schedule: Schedule, masked: bool, vocabulary: int
+    ) -> None:
+        self.documents, self.schedule, self.masked, self.vocabulary = documents, schedule, masked, vocabulary
         self.buffer, self.seed = args.shuffle_buffer, args.order_seed
         self.shuffle = args.train_sampling_strategy != "sequential"
         self.packing = args.packing_strategy if args.packing else None
@@ -120,13 +124,13 @@ class StreamedRows(torch.utils.data.IterableDataset[Row]):
         """The first examples: `HEAD`, or as many as it takes to see one as long as the last stage's."""
         longest = self.schedule.stages[-1].max_length
         found, tokens = [], 0
-        for document in islice(self.documents, max(self.buffer, HEAD)):
+        for document in islice(_named(iter(self.documents), 0), max(self.buffer, HEAD)):
             found.append(_table(document))
             size = len(document["input_ids"])
             tokens = tokens + size if self.packing == "wrapped" else max(tokens, size)
             if tokens >= longest and len(found) >= HEAD:
                 break
-        return _dataset(found)
+        return self._checked(found)
 
     def view(self, documents: Dataset, stage: int) -> tuple[Dataset, StageData]:
         """Examples cut or packed to a stage's length, as TRL does it, and what that leaves of them."""
@@ -205,7 +209,7 @@ class StreamedRows(torch.utils.data.IterableDataset[Row]):
         """The stream from a mark on."""
         self.documents.set_epoch(mark.passes)
         self.documents.load_state_dict(mark.stream)  # `None`, too: one that was loaded stays
-        return _quietly(iter(self.documents))
+        return _named(_quietly(iter(self.documents)), 0 if mark.stream is None else mark.read)
 
     def _block(self, documents: Iterator[dict[str, Any]], stage: int, left: int, mark: Mark) -> tuple[Dataset, bool]:
         """The next examples, `buffer` of them or as many as make `left` rows, and whether the stream may go on."""
@@ -218,13 +222,16 @@ class StreamedRows(torch.utils.data.IterableDataset[Row]):
                 found.append(_table(document))
                 tokens = len(document["input_ids"])
                 room -= length if self.packing is None else min(tokens, length) if self.packing == "bfd" else tokens
+            more = True
         except StopIteration:
-            return _dataset(found), False
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise ValueError(
-                f"The stream can't be read on after {mark.read + len(found):,} examples: {error}"
-            ) from error
-        return _dataset(found), True
+            more = False
+        return self._checked(found), more
+
+    def _checked(self, found: Sequence[pa.Table]) -> Dataset:
+        documents = _dataset(found)
+        if found:
+            check_tokens(documents, self.vocabulary)
+        return documents
 
 
 def stage_data(state: str) -> dict[int, StageData]:
@@ -251,6 +258,20 @@ def _no_progress() -> Iterator[None]:
         yield
     finally:
         enable_progress_bars()
+
+
+def _named(documents: Iterator[dict[str, Any]], read: int) -> Iterator[dict[str, Any]]:
+    """Raises a `ValueError` where a stream can't be read on, which says after how many examples."""
+    while True:
+        try:
+            document = next(documents)
+        except StopIteration:
+            return
+        except Exception as error:  # of many types: one for each format and compression
+            said = isinstance(error, (OSError, ValueError)) and str(error)
+            raise ValueError(f"The stream can't be read on after {read:,} examples: {said or repr(error)}") from error
+        read += 1
+        yield document
 
 
 def _quietly(documents: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
