@@ -1,8 +1,8 @@
 """The tables of `benchmarks/README.md` on models that others trained, and their plot, from `results/pretrained.csv`.
 
-    python -m benchmarks.quality.pretrained_table            # the tables of the README
+    python -m benchmarks.quality.pretrained_table            # the tables of benchmarks/README.md
     python -m benchmarks.quality.pretrained_table --all      # each method that has a row
-    python -m benchmarks.quality.pretrained_table --write --plot benchmarks/results/pretrained.png   # put there
+    python -m benchmarks.quality.pretrained_table --write    # put there, the plot drawn; in README.md and docs a part
 
 A line for each method: of dense training mean perplexities, of others how far they lie above dense training of the
 same seed, corpus and length, in %, a number for each seed; over all of a window; over its last 2,048 tokens. Time is
@@ -12,7 +12,7 @@ kernels.
 
 import argparse
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from .models import SOURCES
 from .pretrained import CHANGES, RECIPE
 
 Row = dict[str, str]
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[2]
 THETA = ", abf 1.5"
 """What the names of methods with a larger theta end with."""
 DENSE = "dense" + THETA
@@ -60,7 +60,20 @@ LINES = {
     "abf 1.5 alone": "nothing trained, theta raised",
     "base": "the base as it is",
 }
-"""What the README's tables show, in their order, and how they call it."""
+"""What the tables of benchmarks/README.md show, in their order, and how they call it."""
+SHORT = (
+    DENSE,
+    f"dense of equal time{THETA}",
+    *(f"windows, {n} dense{THETA}" for n in ("2nd", "3rd", "4th")),
+    f"pose of many rows, 4th dense{THETA}",
+    f"s2 native + sinks, 4th dense{THETA}",
+    f"native windows, scattered{THETA}",
+    f"pose{THETA}",
+    "dense",
+    "s2 1/4 linear (the paper)",
+    "yarn alone",
+)
+"""What other pages show of them, at 65,536 tokens."""
 UNTIMED = {f"pose, 4th dense{THETA}", f"pose{THETA}", "pose, 4th dense"}
 """Methods with rows from before the windows of a step ran at once (LOG, 2026-11-28)."""
 
@@ -120,12 +133,13 @@ class Cell:
         return statistics.mean(float(row["train_seconds"]) for row in timed if row["liger"] == kernels)
 
 
-def table(rows: Sequence[Row], model: str, length: str, split: str, against: str, every: bool) -> list[str]:
-    """The Markdown lines of one model and length."""
+def table(
+    rows: Sequence[Row], model: str, length: str, split: str, against: str = DENSE, methods: Mapping[str, str] = LINES
+) -> list[str]:
+    """The Markdown lines of one model and length: of `methods`, each with what it is called there."""
     chosen = [r for r in rows if (r["model"], r["length"], r["split"]) == (model, length, split)]
     dense = [r for r in chosen if r["method"] == against]
     corpora = sorted({r["corpus"] for r in chosen})
-    methods = {r["method"]: r["method"] for r in chosen} if every else LINES
     heads = [f"{NAMES[model]}, {native(model):,} -> {int(length):,}", *(f"{c}, above, %" for c in corpora)]
     lines = [_line([*heads, f"first 8,192, {' / '.join(corpora)}", "time"])]
     lines.append("|" + "---|" * (lines[0].count("|") - 1))
@@ -294,16 +308,35 @@ def plot(rows: Sequence[Row], split: str, path: Path) -> None:
     figure.savefig(path)
 
 
-BEGIN, END = "<!-- pretrained_table --write -->\n", "<!-- pretrained_table, end -->\n"
+BEGIN = "<!-- Written by benchmarks.quality.pretrained_table from rows of benchmarks/results/pretrained.csv. -->\n\n"
+END = "\n<!-- Until here. -->\n"
 
 
 def written(text: str, tables: str) -> str:
-    """A page with its tables in the place of those before."""
+    """A page with its tables in the place of those before.
+
+    Raises:
+        ValueError: if it has no place for them.
+    """
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     if not after:
-        raise SystemExit(f"{README} has lost the marks between which the tables stand: {BEGIN}{END}")
+        raise ValueError(f"The page has lost the marks between which its tables stand: {BEGIN}{END}")
     return f"{before}{BEGIN}{tables}{END}{after}"
+
+
+def pages(rows: Sequence[Row], split: str) -> dict[Path, str]:
+    """The pages that quote rows, and their tables."""
+    keys = sorted(
+        {(r["model"], r["length"]) for r in rows}, key=lambda key: (list(SOURCES).index(key[0]), -int(key[1]))
+    )
+    found = [table(rows, model, length, split) for model, length in keys]
+    found += [lines] if (lines := changes(rows, split)) else []
+    short = table(rows, "smollm2", "65536", split, methods={method: LINES[method] for method in SHORT})
+    return {
+        ROOT / "benchmarks" / "README.md": "\n\n".join("\n".join(lines) for lines in found) + "\n",
+        **{ROOT / name: "\n".join(short) + "\n" for name in ("README.md", "docs/groups.md")},
+    }
 
 
 def main() -> None:
@@ -311,23 +344,23 @@ def main() -> None:
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--against", default=DENSE)
     parser.add_argument("--all", action="store_true", help="each method that has a row, by its own name")
-    parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
-    parser.add_argument("--plot", type=Path, help="draw perplexity against seconds into this file")
+    parser.add_argument("--write", action="store_true", help="put the tables into the pages, and draw the plot")
+    parser.add_argument("--plot", type=Path, default=RESULTS / "pretrained.png", help="where --write draws it")
     parser.add_argument("--results", type=Path, default=RESULTS / "pretrained.csv")
     args = parser.parse_args()
     rows = read_rows(args.results)
-    keys = sorted(
-        {(r["model"], r["length"]) for r in rows}, key=lambda key: (list(SOURCES).index(key[0]), -int(key[1]))
-    )
-    found = [table(rows, model, length, args.split, args.against, args.all) for model, length in keys]
-    found += [lines] if (lines := changes(rows, args.split)) else []
-    tables = "\n\n".join("\n".join(lines) for lines in found) + "\n"
-    if args.write:
-        README.write_text(written(README.read_text(), tables))
-    else:
-        print(tables)
-    if args.plot:
-        plot(rows, args.split, args.plot)
+    if args.all:
+        for model, length in dict.fromkeys((r["model"], r["length"]) for r in rows):
+            methods = {r["method"]: r["method"] for r in rows}
+            print("\n".join(table(rows, model, length, args.split, args.against, methods)), end="\n\n")
+        return
+    found = pages(rows, args.split)
+    if not args.write:
+        print(found[ROOT / "benchmarks" / "README.md"])
+        return
+    for page, tables in found.items():
+        page.write_text(written(page.read_text(), tables))
+    plot(rows, args.split, args.plot)
 
 
 if __name__ == "__main__":
