@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -486,3 +487,34 @@ def test_a_named_kernel_that_cannot_serve_raises():
     with pytest.raises(ValueError, match=r"'varlen' lacks device 'cpu'"):
         select_kernel("varlen", query, value)
     assert select_kernel("reference", query, value, ["learned_sinks"]) is KERNELS["reference"].function
+
+
+@pytest.mark.parametrize("name", operators.ARGUMENTS)
+def test_this_torch_has_the_operators_as_they_are_called(name):
+    assert operators.missing(name) is None
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        None,
+        "(Tensor key, Tensor query, Tensor value, float dropout_p=0., bool is_causal=False, *, float? scale=None)",
+        "(Tensor query, Tensor key, Tensor value, float dropout_p, bool is_causal, Tensor new, *, float? scale=None)",
+        "(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False)",
+    ],
+    ids=["gone", "another order", "an argument more", "no scale"],
+)
+def test_operators_of_another_torch_are_not_called(monkeypatch, schema):
+    """Where a private operator has changed, attention is the public function's, and it is said."""
+    name, told = "_scaled_dot_product_flash_attention_for_cpu", []
+    other = schema and SimpleNamespace(
+        default=SimpleNamespace(_schema=torch._C.parse_schema(f"aten::{name}{schema} -> Tensor"))
+    )
+    monkeypatch.setattr(torch.ops.aten, name, other)
+    monkeypatch.setattr(operators.logger, "warning_once", told.append)
+    operators.missing.cache_clear()
+    try:
+        check(draw(4, 2, 29), 8, "sdpa")
+    finally:
+        operators.missing.cache_clear()
+    assert name in told[0] and "scaled_dot_product_attention" in told[0]

@@ -70,6 +70,7 @@ KERNELS: dict[str, Kernel] = {
     "sdpa": Kernel(function=sdpa.sdpa_kernel, options=("dropout_p",)),
     "varlen": Kernel(
         function=varlen.varlen_kernel,
+        missing=varlen.missing,
         devices=("cuda",),
         dtypes=HALF,
         head_dim=256,

@@ -158,10 +158,35 @@ COUNTS = ("first_head", "first_kv_head", "group", "most")
 
 
 @triton.jit
+def _numbers(table):  # type: ignore[no-untyped-def]
+    """The five numbers that the program has in `stretches` or `documents`."""
+    own = table + tl.program_id(0) * 5
+    return tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3), tl.load(own + 4)
+
+
+@triton.jit
+def _row(base, strides, row, head):  # type: ignore[no-untyped-def]
+    """A pointer to a row and head."""
+    return base + row.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+
+
+@triton.jit
 def _at(base, strides, row, head, tokens, columns):  # type: ignore[no-untyped-def]
     """Pointers to `[tokens, columns]` of a row and head."""
-    start = base + row.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-    return start + tokens.to(tl.int64)[:, None] * strides[2] + columns[None, :]
+    return _row(base, strides, row, head) + tokens.to(tl.int64)[:, None] * strides[2] + columns[None, :]
+
+
+@triton.jit
+def _seen(  # type: ignore[no-untyped-def]
+    key, value, of_key, of_value, row, head, first, last, width, KEYS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Columns, which of them are real, which of `KEYS` keys are, and these with their values, `[KEYS, WIDTH]`."""
+    columns, tokens = tl.arange(0, WIDTH), first + tl.arange(0, KEYS)
+    wide, seen = columns < width, tokens < last
+    held = seen[:, None] & wide[None, :]
+    keys = tl.load(_at(key, of_key, row, head, tokens, columns), mask=held, other=0.0)
+    values = tl.load(_at(value, of_value, row, head, tokens, columns), mask=held, other=0.0)
+    return columns, wide, seen, keys, values
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -186,24 +211,17 @@ def _merge(  # type: ignore[no-untyped-def]
     KEYS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    stretch = stretches + tl.program_id(0) * 5
-    row, start, end = tl.load(stretch), tl.load(stretch + 1), tl.load(stretch + 2)
-    first, last = tl.load(stretch + 3), tl.load(stretch + 4)
+    row, start, end, first, last = _numbers(stretches)
     head = first_head + tl.program_id(1)
-    kv_head = first_kv_head + tl.program_id(1) // group
-    columns = tl.arange(0, WIDTH)
-    wide = columns < width
-    others = first + tl.arange(0, KEYS)
-    seen = others < last
-    held = seen[:, None] & wide[None, :]
-    keys = tl.load(_at(key, of_key, row, kv_head, others, columns), mask=held, other=0.0)
-    values = tl.load(_at(value, of_value, row, kv_head, others, columns), mask=held, other=0.0)
+    columns, wide, seen, keys, values = _seen(
+        key, value, of_key, of_value, row, first_kv_head + tl.program_id(1) // group, first, last, width, KEYS, WIDTH
+    )
     for at in range(start, end, TILE):
         tokens = at + tl.arange(0, TILE)
         real = tokens < end
         here = real[:, None] & wide[None, :]
         queries = tl.load(_at(query, of_query, row, head, tokens, columns), mask=here, other=0.0)
-        to_lse = lse + row.to(tl.int64) * of_lse[0] + head.to(tl.int64) * of_lse[1] + tokens * of_lse[2]
+        to_lse = _row(lse, of_lse, row, head) + tokens * of_lse[2]
         own = tl.load(to_lse, mask=real, other=0.0)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
         scores = tl.where(seen[None, :], scores, float("-inf"))
@@ -247,18 +265,11 @@ def _gradients(  # type: ignore[no-untyped-def]
     KEYS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    stretch = stretches + tl.program_id(0) * 5
-    row, start, end = tl.load(stretch), tl.load(stretch + 1), tl.load(stretch + 2)
-    first, last = tl.load(stretch + 3), tl.load(stretch + 4)
+    row, start, end, first, last = _numbers(stretches)
     head = first_head + tl.program_id(1)
-    kv_head = first_kv_head + tl.program_id(1) // group
-    columns = tl.arange(0, WIDTH)
-    wide = columns < width
-    others = first + tl.arange(0, KEYS)
-    seen = others < last
-    held = seen[:, None] & wide[None, :]
-    keys = tl.load(_at(key, of_key, row, kv_head, others, columns), mask=held, other=0.0)
-    values = tl.load(_at(value, of_value, row, kv_head, others, columns), mask=held, other=0.0)
+    columns, wide, seen, keys, values = _seen(
+        key, value, of_key, of_value, row, first_kv_head + tl.program_id(1) // group, first, last, width, KEYS, WIDTH
+    )
     for_keys = tl.zeros([WIDTH, KEYS], dtype=tl.float32)
     for_values = tl.zeros([WIDTH, KEYS], dtype=tl.float32)
     for at in range(start, end, TILE):
@@ -268,7 +279,7 @@ def _gradients(  # type: ignore[no-untyped-def]
         queries = tl.load(_at(query, of_query, row, head, tokens, columns), mask=here, other=0.0)
         given = tl.load(_at(grad, of_grad, row, head, tokens, columns), mask=here, other=0.0)
         attended = tl.load(_at(out, of_out, row, head, tokens, columns), mask=here, other=0.0)
-        to_lse = lse + row.to(tl.int64) * of_lse[0] + head.to(tl.int64) * of_lse[1] + tokens * of_lse[2]
+        to_lse = _row(lse, of_lse, row, head) + tokens * of_lse[2]
         total = tl.load(to_lse, mask=real, other=0.0)
         mean = tl.sum(given.to(tl.float32) * attended.to(tl.float32), 1)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
@@ -304,9 +315,7 @@ def _add_sums(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    document = documents + tl.program_id(0) * 5
-    row, first, last = tl.load(document), tl.load(document + 1), tl.load(document + 2)
-    before, after = tl.load(document + 3), tl.load(document + 4)
+    row, first, last, before, after = _numbers(documents)
     key = first + tl.program_id(2)
     columns = tl.arange(0, WIDTH)
     wide = columns < tl.where(key < last, width, 0)
@@ -321,7 +330,7 @@ def _add_sums(  # type: ignore[no-untyped-def]
         for_key += tl.sum(tl.load(to_sums, mask=here, other=0.0), 0)
         for_value += tl.sum(tl.load(to_sums + of_sums[0], mask=here, other=0.0), 0)
     head = first_kv_head + tl.program_id(1)
-    to_dk = dk + row.to(tl.int64) * of_dk[0] + head.to(tl.int64) * of_dk[1] + key.to(tl.int64) * of_dk[2] + columns
-    to_dv = dv + row.to(tl.int64) * of_dv[0] + head.to(tl.int64) * of_dv[1] + key.to(tl.int64) * of_dv[2] + columns
+    to_dk = _row(dk, of_dk, row, head) + key.to(tl.int64) * of_dk[2] + columns
+    to_dv = _row(dv, of_dv, row, head) + key.to(tl.int64) * of_dv[2] + columns
     tl.store(to_dk, (tl.load(to_dk, mask=wide) + for_key).to(dk.dtype.element_ty), mask=wide)
     tl.store(to_dv, (tl.load(to_dv, mask=wide) + for_value).to(dv.dtype.element_ty), mask=wide)

@@ -9,8 +9,15 @@ from collections.abc import Sequence
 import torch
 
 from ..segments import Part
+from . import operators
 from .in_place import ENGINES, Call, Tensors
 from .ragged import Launch, attend_ragged, engine
+
+
+@torch.compiler.assume_constant_result
+def missing() -> str | None:
+    """What this machine lacks, in words."""
+    return operators.missing("_flash_attention_forward", "_flash_attention_backward")
 
 
 def varlen_kernel(
