@@ -12,6 +12,7 @@ import torch
 from hf_longlora import s2_attention
 from hf_longlora.attention import Documents
 from hf_longlora.attention.kernels import KERNELS, operators, seen
+from hf_longlora.attention.kernels.seen import Call
 from hf_longlora.parallel.shards import localize
 
 from .test_kernels import TOLERANCE, check, draw
@@ -49,7 +50,7 @@ def compare_with_plain(triton, monkeypatch, case, dtype, width, keys):
     monkeypatch.setattr(triton, "KEYS", keys)
     triton._launches.cache_clear()
     parts = Documents((documents, documents[:1]), length).parts(heads, kv_heads, group_size, sink_tokens=sink_tokens)
-    plan = seen.encoded(parts)
+    numbers = seen.encoded(parts)
     query, key, value, out, grad, dq, dk, dv = (
         torch.randn(2, length, n, width, device=DEVICE).to(dtype).transpose(1, 2)
         for n in (heads, kv_heads, kv_heads, heads, heads, heads, kv_heads, kv_heads)
@@ -59,9 +60,9 @@ def compare_with_plain(triton, monkeypatch, case, dtype, width, keys):
     results = []
     for module in (seen, triton, triton):
         merged, total, *gradients = (x.clone() for x in (out, lse, dq, dk, dv))
-        module.merge(plan, query, key, value, merged, total, width**-0.5)
+        module.merge(numbers, Call(query, key, value, merged, total), width**-0.5)
         given = results[0][:2] if results else (merged, total)
-        module.add_gradients(plan, grad, query, key, value, *given, tuple(gradients), width**-0.5)
+        module.add_gradients(numbers, grad, Call(query, key, value, *given), tuple(gradients), width**-0.5)
         results.append((merged, total, *gradients))
     for name, plain, fused, again in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
         assert torch.equal(fused, again), name  # sums are made in one order always
@@ -81,7 +82,7 @@ def test_keys_before_the_queries(monkeypatch):
         before, length = max(local.keys for local in locals_), 300 - first
         assert before > 0
         for local in locals_:
-            plan, _ = seen._by_adjoining(tuple(seen.encoded((local.part,))))
+            numbers, _ = seen._by_adjoining(tuple(seen.encoded((local.part,))))
             query, key, value, out, grad, dq, dk, dv = (
                 torch.randn(2, size, n, 24, device=DEVICE).transpose(1, 2)
                 for n, size in zip((4, 2, 2, 4, 4, 4, 2, 2), (0, 1, 1, 0, 0, 0, 1, 1), strict=True)
@@ -92,11 +93,11 @@ def test_keys_before_the_queries(monkeypatch):
             for module in (seen, triton):
                 merged, total, *gradients = (x.clone() for x in (out, lse, dq, dk, dv))
                 shown = (lambda x: x) if module is seen else (lambda x: seen.own_keys(query, x))  # noqa: B023
-                module.merge(plan, query, shown(key), shown(value), merged, total, 0.2)
+                module.merge(numbers, Call(query, shown(key), shown(value), merged, total), 0.2)
                 given = found[0][:2] if found else (merged, total)
                 of_keys = [shown(x) for x in gradients[1:]]
-                rest = (*given, (gradients[0], *of_keys), 0.2)
-                module.add_gradients(plan, grad, query, shown(key), shown(value), *rest)
+                call = Call(query, shown(key), shown(value), *given)
+                module.add_gradients(numbers, grad, call, (gradients[0], *of_keys), 0.2)
                 found.append((merged, total, *gradients))
             for plain, fused in zip(*found, strict=True):
                 assert torch.allclose(plain, fused, atol=1e-4)
@@ -133,10 +134,10 @@ def test_what_adjoins_is_launched(monkeypatch, device):
     for group_size, first in ((64, 200), (100, 120), (3, 110)):
         for part in documents.parts(4, 2, group_size):
             local = localize(part, (first, 300))
-            plan = seen.encoded((local.part,))
-            if not plan:
+            numbers = seen.encoded((local.part,))
+            if not numbers:
                 continue
-            assert seen._by_adjoining(tuple(plan)) == ([], plan)
+            assert seen._by_adjoining(tuple(numbers)) == ([], numbers)
             query, key, value, out, grad, dq, dk, dv = (
                 torch.randn(2, size, n, 16, device=device, dtype=dtype).transpose(1, 2)
                 for n, more in zip((4, 2, 2, 4, 4, 4, 2, 2), (0, 1, 1, 0, 0, 0, 1, 1), strict=True)
@@ -148,10 +149,10 @@ def test_what_adjoins_is_launched(monkeypatch, device):
                 monkeypatch.setattr(operators, "serve", serves)
                 before = len(launched)
                 merged, total, *gradients = (x.clone() for x in (out, lse, dq, dk, dv))
-                seen.merge(plan, query, key, value, merged, total, 0.2)
+                seen.merge(numbers, Call(query, key, value, merged, total), 0.2)
                 given = found[0][:2] if found else (merged, total)
-                seen.add_gradients(plan, grad, query, key, value, *given, tuple(gradients), 0.2)
-                count = len(plan) // 9 if serves is serve else 0
+                seen.add_gradients(numbers, grad, Call(query, key, value, *given), tuple(gradients), 0.2)
+                count = len(numbers) // 9 if serves is serve else 0
                 assert launched[before:] == ["forward"] * count + ["backward"] * count
                 found.append((merged, total, *gradients))
             for plain, fused in zip(*found, strict=True):

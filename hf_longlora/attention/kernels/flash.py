@@ -13,9 +13,10 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from ..autocast import as_autocast
 from ..segments import Part
-from .in_place import ENGINES, Call, Tensors, heads_of
+from .in_place import ENGINES, heads_of
 from .ragged import Launch, attend_ragged, edges, engine
 from .runs import Run, keys_of, runs
+from .seen import Call, Tensors
 
 
 @torch.compiler.assume_constant_result

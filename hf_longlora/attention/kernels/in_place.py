@@ -18,28 +18,7 @@ from torch.autograd.forward_ad import unpack_dual
 from ..autocast import as_autocast
 from ..segments import Part, Span
 from . import seen
-from .seen import own_keys
-
-Tensors = tuple[torch.Tensor, ...]
-
-
-class Call(NamedTuple):
-    """What a launch reads and writes: views of its heads and tokens, in the layout that its engine wants.
-
-    Args:
-        query: Queries.
-        key: Keys.
-        value: Values.
-        out: The output, filled by the forward.
-        lse: Logarithms of what the softmax divided by, filled by the forward; as `out` without its last dimension, and
-            not contiguous.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    out: torch.Tensor
-    lse: torch.Tensor
+from .seen import Call, Tensors, own_keys
 
 
 class Engine(NamedTuple):
@@ -61,22 +40,18 @@ class Engine(NamedTuple):
     def calls(
         self,
         launches: Sequence[int],
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
+        call: Call,
     ) -> Iterator[tuple[Any, Call]]:
-        """The launches and what each works on; `out` is `[B, H, S, D]`, `lse` `[B, H, S]`."""
+        """The launches and what each works on of a whole call, the keys those of the queries' own tokens."""
         for launch in self.decode(launches):
             yield (
                 launch,
                 Call(
-                    self.view(launch, query, launch.heads),
-                    self.view(launch, key, launch.kv_heads),
-                    self.view(launch, value, launch.kv_heads),
-                    self.view(launch, out, launch.heads),
-                    self.view(launch, lse[..., None], launch.heads).squeeze(-1),
+                    self.view(launch, call.query, launch.heads),
+                    self.view(launch, call.key, launch.kv_heads),
+                    self.view(launch, call.value, launch.kv_heads),
+                    self.view(launch, call.out, launch.heads),
+                    self.view(launch, call.lse[..., None], launch.heads).squeeze(-1),
                 ),
             )
 
@@ -177,10 +152,11 @@ def _forward(
     query, key, value = (_readable(x, joined) for x in (query, key, value))
     out = _allocate(query, zeros=not found.cover(launches, query))
     lse = query.new_empty(heads, batch, length, dtype=_wide(query.dtype)).transpose(0, 1)
+    whole = Call(query, key, value, out, lse)
     with torch.autocast(query.device.type, enabled=False):
-        for launch, call in found.calls(launches, query, own_keys(query, key), own_keys(query, value), out, lse):
+        for launch, call in found.calls(launches, whole.own()):
             found.forward(launch, call, scale)
-        seen.merge(others, query, key, value, out, lse, scale)
+        seen.merge(others, whole, scale)
     return out.transpose(1, 2), lse
 
 
@@ -210,9 +186,10 @@ def _backward(
     others_only = key.shape[2] > query.shape[2]  # keys that no launch reaches
     dq = _allocate(query, zeros=gaps)
     dk, dv = (_allocate(x, zeros=gaps or add or others_only) for x in (key, value))
-    own_key, own_value, own_dk, own_dv = (own_keys(query, x) for x in (key, value, dk, dv))
+    own_dk, own_dv = (own_keys(query, x) for x in (dk, dv))
+    whole = Call(query, key, value, out, lse)
     with torch.autocast(query.device.type, enabled=False):
-        for launch, call in found.calls(launches, query, own_key, own_value, out, lse):
+        for launch, call in found.calls(launches, whole.own()):
             shared = [found.view(launch, x, launch.kv_heads) for x in (own_dk, own_dv)]
             own = [torch.empty_like(x) for x in shared] if add else shared
             gradients = found.view(launch, dq, launch.heads), *own
@@ -220,7 +197,7 @@ def _backward(
             if add:
                 for total, part in zip(shared, own, strict=True):
                     total.add_(part)
-        seen.add_gradients(others, grad, query, key, value, out, lse, (dq, dk, dv), scale)
+        seen.add_gradients(others, grad, whole, (dq, dk, dv), scale)
     return dq, dk, dv
 
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 from ..segments import Part, Segment, Span
-from .in_place import Call, Engine, Tensors, attend_in_place, heads_of, rows_follow
-from .seen import own_keys
+from .in_place import Engine, attend_in_place, heads_of, rows_follow
+from .seen import Call, Tensors, own_keys
 
 LAUNCH_TOKENS = 32_768
 """Tokens in a launch, or one segment if that is longer: kernels add up the gradients of queries in fp32, which for

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 
 from ..segments import Part, Segment, Span
 from . import operators
-from .in_place import ENGINES, Call, Engine, Tensors, attend_in_place, heads_of, rows_follow
+from .in_place import ENGINES, Engine, attend_in_place, heads_of, rows_follow
 from .runs import Run, keys_of, runs
-from .seen import own_keys
+from .seen import Call, Tensors, own_keys
 
 LAUNCH_TOKENS = 32_768
 """Tokens in a launch, or one segment if that is longer. A launch's pieces, and the fp32 gradients of queries that

@@ -33,6 +33,30 @@ CHUNK = 2**22
 """Elements of queries, or of scores if these are more, that are in work at a time: 16 MiB in fp32."""
 
 
+Tensors = tuple[torch.Tensor, ...]
+
+
+class Call(NamedTuple):
+    """What attention reads and writes: a whole call's tensors, or views of what a launch of it is about.
+
+    Args:
+        query: `[B, H, S, D]`; of a launch, as its engine wants it.
+        key, value: `[B, H_kv, E + S, D]`.
+        out: The output, filled by the forward, as `query`.
+        lse: Logarithms of what the softmax divided by, filled by the forward: `[B, H, S]`, not contiguous.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+
+    def own(self) -> "Call":
+        """The same with the keys and values of the queries' own tokens alone, as views."""
+        return self._replace(key=own_keys(self.query, self.key), value=own_keys(self.query, self.value))
+
+
 class Piece(NamedTuple):
     """Queries of a row, `start` to `end`, that all see the keys `first` to `last` before them.
 
@@ -118,31 +142,20 @@ def _has_triton() -> bool:
     return found
 
 
-def merge(
-    numbers: Sequence[int],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-) -> None:
-    """Merge what the pieces' keys give into `out` and `lse`, in place.
+def merge(numbers: Sequence[int], call: Call, scale: float) -> None:
+    """Merge what the pieces' keys give into `call.out` and `call.lse`, in place.
 
     Args:
         numbers: What `encoded` gave.
-        query: `[B, H, S, D]`.
-        key: `[B, H_kv, E + S, D]`.
-        value: `[B, H_kv, E + S, D_v]`.
-        out: `[B, H, S, D_v]`.
-        lse: `[B, H, S]`.
+        call: The whole.
         scale: Factor of the scores.
     """
+    query, key, value, out, lse = call
     if query.is_cuda and _has_triton():
         from . import seen_triton
 
         few, numbers = _by_adjoining(tuple(numbers))
-        seen_triton.merge(few, query, own_keys(query, key), own_keys(query, value), out, lse, scale)
+        seen_triton.merge(few, call.own(), scale)
     for piece in pieces(numbers):
         if piece.adjoins and operators.serve(query, value):
             queries, keys, values = piece.views((query,), (key, value))
@@ -172,37 +185,24 @@ def _merge_given(
         own.copy_(total)
 
 
-def add_gradients(
-    numbers: Sequence[int],
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    scale: float,
-) -> None:
+def add_gradients(numbers: Sequence[int], grad: torch.Tensor, call: Call, gradients: Tensors, scale: float) -> None:
     """Add what the pieces' keys give and get to the gradients of queries, keys and values, in place.
 
     Args:
         numbers: What `encoded` gave.
-        grad: The output's gradient, `[B, H, S, D_v]`.
-        query: `[B, H, S, D]`.
-        key: `[B, H_kv, E + S, D]`.
-        value: `[B, H_kv, E + S, D_v]`.
-        out: The merged output, `[B, H, S, D_v]`.
-        lse: The merged `lse`, `[B, H, S]`.
-        gradients: Of `query`, `key` and `value`, of their shapes.
+        grad: The output's gradient, `[B, H, S, D]`.
+        call: The whole, with the merged output.
+        gradients: Of queries, keys and values, of their shapes.
         scale: Factor of the scores.
     """
+    query, key, value, out, lse = call
     dq, dk, dv = gradients
     if query.is_cuda and _has_triton():
         from . import seen_triton
 
         few, numbers = _by_adjoining(tuple(numbers))
-        keys, values, own_dk, own_dv = (own_keys(query, x) for x in (key, value, dk, dv))
-        seen_triton.add_gradients(few, grad, query, keys, values, out, lse, (dq, own_dk, own_dv), scale)
+        of_keys = (own_keys(query, x) for x in (dk, dv))
+        seen_triton.add_gradients(few, grad, call.own(), (dq, *of_keys), scale)
     for piece in pieces(numbers):
         if piece.adjoins and operators.serve(query, value):
             given, queries, merged, keys, values = piece.views((grad, query, out), (key, value))

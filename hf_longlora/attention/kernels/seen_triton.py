@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .seen import Piece, pieces, rounds
+from .seen import Call, Piece, Tensors, pieces, rounds
 
 STRETCH = 1024
 """Queries of a program, one tile after the other."""
@@ -95,17 +95,10 @@ def _on(x: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def merge(
-    numbers: Sequence[int],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-) -> None:
-    """`seen.merge`; values are as wide as keys, and widths lie without gaps. `key` and `value` begin with the queries'
+def merge(numbers: Sequence[int], call: Call, scale: float) -> None:
+    """`seen.merge`; values are as wide as keys, and widths lie without gaps. Keys and values begin with the queries'
     own tokens; what stands before these has negative numbers."""
+    query, key, value, out, lse = call
     width = query.shape[-1]
     with _on(query):
         for launch in _launches(tuple(numbers), query.device):
@@ -117,18 +110,9 @@ def merge(
             )
 
 
-def add_gradients(
-    numbers: Sequence[int],
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    scale: float,
-) -> None:
+def add_gradients(numbers: Sequence[int], grad: torch.Tensor, call: Call, gradients: Tensors, scale: float) -> None:
     """`seen.add_gradients`; values are as wide as keys, and widths lie without gaps."""
+    query, key, value, out, lse = call
     width, (dq, dk, dv) = query.shape[-1], gradients
     with _on(query):
         for launch in _launches(tuple(numbers), query.device):

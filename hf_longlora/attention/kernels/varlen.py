@@ -10,8 +10,9 @@ import torch
 
 from ..segments import Part
 from . import operators
-from .in_place import ENGINES, Call, Tensors
+from .in_place import ENGINES
 from .ragged import Launch, attend_ragged, engine
+from .seen import Call, Tensors
 
 
 @torch.compiler.assume_constant_result
