@@ -379,6 +379,20 @@ def test_what_training_would_refuse_is_not_planned(config, reason):
     assert str(error.value) == refused
 
 
+def test_plan_says_where_to_train_densely(tmp_path, capsys):
+    LLAMA_8B.save_pretrained(tmp_path)
+    arguments = ["plan", str(tmp_path), "--gpu", "H200", "--lengths", "2048", "4096", "8192", "131072"]
+    assert main([*arguments, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["lengths"]
+    longer = {row["length"]: row["seconds_dense"] / row["seconds"] for row in rows}
+    assert longer[2048] == 1 and 1 < longer[4096] < longer[8192] < 1.25 < longer[131072]
+    assert main(arguments) == 0
+    assert "Up to 8,192 tokens dense training takes at most 25% longer" in capsys.readouterr().out
+    for others in (["--dense-every", "1"], ["--dense-every", "0"], ["--lengths", "2048", "131072"]):
+        assert main([*arguments, *others]) == 0
+        assert "longer" not in capsys.readouterr().out.replace("longest", "")
+
+
 def test_plan_reads_nothing_but_the_config(tmp_path, capsys):
     LLAMA_8B.save_pretrained(tmp_path)
     arguments = ["plan", str(tmp_path), "--gpu", "H200", "--lengths", "8192", "131072"]

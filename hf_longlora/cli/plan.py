@@ -16,6 +16,8 @@ HEADERS = {
 }
 """Columns of memory, in GiB; those that are 0 at every length and not in `ALWAYS` are left out."""
 ALWAYS = ("weights", "activations", "total")
+NEARLY_DENSE = 1.25
+"""Dense training that takes so many times as long is advised: no mixture measured is better at the end of novels."""
 
 
 def add(commands: Any) -> None:
@@ -197,5 +199,11 @@ def _show(plan: Any, options: argparse.Namespace) -> None:
         print(f"The longest that fits: {plan.longest:,} tokens.")
     else:
         print("Not even 1,024 tokens fit: take a quantized base, a larger card, or train less.")
+    near = [row.length for row in rows if mixed and row.seconds < row.seconds_dense <= NEARLY_DENSE * row.seconds]
+    if near:
+        print(
+            f"Up to {max(near):,} tokens dense training takes at most {NEARLY_DENSE - 1:.0%} longer, and is the "
+            "better choice: attention: dense in a stage."
+        )
     for note in plan.notes:
         print(note)
