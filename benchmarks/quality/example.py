@@ -80,7 +80,8 @@ def card(folder: Path) -> ModelCard:
         name=NAME,
         base_model=config.base_model_name_or_path,
         perplexity={"held-out novels": perplexity},
-        retrieval={"passkey": evaluation["passkey"]} if "passkey" in evaluation else None,
+        retrieval={"passkey": evaluation["passkey"]},
+        long_ppl=evaluation["long_ppl"],
         about=(
             f"What `examples/{CONFIG.name}` makes in {seconds['train']} on one {times['gpu']}, from the start of the "
             f"command to its end; evaluating it took {seconds['evaluate']}. It was run offline: the base is a 4-bit "
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", default=[str(length) for length in LENGTHS])
     parser.add_argument("--windows", default="16", help="scored at each length")
     parser.add_argument("--passkeys", default="5", help="tried at each length and depth")
+    parser.add_argument("--short", default="4096", help="LongPPL's short context")
     parser.add_argument("options", nargs="*", help="further options of the training, after --")
     args = parser.parse_args()
     folder = args.work / args.model
@@ -111,8 +113,8 @@ def main() -> None:
     places = ["--model_name_or_path", base, "--dataset_name", str(args.out / "train"), "--output_dir", str(adapter)]
     times: dict[str, Any] = {"train": timed("train", "--config", str(CONFIG), *places, *args.options)}
     scored = ["--documents", str(test), "--lengths", *args.lengths, "--max-windows", args.windows]
-    keys = ["--passkey", args.passkeys, "--output-dir", str(adapter)]
-    times["evaluate"] = timed("evaluate", str(adapter), *scored, *keys)
+    more = ["--long-ppl", args.short, "--passkey", args.passkeys, "--output-dir", str(adapter)]
+    times["evaluate"] = timed("evaluate", str(adapter), *scored, *more)
     times["evaluate the base"] = timed("evaluate", base, *scored, "--output-dir", str(args.out / "base"))
     of_base = json.loads((args.out / "base" / EVALUATION_NAME).read_text())
     times = times | {"base": of_base["perplexity"]["dense"]} | provenance()
