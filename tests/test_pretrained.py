@@ -21,11 +21,13 @@ from benchmarks.quality.pretrained_table import (
     pages,
     plot,
     points,
+    retrieval,
     table,
     written,
 )
 from hf_longlora import LongLoraSFTTrainer
 from hf_longlora.attention.segments import Documents
+from hf_longlora.evaluation.ruler import TASKS
 
 LENGTH = 256
 
@@ -231,6 +233,21 @@ def test_a_line_compares_with_dense_training_of_its_seed():
 def test_a_change_is_compared_with_the_default_and_with_dense_training_changed_alike():
     lines = changes(ROWS, "test")
     assert lines[2:] == ["| rank 8 | +3.00; +3.00 | +3.00; +3.00 | +1.00; +1.00 |"]
+
+
+def test_rulers_mean_is_of_all_tasks_or_says_of_which():
+    run = {"model": "smollm2", "train_length": "65536", "corpus": "books", "seed": "0", "trials": "20"}
+    run |= {"method": "windows, 2nd dense, abf 1.5"}
+    rows = [run | {"length": "8192", "task": task, "accuracy": str(i / 10)} for i, task in enumerate(TASKS)]
+    rows += [run | {"length": "65536", "task": "vt", "accuracy": "0.25"}]
+    rows += [run | {"method": "yarn alone", "length": "8192", "task": task, "accuracy": "0"} for task in TASKS]
+    assert retrieval([]) == []
+    assert retrieval(rows) == [
+        "| RULER, %, SmolLM2-135M, 8,192 -> 65,536 on books, 20 texts a task | 8,192 | 65,536 |",
+        "|---|---|---|",
+        "| **each 2nd dense, windows (the default for plain text)** | 25.0 | 25.0 (vt) |",
+        "| nothing trained, YaRN | 0.0 |  |",
+    ]
 
 
 def test_points_of_the_plot(tmp_path):

@@ -15,8 +15,8 @@ as those of "native windows" still are; "scattered" shuffles these among the row
 
 "dense of equal time" is dense training of as many steps as take the time of "windows, 2nd dense", by the times of that
 one's steps in `results/pretrained.csv` (of this length and these kernels, on a GPU without other work); its rate falls
-to the end of those steps. "papers" and "factors" stand for several methods: the paper's own, and the default recipe
-with one thing changed, each with dense training of the same change beside it where that may change with it.
+to the end of those steps. "papers" and "factors" stand for several methods: the base as it is and the paper's own
+recipe; the default recipe with one thing changed, with dense training of the same change where that may tell more.
 """
 
 import argparse
@@ -166,7 +166,7 @@ for _exponent in (1.0, 1.5, 2.0):
 METHODS["default"] = Method(rope_type="auto")
 
 GROUPS = {
-    "papers": ["s2 1/4 linear (the paper)", "s2 1/4", "s2 1/4, abf 1.5"],
+    "papers": ["base", "s2 1/4 linear (the paper)", "s2 1/4", "s2 1/4, abf 1.5"],
     "factors": [
         *(f"{RECIPE}, {change}, abf 1.5" for change in CHANGES),
         *(f"dense, {change}, abf 1.5" for change in ("rate 1e-3", "rank 256", "twice the steps")),

@@ -1,4 +1,5 @@
-"""The tables of `benchmarks/README.md` on models that others trained, and their plot, from `results/pretrained.csv`.
+"""The tables of `benchmarks/README.md` on models that others trained, and their plot, from `results/pretrained.csv`,
+and of RULER's tasks from `results/ruler.csv`.
 
     python -m benchmarks.quality.pretrained_table            # the tables of benchmarks/README.md
     python -m benchmarks.quality.pretrained_table --all      # each method that has a row
@@ -15,6 +16,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from hf_longlora.evaluation.ruler import TASKS
 
 from ..provenance import RESULTS, read_rows
 from .models import SOURCES
@@ -185,6 +188,32 @@ def changes(rows: Sequence[Row], split: str) -> list[str]:
     return lines[:-1]
 
 
+def retrieval(rows: Sequence[Row]) -> list[str]:
+    """RULER by method and length, of `ruler.csv`: Markdown lines, none without rows."""
+    lines: list[str] = []
+    runs = dict.fromkeys((r["model"], r["train_length"], r["corpus"], r["seed"], r["trials"]) for r in rows)
+    for model, reached, corpus, seed, trials in runs:
+        here = [
+            r
+            for r in rows
+            if (r["model"], r["train_length"], r["corpus"], r["seed"], r["trials"])
+            == (model, reached, corpus, seed, trials)
+        ]
+        lengths = sorted({int(r["length"]) for r in here})
+        head = f"RULER, %, {NAMES[model]}, {native(model):,} -> {int(reached):,} on {corpus}, {trials} texts a task"
+        lines += [_line([head, *(f"{length:,}" for length in lengths)]), "|" + "---|" * (len(lengths) + 1)]
+        for method in dict.fromkeys(r["method"] for r in here):
+            cells = []
+            for length in lengths:
+                own = [r for r in here if r["method"] == method and int(r["length"]) == length]
+                found = [100 * float(r["accuracy"]) for r in own]
+                tasks = "" if len(own) == len(TASKS) else f" ({', '.join(sorted(r['task'] for r in own))})"
+                cells.append(f"{statistics.mean(found):.1f}{tasks}" if found else "")
+            lines.append(_line([LINES.get(method, method), *cells]))
+        lines.append("")
+    return lines[:-1]
+
+
 def _gaps(cell: Cell, corpus: str) -> str:
     """How far the rows lie above their dense ones: over all; over the last 2,048 tokens."""
     gaps = [cell.above(corpus, column) for column in ("ppl", "ppl_last_2048")]
@@ -331,7 +360,7 @@ def pages(rows: Sequence[Row], split: str) -> dict[Path, str]:
         {(r["model"], r["length"]) for r in rows}, key=lambda key: (list(SOURCES).index(key[0]), -int(key[1]))
     )
     found = [table(rows, model, length, split) for model, length in keys]
-    found += [lines] if (lines := changes(rows, split)) else []
+    found += [lines for lines in (changes(rows, split), retrieval(read_rows(RESULTS / "ruler.csv"))) if lines]
     short = table(rows, "smollm2", "65536", split, methods={method: LINES[method] for method in SHORT})
     return {
         ROOT / "benchmarks" / "README.md": "\n\n".join("\n".join(lines) for lines in found) + "\n",
