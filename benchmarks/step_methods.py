@@ -231,7 +231,7 @@ def build_trainer(method: Method, model: Any, plan: Sequence[int], clock: Any, f
         kernel = method.base
         KERNELS[kernel] = Kernel(function=identity_qk if kernel == "floor-qk" else identity)
     if "casts" in method.options:
-        sft_trainer.disable_input_dtype_casting = lambda model, active: nullcontext()
+        sft_trainer.inputs_as_they_are = lambda layers: nullcontext()
     return LongLoraSFTTrainer(
         **common,
         args=LongLoraSFTConfig(

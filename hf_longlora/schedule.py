@@ -185,6 +185,10 @@ class Schedule:
         sparse: AttentionMode = "auto" if self.sparse_by(index) == "s2" else "windows"
         return Step(index, global_step + 1 == self.ends[index], "dense" if dense else sparse)
 
+    def last_step(self, global_step: int) -> Step:
+        """The step that was last done after `global_step` of them; before the first, that."""
+        return self.step(max(global_step - 1, 0))
+
     def dense_each(self, stage: int) -> int:
         """Each how many optimizer steps of a stage one is dense; 0 for never."""
         own = self.stages[stage].dense_every

@@ -142,10 +142,10 @@ class StageProgressCallback(ProgressCallback):
         if "tokens_per_second" in logs:
             speed = float(logs["tokens_per_second"])
             # Tokens tell the time left better than steps: the stages' steps differ in length.
-            left = self._tokens_left(state.global_step) * args.train_batch_size * args.gradient_accumulation_steps
+            left = self._tokens_left(state.global_step) * args.examples_a_step
             self.training_bar.set_postfix_str(
                 f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s, {float(logs['peak_memory_gib']):.1f} GiB, "
-                f"all done in {tqdm.format_interval(left * args.data_parallel / max(speed, 1e-9))}"
+                f"all done in {tqdm.format_interval(left / max(speed, 1e-9))}"
             )
         for what, loss in evaluation_losses(logs).items():
             self.training_bar.write(f"step {state.global_step}: {what} {loss:.3f}")

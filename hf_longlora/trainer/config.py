@@ -207,6 +207,12 @@ class LongLoraSFTConfig(SFTConfig):
         return self.world_size // self.sequence_parallel
 
     @property
+    def examples_a_step(self) -> int:
+        """Examples of an optimizer step, of all processes."""
+        # Not `train_batch_size`: it counts GPUs that Trainer has yet to find to hold one model between them.
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.data_parallel
+
+    @property
     def selective_checkpointing(self) -> bool:
         """Whether checkpoints keep attention's output: TRL's `gradient_checkpointing_kwargs={"selective": True}`."""
         options: Any = self.gradient_checkpointing_kwargs or {}

@@ -19,7 +19,7 @@ from ..hub.card import base_name, folder_card
 from ..hub.run import RUN_NAME, read_facts, run_facts, write_facts
 from ..modules import base_model
 from ..rope import RopeScaling, find_rope
-from ..schedule import Schedule, Step
+from ..schedule import Schedule
 from ..tuner.config import read_shapes
 from ..tuner.stored import rope_seen_to
 from .callbacks import ContextStageCallback, longlora_tuner
@@ -77,11 +77,6 @@ class SavingTrainer(SFTTrainer):
             lines = {number: f"{line}, at its beginning" for number, line in lines.items()}
             lines |= {number: str(data) for number, data in stage_data(self._stream_state).items()}
         return {f"data of stage {number + 1}": line for number, line in lines.items()}
-
-    @property
-    def _last_step(self) -> Step:
-        """The step that was last done."""
-        return self.schedule.step(max(self.state.global_step - 1, 0))
 
     @contextmanager
     def _clock_stopped(self) -> Iterator[None]:
@@ -171,7 +166,10 @@ class SavingTrainer(SFTTrainer):
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         """As Trainer's. By what it returns `save_strategy="best"` saves or not, and a stage's end is always saved."""
-        return super()._determine_best_metric(*args, **kwargs) or self._last_step.last_of_stage
+        return (
+            super()._determine_best_metric(*args, **kwargs)
+            or self.schedule.last_step(self.state.global_step).last_of_stage
+        )
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -185,7 +183,7 @@ class SavingTrainer(SFTTrainer):
             **self.schedule.to_dict(),
             "seed": args.seed,
             "data_seed": args.data_seed,
-            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.data_parallel,
+            "batch_size": args.examples_a_step,
             "packing": args.packing_strategy if args.packing else None,
             "order": args.train_sampling_strategy,
             "examples": self._stage_examples,

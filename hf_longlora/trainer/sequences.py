@@ -17,6 +17,7 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig  # type: ignore[import-untyped]
 from torch.utils.data import Sampler
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from trl import SFTTrainer
 
 from ..parallel import check_rope, check_shardable, sequence_group, shard_sequences
 from ..rope import RopeScaling
@@ -192,6 +193,45 @@ class ShardedLoss(Trainer):
             times = gradients_repeated(self.args.sequence_parallel, config)
             loss.register_hook(lambda gradient: gradient / times)
         return (loss, outputs) if return_outputs else loss
+
+
+class ShardedTrainer(SFTTrainer):
+    """TRL's trainer, whose evaluations go through rows in shards, too."""
+
+    args: LongLoraSFTConfig
+    model: Any
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with own_attention(self.model, self.args.sequence_parallel):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.args.sequence_parallel == 1:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        if not prediction_loss_only:
+            raise ValueError(
+                "With `sequence_parallel` no process has the logits of a whole row: set `prediction_loss_only`."
+            )
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self._loss_in_turns(model, self._prepare_inputs(inputs)), None, None
+
+    def _loss_in_turns(self, model: Any, inputs: Any) -> torch.Tensor:
+        """That of this process's batch, where a group goes through those of all its processes in shards.
+
+        accelerate cuts no batches of evaluations, and a long row would have to fit one card.
+        """
+        group = sequence_group(self.model)
+        assert group is not None
+        losses = []
+        for shard in shards_in_turn(inputs, group):
+            labels = (shard["shift_labels"] != -100).sum()
+            mean = self.compute_loss(model, shard)  # of no label: 0 or not a number
+            found = torch.stack([torch.where(labels > 0, mean.float() * labels, 0), labels])
+            dist.all_reduce(found, group=group)
+            losses.append(found[0] / found[1].clamp(min=1))
+        return losses[dist.get_rank(group)]
 
 
 def shards_in_turn(inputs: Mapping[str, Any], group: dist.ProcessGroup) -> Iterator[dict[str, Any]]:

@@ -1,72 +1,42 @@
 """TRL's SFTTrainer over stages of growing context."""
 
 import copy
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import trl
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from peft.helpers import disable_input_dtype_casting
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import logging
 
 from ..attention import set_attention_mode, set_s2_attention
 from ..hub.run import write_facts
 from ..modules import base_model
-from ..parallel import sequence_group
 from ..rope import find_rope, forget_lengths, rope_factor
 from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
-from .checkpoints import STREAM_NAME, last_checkpoint, refuse_others
-from .columns import check_rows, check_tokens, read_columns
+from .checkpoints import refuse_others
 from .compiling import compiled_layers
 from .config import LongLoraSFTConfig
-from .data import (
-    COLUMNS,
-    StageData,
-    column_names,
-    describe,
-    limited,
-    longest_document,
-    order,
-    say_data,
-    whole,
-    with_length,
-)
+from .data import StageData, describe, limited, whole
 from .guards import Run, check_replicas, check_saving
-from .identity import data_fingerprint
 from .offload import PartialOffload
 from .pieces import PiecewiseTrainer
-from .ropes import check_lengths
+from .rows import RowsTrainer
 from .saving import SavingTrainer
-from .sequences import (
-    InShards,
-    ShardableCollator,
-    ShardedLoss,
-    own_attention,
-    parallelism_config,
-    shards_in_turn,
-)
-from .sparse import check_unmasked
-from .streams import StreamCollator, StreamedRows
+from .sequences import ShardedLoss, ShardedTrainer, own_attention, parallelism_config
 from .tiles import tile_mlps
-from .trouble import beginnings, diverged, has_diverged, out_of_memory, peak_memory
-from .windows import Served, WindowCollator
-
-logger = logging.get_logger(__name__)
-
-LAST_GOOD_NAME = "last-good"
+from .trouble import WatchedTrainer, out_of_memory, peak_memory
+from .windows import WindowCollator
 
 
-class LongLoraSFTTrainer(SavingTrainer, PiecewiseTrainer, ShardedLoss):
+class LongLoraSFTTrainer(RowsTrainer, SavingTrainer, WatchedTrainer, PiecewiseTrainer, ShardedTrainer, ShardedLoss):
     """Extend a model's context in stages, in one run (LongLoRA, arXiv 2309.12307).
 
     A [`~trl.SFTTrainer`] in everything but this: sequences, RoPE, group size and attention follow the stages of
@@ -170,6 +140,7 @@ class LongLoraSFTTrainer(SavingTrainer, PiecewiseTrainer, ShardedLoss):
             # TRL loads the base at a revision and doesn't tell PEFT, which would load the adapter on another one.
             if isinstance(model, str) and (revision := (given or {}).get("revision", "main")) != "main":
                 adapter.revision = revision
+        self._adapted = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         self._identity = self._identify()
         if args.selective_checkpointing and isinstance(self.model, PeftModel):
             # TRL changes the method of the PeftModel, and transformers >= 5.24 calls another.
@@ -181,98 +152,6 @@ class LongLoraSFTTrainer(SavingTrainer, PiecewiseTrainer, ShardedLoss):
             self.maybe_activation_offload_context.update_model_params(self.model)
         self._stage_callback.apply(self.model, 0, self.processing_class)
         set_attention_mode(self.model, "auto")
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # Data
-
-    def _prepare_dataset(
-        self,
-        dataset: Any,
-        processing_class: Any,
-        args: Any,
-        packing: bool,
-        formatting_func: Callable[[dict[str, Any]], str] | None,
-        dataset_name: str,
-    ) -> Any:
-        """Of the training dataset, what each stage will see, one after the other. Other datasets: as TRL does."""
-        prepare = super()._prepare_dataset
-        if dataset is not self._train_source:
-            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        self._train_source = None  # the first that TRL prepares; an evaluation set may be the same object
-        if isinstance(dataset, IterableDataset) and formatting_func is None:
-            dataset = check_rows(dataset, read_columns(self._columns, args.dataset_text_field))
-        # TRL tokenises, then truncates or packs; without a length it stops in between.
-        tokenized: Any = prepare(
-            dataset, processing_class, with_length(args, None), False, formatting_func, dataset_name
-        )
-        names = column_names(tokenized)
-        masked = "labels" in names and bool(
-            self.completion_only_loss or args.assistant_only_loss or "labels" in self._columns
-        )
-        longest: list[int] = []
-        served: list[Dataset] = []
-
-        def look(number: int, view: Dataset, data: StageData) -> None:
-            self._stage_data[number] = data
-            longest.append(longest_document(view) if data.used else 0)
-            if self.schedule.has_windows(number):
-                check_unmasked(view)
-
-        vocabulary = self._start.config.get_text_config().vocab_size
-        if isinstance(tokenized, IterableDataset):
-            documents = tokenized.select_columns([name for name in COLUMNS if name in names])
-            rows = StreamedRows(documents, args, self.schedule, masked, vocabulary)
-            head = rows.head()
-            self._data_fingerprint = data_fingerprint(head)
-            for number in range(len(self.schedule.stages)):
-                look(number, *rows.view(head, number))
-        else:
-            check_tokens(tokenized, vocabulary)
-            self._data_fingerprint = data_fingerprint(tokenized)
-            # `train_batch_size` counts GPUs that Trainer has yet to find to hold one model between them.
-            batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel
-            strategy = args.packing_strategy if packing else None
-            for number, stage in enumerate(self.schedule.stages):
-                own = with_length(args, stage.max_length)
-                view = prepare(tokenized, processing_class, own, packing, None, f"stage {number + 1}")
-                self._stage_examples.append(len(view))
-                wanted = stage.max_steps * batch
-                look(number, view, StageData.of(tokenized, view, stage.max_length, strategy, masked, wanted))
-                if len(view) > 0:
-                    shuffle = args.train_sampling_strategy != "sequential"
-                    served.append(view.select(order(len(view), wanted, args.order_seed + number + 1, shuffle)))
-        check_lengths(self._start, self.schedule, self._ropes, longest)
-        if args.process_index == 0:
-            say_data(list(self._stage_data.values()), args)
-        return rows if isinstance(tokenized, IterableDataset) else concatenate_datasets(served)
-
-    def _get_dataloader(self, **kwargs: Any) -> DataLoader:  # type: ignore[override]  # Trainer calls it by names
-        streamed = kwargs.get("is_training") and isinstance(kwargs["dataset"], StreamedRows)
-        if kwargs.get("is_training") and self.schedule.any_windows and not streamed:
-            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.data_parallel
-            rows = self._remove_unused_columns(kwargs["dataset"], description="training")
-            kwargs["dataset"] = Served(rows, self.args.order_seed, self.schedule, batch)
-        collator = self.data_collator
-        if self.args.sequence_parallel > 1:
-            self.data_collator = ShardableCollator(collator, self.args.sequence_parallel)
-        if streamed:
-            self.data_collator = StreamCollator(collator)
-        try:
-            return super()._get_dataloader(**kwargs)
-        finally:
-            self.data_collator = collator
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        # the order is in the dataset already: stage after stage, shuffled within
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        args = self.args
-        if args.sequence_parallel == 1:
-            return SequentialSampler(dataset)
-        batch = args.train_batch_size, args.sequence_parallel, args.data_parallel
-        return InShards(len(dataset), *batch, done=self._steps_done)
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # The run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Run all stages; with `resume_from_checkpoint`, from where that checkpoint stands.
@@ -289,24 +168,15 @@ class LongLoraSFTTrainer(SavingTrainer, PiecewiseTrainer, ShardedLoss):
             resume_from_checkpoint = self._check_checkpoint(resume_from_checkpoint)
         if self.args.save_strategy != "no":
             refuse_others(str(self.args.output_dir), self._signature(), bool(self.args.save_total_limit))
-        if isinstance(self.train_dataset, StreamedRows):
-            self._stream_state, done = "", 0
-            if resume_from_checkpoint:
-                state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
-                self._stream_state = Path(resume_from_checkpoint, STREAM_NAME).read_text()
-                done = state.global_step * self._signature()["batch_size"]
-            self.train_dataset.resume(self._stream_state, done)
         self._last_log = (time.perf_counter(), self._total_train_tokens)
-        if self.is_world_process_zero():
-            write_facts(Path(str(self.args.output_dir)), self._known)
-        size = self.args.sequence_parallel
-        if size > 1 and resume_from_checkpoint:
-            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
-            # Trainer can't skip batches that are cut into shards: they are read from where the run stands.
-            self._steps_done = state.global_step * self.args.gradient_accumulation_steps
-            self.args.ignore_data_skip = True
         try:
-            with compiled_layers(self.model, self.args.compile_layers), own_attention(self.model, size):
+            with (
+                self._rows_from(resume_from_checkpoint),
+                compiled_layers(self.model, self.args.compile_layers),
+                own_attention(self.model, self.args.sequence_parallel),
+            ):
+                if self.is_world_process_zero():
+                    write_facts(Path(str(self.args.output_dir)), self._known)
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
         except torch.OutOfMemoryError as error:
             message = out_of_memory(self.args, self.schedule, self.state.global_step, self.model)
@@ -316,8 +186,6 @@ class LongLoraSFTTrainer(SavingTrainer, PiecewiseTrainer, ShardedLoss):
             raise
         finally:
             set_attention_mode(self.model, "auto")  # the run may have been stopped in a dense step
-            if size > 1:
-                self._steps_done, self.args.ignore_data_skip = 0, False
         self._write_report()
         return output
 
@@ -339,89 +207,12 @@ class LongLoraSFTTrainer(SavingTrainer, PiecewiseTrainer, ShardedLoss):
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self._stream_state = inputs.pop("stream", self._stream_state)
         self._last_batch = {key: inputs[key] for key in ("input_ids", "position_ids") if key in inputs}
-        # PEFT casts each adapter's input to its fp32 weights, and autocast casts it back: bit by bit the same, but
-        # four copies of the hidden states a layer, written twice and kept for the backward.
-        with disable_input_dtype_casting(self.model, active=self.args.bf16 or self.args.fp16):
-            loss = super().training_step(model, inputs, *args, **kwargs)
-        # Alone, a process stops at the loss; several stop together, at the gradients that they share.
-        if self.args.world_size == 1 and not loss.isfinite():
-            self._stop_at_divergence("loss")
-        return loss
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Trainer's, which it asks for before each optimizer step; the run stops at one that is not finite."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        # fp16's loss scaler skips such steps by itself, and DeepSpeed's engine has taken the step by now.
-        if not (self.args.fp16 or self.is_deepspeed_enabled) and not torch.as_tensor(norm).isfinite():
-            self._stop_at_divergence("gradient")
-        return norm
-
-    def _stop_at_divergence(self, what: str) -> NoReturn:
-        """Keep the weights, which the step has not touched, and stop the run."""
-        step = self.schedule.step(self.state.global_step)
-        path = os.path.join(str(self.args.output_dir), LAST_GOOD_NAME)
-        self.save_model(path, _internal_call=True)  # which keeps it from the Hub
-        raise FloatingPointError(
-            f"The {what} of step {self.state.global_step + 1} (stage {step.stage + 1}) is not finite. The weights "
-            f"before it are in {path}. The last batch begins with {self._documents}. Lower the learning rate, clip "
-            "gradients (max_grad_norm), or look at the data."
-        )
-
-    def _check_losses(self) -> None:
-        """Raise a `FloatingPointError` if the loss has grown beyond that of a uniform guess.
-
-        It goes by the log, which all processes have alike.
-        """
-        vocabulary = self.model.config.get_text_config().vocab_size
-        losses = [float(entry["loss"]) for entry in self.state.log_history if "loss" in entry]
-        if has_diverged(losses, vocabulary):
-            checkpoint = last_checkpoint(str(self.args.output_dir))
-            raise FloatingPointError(
-                diverged(
-                    losses, vocabulary, self._last_step.stage, self.state.global_step, self._documents, checkpoint
-                )
-            )
-
-    @property
-    def _documents(self) -> str:
-        """How the documents of this process's last batch begin."""
-        return beginnings(self._last_batch, self.processing_class)
+        with inputs_as_they_are(self._adapted if self.args.bf16 or self.args.fp16 else ()):
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self._clock_stopped():
             return super().evaluate(*args, **kwargs)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        with own_attention(self.model, self.args.sequence_parallel):
-            return super().evaluation_loop(*args, **kwargs)
-
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
-    ) -> Any:
-        if self.args.sequence_parallel == 1:
-            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
-        if not prediction_loss_only:
-            raise ValueError(
-                "With `sequence_parallel` no process has the logits of a whole row: set `prediction_loss_only`."
-            )
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self._loss_in_turns(model, self._prepare_inputs(inputs)), None, None
-
-    def _loss_in_turns(self, model: Any, inputs: Any) -> torch.Tensor:
-        """That of this process's batch, where a group goes through those of all its processes in shards.
-
-        accelerate cuts no batches of evaluations, and a long row would have to fit one card.
-        """
-        group = sequence_group(self.model)
-        assert group is not None
-        losses = []
-        for shard in shards_in_turn(inputs, group):
-            labels = (shard["shift_labels"] != -100).sum()
-            mean = super().compute_loss(model, shard)  # of no label: 0 or not a number
-            found = torch.stack([torch.where(labels > 0, mean.float() * labels, 0), labels])
-            dist.all_reduce(found, group=group)
-            losses.append(found[0] / found[1].clamp(min=1))
-        return losses[dist.get_rank(group)]
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """TRL's logs, and the stage's: stage, context length, RoPE factor, speed and peak memory.
@@ -430,7 +221,7 @@ class LongLoraSFTTrainer(SavingTrainer, PiecewiseTrainer, ShardedLoss):
         """
         if "loss" not in logs or not self.model.training:
             return super().log(logs, start_time)
-        step = self._last_step
+        step = self.schedule.last_step(self.state.global_step)
         stage = self.schedule.stages[step.stage]
         now, tokens = time.perf_counter(), self._total_train_tokens
         if self._last_log is not None:
@@ -449,3 +240,21 @@ class LongLoraSFTTrainer(SavingTrainer, PiecewiseTrainer, ShardedLoss):
             step.mode, step.mode
         )
         self._check_losses()
+
+
+@contextmanager
+def inputs_as_they_are(layers: Sequence[Any]) -> Iterator[None]:
+    """Within it adapters don't cast their inputs to their fp32 weights: for a forward under autocast.
+
+    Autocast would cast them back: bit by bit the same, but four copies of the hidden states a layer, written twice and
+    kept for the backward. PEFT's `disable_input_dtype_casting` looks for the layers each time, twice: 11 ms a forward
+    of 32 layers.
+    """
+    before = [(layer, layer.cast_input_dtype_enabled) for layer in layers]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in before:
+            layer.cast_input_dtype_enabled = enabled

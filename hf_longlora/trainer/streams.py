@@ -104,7 +104,7 @@ class StreamedRows(torch.utils.data.IterableDataset[Row]):
         self.shuffle = args.train_sampling_strategy != "sequential"
         self.packing = args.packing_strategy if args.packing else None
         self.keep_end = args.truncation_mode == "keep_end"
-        self.batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel
+        self.batch = args.examples_a_step
         self._ends = [steps * self.batch for steps in schedule.ends]
         self._state, self._done = "", 0
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch
+from trl import SFTTrainer
 
 from ..modules import base_model
 from ..schedule import Schedule
+from .checkpoints import last_checkpoint
+from .config import LongLoraSFTConfig
 
+LAST_GOOD_NAME = "last-good"
 GOES_ON = "A run that has saved a checkpoint goes on from it (resume_from_checkpoint=True)."
 
 
@@ -112,3 +117,57 @@ def peak_memory(device: torch.device) -> float:
     import resource  # everywhere else; counted in KiB, on macOS in bytes
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class WatchedTrainer(SFTTrainer):
+    """TRL's trainer, which stops where the loss or a gradient is not finite, or the loss worse than a guess."""
+
+    args: LongLoraSFTConfig
+    model: Any
+    schedule: Schedule
+    _last_batch: dict[str, Any]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # Alone, a process stops at the loss; several stop together, at the gradients that they share.
+        if self.args.world_size == 1 and not loss.isfinite():
+            self._stop_at_divergence("loss")
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Trainer's, which it asks for before each optimizer step; the run stops at one that is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        # fp16's loss scaler skips such steps by itself, and DeepSpeed's engine has taken the step by now.
+        if not (self.args.fp16 or self.is_deepspeed_enabled) and not torch.as_tensor(norm).isfinite():
+            self._stop_at_divergence("gradient")
+        return norm
+
+    def _stop_at_divergence(self, what: str) -> NoReturn:
+        """Keep the weights, which the step has not touched, and stop the run."""
+        step = self.schedule.step(self.state.global_step)
+        path = os.path.join(str(self.args.output_dir), LAST_GOOD_NAME)
+        self.save_model(path, _internal_call=True)  # which keeps it from the Hub
+        raise FloatingPointError(
+            f"The {what} of step {self.state.global_step + 1} (stage {step.stage + 1}) is not finite. The weights "
+            f"before it are in {path}. The last batch begins with {self._documents}. Lower the learning rate, clip "
+            "gradients (max_grad_norm), or look at the data."
+        )
+
+    def _check_losses(self) -> None:
+        """Raise a `FloatingPointError` if the loss has grown beyond that of a uniform guess.
+
+        It goes by the log, which all processes have alike.
+        """
+        vocabulary = self.model.config.get_text_config().vocab_size
+        losses = [float(entry["loss"]) for entry in self.state.log_history if "loss" in entry]
+        if has_diverged(losses, vocabulary):
+            stage = self.schedule.last_step(self.state.global_step).stage
+            checkpoint = last_checkpoint(str(self.args.output_dir))
+            raise FloatingPointError(
+                diverged(losses, vocabulary, stage, self.state.global_step, self._documents, checkpoint)
+            )
+
+    @property
+    def _documents(self) -> str:
+        """How the documents of this process's last batch begin."""
+        return beginnings(self._last_batch, self.processing_class)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 import warnings
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_longlora import (
     ContextStage,
@@ -359,6 +360,35 @@ def test_a_step_sets_what_all_layers_share_and_walks_over_none(make, monkeypatch
         assert {layer.s2_attention_state.mode for layer in layers} == {"auto"}
     apply(model, 3)
     assert {layer.s2_attention_state.config.group_size for layer in layers} == {64}
+
+
+def test_a_training_step_looks_for_no_modules(make, tiny_llama, monkeypatch):
+    """But for the tuner's, that all it trains is fp32 each time the model is set to training; others' are theirs."""
+    model, walks, named_modules = tiny_llama().to(torch.bfloat16), [], torch.nn.Module.named_modules
+    trainer = make(model=model, stages=[ContextStage(128, 3)], bf16=True, sparse="s2", dense_every=2)
+
+    wholes = (trainer.model, trainer.model.base_model, trainer.model.get_base_model())
+
+    def counted(module, *args, **kwargs):
+        frame = sys._getframe(1)
+        while frame.f_code.co_filename == torch.nn.modules.module.__file__:
+            frame = frame.f_back
+        ours = "hf_longlora" in frame.f_code.co_filename or "/peft/" in frame.f_code.co_filename
+        if ours and any(module is whole for whole in wholes):
+            walks.append(frame.f_code.co_name)
+        return named_modules(module, *args, **kwargs)
+
+    class Counting(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            torch.nn.Module.named_modules = counted
+
+        def on_step_end(self, *args, **kwargs):
+            torch.nn.Module.named_modules = named_modules
+
+    trainer.callback_handler.callbacks.insert(0, Counting())
+    monkeypatch.setattr(torch.nn.Module, "named_modules", named_modules)  # given back if a step fails
+    trainer.train()
+    assert set(walks) == {"_trained"}
 
 
 def test_groups_of_stages_by_default_are_the_base_s_native_window():

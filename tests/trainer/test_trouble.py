@@ -8,12 +8,7 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from hf_longlora import LongLoraSFTTrainer
-from hf_longlora.trainer import sft_trainer
-from hf_longlora.trainer.trouble import (
-    beginnings,
-    has_diverged,
-    out_of_memory,
-)
+from hf_longlora.trainer.trouble import LAST_GOOD_NAME, beginnings, has_diverged, out_of_memory
 
 from .helpers import Spy, texts
 
@@ -41,7 +36,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_adapter(make, what, ti
         trainer.train()
     assert f"The last batch begins with {documents_of_step(trainer, 5)}. " in str(error.value)
     torch.manual_seed(0)
-    kept = PeftModel.from_pretrained(tiny_llama(), str(Path(tmp_path, "out", sft_trainer.LAST_GOOD_NAME)))
+    kept = PeftModel.from_pretrained(tiny_llama(), str(Path(tmp_path, "out", LAST_GOOD_NAME)))
     values = {k: v for k, v in kept.state_dict().items() if "lora" in k or "modules_to_save" in k}
     assert values and all(v.isfinite().all() for v in values.values())
     assert any(v.abs().sum() > 0 for k, v in values.items() if "lora_B" in k)
