@@ -81,7 +81,7 @@ def main(command: str) -> None:
     assert run("--version").strip() == f"hf-longlora {hf_longlora.__version__}"
     for name in ("demo", "check", "plan", "train", "evaluate", "merge", "export", "push", "import"):
         assert name in run("--help") and "usage:" in run(name, "--help")
-    assert "yarn" in run("check", BASE, "--target-length", "512").lower()
+    assert "abf" in run("check", BASE, "--target-length", "512").lower()
     assert "GiB" in run("plan", "--config", "run.yaml", "--gpu", "H100")
     run("train", "--config", "run.yaml")
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "report.html"} <= {

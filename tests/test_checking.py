@@ -208,7 +208,7 @@ def test_the_command_reads_a_config_and_nothing_else(tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
     assert main(["check", str(tmp_path), "--target-length", "256"]) == 0
     said = capsys.readouterr().out
-    assert "-> yarn, 256 tokens of originally 64" in said
+    assert "-> abf, 256 tokens of originally 64" in said
     assert main(["check", str(tmp_path), "--target-length", "256", "--rope-type", "linear", "--group-size", "32"]) == 0
     said = capsys.readouterr().out
     assert "-> linear, 256 tokens" in said and "groups      32 tokens and the first 4 of a document, at 256" in said
@@ -237,7 +237,7 @@ def test_an_adapter_is_checked_on_its_base(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     for words in (
         "adapter, an adapter of base: LlamaForCausalLM",
-        "-> yarn, 256 tokens of originally 64",
+        "-> abf, 256 tokens of originally 64",
         "groups      24 tokens, at 256",  # and no sink tokens: none are stored
         "LoRA on     q_proj\n",
         "0 norms",

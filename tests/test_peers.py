@@ -136,8 +136,9 @@ def test_merging_writes_rope(tiny_llama, tmp_path):
     """Reference repo: the merged model's config has no RoPE scaling."""
     model = get_peft_model(tiny_llama(), LongLoraConfig(target_length=256)).merge_and_unload()
     model.save_pretrained(tmp_path)
-    rope = AutoModelForCausalLM.from_pretrained(tmp_path).config.rope_parameters
-    assert (rope["rope_type"], rope["factor"]) == ("yarn", 4.0)
+    config = AutoModelForCausalLM.from_pretrained(tmp_path).config
+    assert config.rope_parameters["rope_theta"] == tiny_llama().config.rope_parameters["rope_theta"] * 4**1.5
+    assert config.max_position_embeddings == 256
 
 
 def test_rope_scaling_is_cumulative(tiny_llama, tmp_path):

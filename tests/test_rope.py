@@ -627,7 +627,7 @@ def test_longrope_extends_a_longrope_base():
 
 def test_gemma3_scales_only_the_global_layers_and_counts_its_factor():
     config = gemma3()
-    scaling = scaled_rope(config, 256)
+    scaling = scaled_rope(config, 256, "yarn")
     assert scaling.rope_parameters["sliding_attention"] == config.rope_parameters["sliding_attention"]
     assert scaling.max_position_embeddings == 256
     model = build(Gemma3ForCausalLM, config)
@@ -645,8 +645,9 @@ def test_base_length_overrides_the_guess():
     assert scaling.max_position_embeddings == 32
 
 
-def test_auto_is_yarn_or_the_type_the_base_has():
-    assert scaled_rope(llama(), 256).rope_type == "yarn"
+def test_auto_is_a_larger_theta_or_the_type_the_base_has():
+    assert scaled_rope(llama(), 256) == scaled_rope(llama(), 256, "abf")
+    assert rope.type_over(scaled_rope(llama(), 256), current_rope(llama())) == "abf"
     for kind in SCALED:
         model = LlamaForCausalLM(llama())
         apply_rope(model, scaled_rope(model.config, 256, kind))

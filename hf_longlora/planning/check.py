@@ -35,7 +35,7 @@ from ..families import Family, find_family
 from ..lookup import adapter_values, read_config
 from ..modules import is_norm, language_modules, meta_model, walk
 from ..parallel import check_shardable
-from ..rope import AUTO, RopeScaling, current_rope, native_window, reach, readings, rotary_modules
+from ..rope import ABF, AUTO, RopeScaling, current_rope, native_window, reach, readings, rotary_modules, type_over
 from ..tuner import LongLoraConfig
 
 _PROBE = "s2attn_probe"
@@ -237,11 +237,12 @@ def _put_adapter(model: PreTrainedModel, found: ModelCheck, wanted: LongLoraConf
     if before is not None:
         after = current_rope(model.config)
         found.rope = before, after
+        had = readings(model.config, before, wanted.base_length)
         # What has been scaled here is clear.
-        found.reaches = (
-            readings(model.config, before, wanted.base_length),
-            readings(model.config, after, wanted.base_length) if after == before else [reach(after)],
-        )
+        original, longest = reach(after)
+        if type_over(after, before) == ABF:  # which keeps no original length
+            original = had[0][0]
+        found.reaches = had, had if after == before else [(original, longest)]
     if tuned is None:
         return
     adapter = tuned.peft_config["default"]

@@ -57,7 +57,7 @@ class LongLoraConfig(LoraConfig):
     rope_type: str = field(
         default=AUTO,
         metadata={
-            "help": f"How RoPE is scaled: {', '.join(ROPE_TYPES)}; {AUTO}: as the base is scaled already, else yarn."
+            "help": f"How RoPE is scaled: {', '.join(ROPE_TYPES)}; {AUTO}: as the base is scaled already, else abf."
         },
     )
     rope_parameters: dict | None = field(

@@ -59,7 +59,7 @@ def test_the_card_says_what_happened(config, tmp_path):
         license="apache-2.0",
     )
     text = str(card)
-    assert "from 64 to 256 tokens: RoPE type `yarn`, factor 4 over" in text
+    assert "from 64 to 256 tokens: RoPE type `abf` (`rope_theta` 80000), factor 4 over" in text
     assert "| 1 | 128 | 2 | shifted sparse | 32 | 4 | 4 |" in text
     assert "| 2 | 256 | 3 | dense | - | - | - |" in text
     assert "| dense | 12.50 | 11.25 |" in text

@@ -6,7 +6,8 @@ from transformers import TrainerCallback
 from hf_longlora import ContextStage
 from hf_longlora.attention import get_s2_attention
 
-STAGES = [ContextStage(128, 3), ContextStage(256, 3)]
+# RoPE with a factor: what it was stretched by is seen in the config.
+STAGES = [ContextStage(128, 3, rope_type="yarn"), ContextStage(256, 3, rope_type="yarn")]
 TEXT = "It was a bright day, and the clocks were striking 13. "
 
 

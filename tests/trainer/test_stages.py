@@ -503,7 +503,7 @@ def test_one_run_and_several_end_in_the_same_rope(tiny_llama, rope_type):
 
 
 def test_a_stage_does_not_shrink_what_a_loaded_adapter_reaches(tiny_llama, make):
-    model = trained(tiny_llama, 128)
+    model = trained(tiny_llama, 128, "yarn")
     stored = dict(model.active_peft_config.rope)
     for stage in (ContextStage(100, 1), ContextStage(64, 1, rope_parameters={"rope_type": "yarn"})):
         with pytest.raises(

@@ -47,7 +47,7 @@ def ids(length=3 * LENGTH):
 
 def perturbed(model, config=None):
     """The model with an adapter whose every trainable weight is away from its start."""
-    config = config if config is not None else LongLoraConfig(target_length=TARGET)
+    config = config if config is not None else LongLoraConfig(target_length=TARGET, rope_type="yarn")
     peft_model = get_peft_model(model, config).eval()
     generator = torch.Generator().manual_seed(1)
     for parameter in peft_model.parameters():

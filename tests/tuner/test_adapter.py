@@ -77,7 +77,7 @@ def load(path):
 
 
 def test_exactly_lora_norms_and_embeddings_are_trained(tied):
-    model = get_peft_model(llama(tied), LongLoraConfig(target_length=TARGET))
+    model = get_peft_model(llama(tied), LongLoraConfig(target_length=TARGET, rope_type="yarn"))
     trained = {n.removeprefix("base_model.model.") for n, p in model.named_parameters() if p.requires_grad}
     attention = [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qkvo"]
     expected = {f"{name}.lora_{ab}.default.weight" for name in attention for ab in "AB"}
@@ -267,7 +267,7 @@ def test_weights_can_be_tied_again(saved):
     model = by_peft(base, adapter).eval()
     model.tie_weights()
     assert (logits(model) - adapted).abs().max() <= 1e-6
-    plain = get_peft_model(load(base), LongLoraConfig(target_length=TARGET, train_embeddings=False))
+    plain = get_peft_model(load(base), LongLoraConfig(target_length=TARGET, rope_type="yarn", train_embeddings=False))
     inner = plain.get_base_model()
     tied = inner.get_output_embeddings().weight is inner.get_input_embeddings().weight
     inner.lm_head.weight = torch.nn.Parameter(inner.lm_head.weight.detach().clone())
@@ -439,7 +439,7 @@ def test_unload_gives_the_base(tied):
     assert not hasattr(bare, "_longlora_base_rope")
     assert (bare.lm_head.weight is bare.model.embed_tokens.weight) == tied
     # ... which takes another adapter with another RoPE.
-    again = get_peft_model(bare, LongLoraConfig(target_length=2 * TARGET))
+    again = get_peft_model(bare, LongLoraConfig(target_length=2 * TARGET, rope_type="yarn"))
     assert again.config.rope_parameters["factor"] == 8.0
 
 
@@ -458,18 +458,18 @@ def test_second_adapter(tied, tmp_path):
     first = logits(model)
     model.save_pretrained(tmp_path)
     modules = {n for n, _ in model.named_modules()}
-    for wrong in (LongLoraConfig(target_length=2 * TARGET), LongLoraConfig()):
+    for wrong in (LongLoraConfig(target_length=2 * TARGET, rope_type="yarn"), LongLoraConfig()):
         with pytest.raises(ValueError, match="another RoPE"):
             model.add_adapter("second", wrong)
         assert {n for n, _ in model.named_modules()} == modules
         assert list(model.peft_config) == ["default"]
     assert torch.equal(logits(model), first)
-    model.add_adapter("second", LongLoraConfig(target_length=TARGET))
+    model.add_adapter("second", LongLoraConfig(target_length=TARGET, rope_type="yarn"))
     assert torch.equal(logits(model), first)
     model.set_adapter("second")
     # At its start a second adapter is the base under the scaled RoPE.
     bare = llama(tied)
-    scaled = get_peft_model(bare, LongLoraConfig(target_length=TARGET)).eval()
+    scaled = get_peft_model(bare, LongLoraConfig(target_length=TARGET, rope_type="yarn")).eval()
     assert (logits(model) - logits(scaled)).abs().max() <= 1e-6
     head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
     assert (head.weight is inputs.weight) == tied
@@ -487,7 +487,7 @@ def test_second_adapter(tied, tmp_path):
 @keeps_all
 def test_second_adapter_through_transformers(tmp_path):
     perturbed(llama()).save_pretrained(tmp_path / "a")
-    perturbed(llama(), LongLoraConfig(target_length=2 * TARGET)).save_pretrained(tmp_path / "b")
+    perturbed(llama(), LongLoraConfig(target_length=2 * TARGET, rope_type="yarn")).save_pretrained(tmp_path / "b")
     model = llama()
     model.load_adapter(tmp_path / "a", "a")
     first = logits(model)
@@ -503,9 +503,9 @@ def test_failed_injection_leaves_the_model_alone():
     before, modules = logits(model), [n for n, _ in model.named_modules()]
     rope, trainable = current_rope(model.config), [p.requires_grad for p in model.parameters()]
     for broken in (
-        LongLoraConfig(target_length=TARGET, target_modules=["nothing_of_the_kind"]),
+        LongLoraConfig(target_length=TARGET, rope_type="yarn", target_modules=["nothing_of_the_kind"]),
         # PEFT finds out about the second target after it has replaced the first.
-        LongLoraConfig(target_length=TARGET, target_modules=["q_proj", "rotary_emb"]),
+        LongLoraConfig(target_length=TARGET, rope_type="yarn", target_modules=["q_proj", "rotary_emb"]),
         # And has taken a part out of the first one's weights.
         LongLoraConfig(target_modules=["q_proj", "rotary_emb"], init_lora_weights="pissa"),
         LongLoraConfig(target_length=LENGTH),
@@ -532,13 +532,15 @@ def test_a_failure_at_the_last_moment_leaves_no_trace(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("hf_longlora.rope.apply_rope", fail)
         with pytest.raises(ValueError, match="no room"):
-            get_peft_model(model, LongLoraConfig(target_length=TARGET, base_length=LENGTH // 2))
+            get_peft_model(model, LongLoraConfig(target_length=TARGET, rope_type="yarn", base_length=LENGTH // 2))
     assert set(vars(model)) == attributes and not model._forward_pre_hooks
     assert torch.equal(logits(model), before)
     adapted = perturbed(model)
     expected = logits(adapted)
     with pytest.raises(ValueError):
-        adapted.add_adapter("second", LongLoraConfig(target_length=TARGET, target_modules=["q_proj", "rotary_emb"]))
+        adapted.add_adapter(
+            "second", LongLoraConfig(target_length=TARGET, rope_type="yarn", target_modules=["q_proj", "rotary_emb"])
+        )
     assert torch.equal(logits(adapted), expected)
     with adapted.disable_adapter():
         assert torch.equal(logits(adapted), before)
@@ -547,7 +549,7 @@ def test_a_failure_at_the_last_moment_leaves_no_trace(monkeypatch):
 @keeps_all
 def test_rope_goes_with_layers_that_are_switched_by_themselves():
     """transformers' own methods throw the tuner away and speak to the layers alone."""
-    model = inject_adapter_in_model(LongLoraConfig(target_length=TARGET), llama()).eval()
+    model = inject_adapter_in_model(LongLoraConfig(target_length=TARGET, rope_type="yarn"), llama()).eval()
     layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     with torch.no_grad():
         model.get_input_embeddings().weight.add_(0.1)
@@ -559,7 +561,9 @@ def test_rope_goes_with_layers_that_are_switched_by_themselves():
         assert torch.equal(logits(model), expected)
         assert model.config.max_position_embeddings == length
     hooks = len(model._forward_pre_hooks)
-    again = inject_adapter_in_model(LongLoraConfig(target_length=TARGET), model, adapter_name="second")
+    again = inject_adapter_in_model(
+        LongLoraConfig(target_length=TARGET, rope_type="yarn"), model, adapter_name="second"
+    )
     assert len(again._forward_pre_hooks) == hooks == 1
 
 
@@ -578,14 +582,18 @@ def test_who_is_told_that_a_reference_is_the_base_without_its_extension():
             model.base_model.enable_adapter_layers()
         return [str(w.message) for w in caught if "Without its adapter" in str(w.message)]
 
-    extended = LongLoraConfig(target_length=TARGET)
-    (message,) = told(extended, LongLoraConfig(target_length=TARGET))  # once
+    extended = LongLoraConfig(target_length=TARGET, rope_type="yarn")
+    (message,) = told(extended, LongLoraConfig(target_length=TARGET, rope_type="yarn"))  # once
     assert f"for {LENGTH} tokens" in message and f"of {TARGET}." in message
     assert not told(LongLoraConfig())
     assert not told(LongLoraConfig(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}))  # the base's own
-    assert not told(LongLoraConfig(target_length=TARGET), inference_mode=True)
+    assert not told(LongLoraConfig(target_length=TARGET, rope_type="yarn"), inference_mode=True)
     # One that is not trained hides none that is.
-    assert told(LongLoraConfig(target_length=TARGET), LongLoraConfig(target_length=TARGET), inference_mode=True)
+    assert told(
+        LongLoraConfig(target_length=TARGET, rope_type="yarn"),
+        LongLoraConfig(target_length=TARGET, rope_type="yarn"),
+        inference_mode=True,
+    )
 
 
 def test_what_is_kept_of_a_base_while_it_carries_an_adapter_and_no_longer():
@@ -597,7 +605,7 @@ def test_what_is_kept_of_a_base_while_it_carries_an_adapter_and_no_longer():
     assert tuner.train() is tuner
     base = tuner.unload()
     assert not base._forward_pre_hooks and not [name for name in vars(base) if "longlora" in name]
-    adapted = get_peft_model(base, LongLoraConfig(target_length=TARGET))
+    adapted = get_peft_model(base, LongLoraConfig(target_length=TARGET, rope_type="yarn"))
     assert not base._forward_pre_hooks  # its tuner is told of every switch
     adapted.base_model.set_rope()
     with warnings.catch_warnings():
@@ -611,7 +619,7 @@ def test_what_is_kept_of_a_base_while_it_carries_an_adapter_and_no_longer():
     assert not [name for name in vars(base) if "longlora" in name]
     del base.model.rotary_emb
     with pytest.raises(ValueError, match="has no rotary module"):
-        get_peft_model(base, LongLoraConfig(target_length=TARGET))
+        get_peft_model(base, LongLoraConfig(target_length=TARGET, rope_type="yarn"))
 
 
 def test_an_adapter_that_does_not_fit_leaves_frozen_what_was_and_trained_what_was(tmp_path):
@@ -714,7 +722,7 @@ def test_set_rope_starts_from_an_adapter_without():
     base = llama()
     plain = logits(base)
     model = perturbed(base, LongLoraConfig())
-    model.base_model.set_rope(target_length=TARGET)
+    model.base_model.set_rope(target_length=TARGET, rope_type="yarn")
     assert model.config.rope_parameters["factor"] == 4.0
     assert torch.equal(logits(model.unload()), plain)
 
@@ -753,7 +761,7 @@ def test_peft_type_is_an_ordinary_member():
     assert PeftType("LONGLORA") is member
     assert member == "LONGLORA"
     assert member in list(PeftType)
-    config = LongLoraConfig(target_length=TARGET)
+    config = LongLoraConfig(target_length=TARGET, rope_type="yarn")
     assert pickle.loads(pickle.dumps(config)) == config
     assert copy.deepcopy(config) == config
     # LoRA's own entry is as it was.
@@ -775,7 +783,7 @@ def test_adapted_model_can_be_copied(tied):
 def test_added_through_transformers(tied, tmp_path):
     """transformers saves one of two shared weights; with plain LoRA, PEFT then misses the head's (a KeyError)."""
     model = llama(tied)
-    model.add_adapter(LongLoraConfig(target_length=TARGET))
+    model.add_adapter(LongLoraConfig(target_length=TARGET, rope_type="yarn"))
     with torch.no_grad():
         model.get_input_embeddings().weight.add_(0.1)
     adapted = logits(model)
@@ -788,7 +796,7 @@ def test_added_through_transformers(tied, tmp_path):
 
 
 def test_checkpointing_and_generation(tied):
-    model = get_peft_model(llama(tied), LongLoraConfig(target_length=TARGET))
+    model = get_peft_model(llama(tied), LongLoraConfig(target_length=TARGET, rope_type="yarn"))
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     model.train()

@@ -42,7 +42,9 @@ CHANGE_THE_BASE = ("pissa", "olora")
 
 
 def adapted(variant, tied=False):
-    return perturbed(llama(tied), LongLoraConfig(target_length=TARGET, **copy.deepcopy(VARIANTS[variant])))
+    return perturbed(
+        llama(tied), LongLoraConfig(target_length=TARGET, rope_type="yarn", **copy.deepcopy(VARIANTS[variant]))
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -77,7 +79,7 @@ def test_an_adapter_of_a_resized_base_is_loaded(variant, tied, tmp_path):
         return model.eval()
 
     options = VARIANTS[variant] | ({"trainable_token_indices": [128, 129]} if "indices" in variant else {})
-    model = perturbed(base(), LongLoraConfig(target_length=TARGET, **options))
+    model = perturbed(base(), LongLoraConfig(target_length=TARGET, rope_type="yarn", **options))
     model.save_pretrained(tmp_path, save_embedding_layers=True)  # as PEFT does where it sees that it was resized
     loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
     new = torch.full((1, 40), 129)
@@ -94,7 +96,7 @@ def test_a_start_that_changes_the_base_says_so(options):
 
 
 def test_pissa_becomes_plain_lora_for_a_base_of_its_own(tmp_path):
-    model = get_peft_model(llama(), LongLoraConfig(target_length=TARGET, init_lora_weights="pissa"))
+    model = get_peft_model(llama(), LongLoraConfig(target_length=TARGET, rope_type="yarn", init_lora_weights="pissa"))
     model.save_pretrained(tmp_path / "start")
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -109,7 +111,7 @@ def test_pissa_becomes_plain_lora_for_a_base_of_its_own(tmp_path):
 
 
 def test_lora_plus_trains_everything():
-    model = get_peft_model(llama(), LongLoraConfig(target_length=TARGET))
+    model = get_peft_model(llama(), LongLoraConfig(target_length=TARGET, rope_type="yarn"))
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -171,7 +173,7 @@ def test_merging_into_a_tied_embedding_leaves_the_head(tmp_path):
     """PEFT 0.21 merges into the shared weight, and the head moves with it."""
     base = llama(True)
     head = base.lm_head.weight.detach().clone()
-    model = perturbed(base, LongLoraConfig(target_length=TARGET, embedding_rank=4))
+    model = perturbed(base, LongLoraConfig(target_length=TARGET, rope_type="yarn", embedding_rank=4))
     merged = model.merge_and_unload()
     assert torch.equal(merged.lm_head.weight, head)
     assert not torch.equal(merged.model.embed_tokens.weight, head)
@@ -266,12 +268,14 @@ def test_hotswap(tied, length, tmp_path):
 
 
 def test_hotswap_refuses_what_differs(tmp_path):
-    perturbed(llama(), LongLoraConfig(target_length=TARGET, r=4)).save_pretrained(tmp_path / "rank")
-    perturbed(llama(), LongLoraConfig(target_length=2 * TARGET)).save_pretrained(tmp_path / "rope")
+    perturbed(llama(), LongLoraConfig(target_length=TARGET, rope_type="yarn", r=4)).save_pretrained(tmp_path / "rank")
+    perturbed(llama(), LongLoraConfig(target_length=2 * TARGET, rope_type="yarn")).save_pretrained(tmp_path / "rope")
     perturbed(llama(max_seq_len=1)).save_pretrained(tmp_path / "same")
-    perturbed(llama(), LongLoraConfig(target_length=TARGET, train_norms=False)).save_pretrained(tmp_path / "norms")
+    perturbed(llama(), LongLoraConfig(target_length=TARGET, rope_type="yarn", train_norms=False)).save_pretrained(
+        tmp_path / "norms"
+    )
     model = perturbed(llama())
-    model.add_adapter("second", LongLoraConfig(target_length=TARGET))
+    model.add_adapter("second", LongLoraConfig(target_length=TARGET, rope_type="yarn"))
     before = logits(model)
     for name, words in (("rank", "r 4 for 8"), ("rope", "another RoPE"), ("norms", "missing"), ("none", "find")):
         with pytest.raises(ValueError, match=words):
@@ -285,7 +289,7 @@ def test_hotswap_refuses_what_differs(tmp_path):
 
 
 def test_a_hotswap_of_damaged_weights_leaves_the_model_as_it_was(tmp_path):
-    perturbed(llama(), LongLoraConfig(target_length=2 * TARGET)).save_pretrained(tmp_path)
+    perturbed(llama(), LongLoraConfig(target_length=2 * TARGET, rope_type="yarn")).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "adapter_model.safetensors")
     next(iter(weights.values())).view(-1)[-1] = torch.inf
     save_file(weights, tmp_path / "adapter_model.safetensors")
@@ -337,7 +341,9 @@ def test_a_named_adapter_is_merged_with_its_own_norms_and_embeddings(pair, merge
 
 def test_a_named_adapter_without_norms_is_merged_under_the_bases(pair, tmp_path):
     model, _ = pair
-    alone = perturbed(llama(), LongLoraConfig(target_length=TARGET, train_norms=False, train_embeddings=False))
+    alone = perturbed(
+        llama(), LongLoraConfig(target_length=TARGET, rope_type="yarn", train_norms=False, train_embeddings=False)
+    )
     alone.save_pretrained(tmp_path / "c")
     model.load_adapter(tmp_path / "c", "c")
     assert (logits(model.merge_and_unload(adapter_names=["c"])) - logits(alone)).abs().max() <= 5e-5
@@ -371,7 +377,7 @@ def test_a_merge_in_place_is_of_the_active_adapter(pair):
 
 
 def test_adapters_of_lora_alone_are_merged_together_as_pefts():
-    config = dict(target_length=TARGET, train_norms=False, train_embeddings=False)
+    config = dict(target_length=TARGET, rope_type="yarn", train_norms=False, train_embeddings=False)
     model = perturbed(llama(), LongLoraConfig(**config))
     model.add_adapter("b", LongLoraConfig(**config))
     one = logits(model)
@@ -402,10 +408,14 @@ def test_load_adapter_over_a_taken_name_keeps_no_wrong_rope(tmp_path, caplog, mo
     model = PeftModel.from_pretrained(llama(), tmp_path / "old", is_trainable=trainable).eval()
     before = logits(model)
     for name, words, options in (
-        ("length", r"RoPE .*'factor': 8\.0.* for .*'factor': 4\.0", {"target_length": 2 * TARGET}),
+        (
+            "length",
+            r"RoPE .*'factor': 8\.0.* for .*'factor': 4\.0",
+            {"target_length": 2 * TARGET, "rope_type": "yarn"},
+        ),
         ("type", "RoPE .*linear.* for .*yarn", {"target_length": TARGET, "rope_type": "linear"}),
         ("none", "RoPE .*default.* for .*yarn", {}),
-        ("alpha", "lora_alpha 32 for 16", {"target_length": TARGET, "lora_alpha": 32}),
+        ("alpha", "lora_alpha 32 for 16", {"target_length": TARGET, "rope_type": "yarn", "lora_alpha": 32}),
     ):
         perturbed(llama(), LongLoraConfig(**options)).save_pretrained(tmp_path / name)
         with pytest.raises(ValueError, match=f"the name 'default' is taken.*settings: {words}.*hotswap_adapter"):
@@ -419,7 +429,7 @@ def test_load_adapter_over_a_taken_name_keeps_no_wrong_rope(tmp_path, caplog, mo
     with pytest.raises(ValueError, match="is taken"):  # a swap sees to its own weights alone
         model.load_adapter(tmp_path / "type", "default", is_trainable=trainable)
     # The same RoPE is the same adapter, further on: nothing to say.
-    other = perturbed(llama(), LongLoraConfig(target_length=2 * TARGET, init_lora_weights=False))
+    other = perturbed(llama(), LongLoraConfig(target_length=2 * TARGET, rope_type="yarn", init_lora_weights=False))
     other.save_pretrained(tmp_path / "other")
     assert not torch.equal(logits(model), logits(other))
     model.load_adapter(tmp_path / "other", "default", is_trainable=trainable)
@@ -556,7 +566,7 @@ def test_the_weights_of_a_file_are_read_once(use, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("indices", [[5, 130], {"embed_tokens": [130]}])
 def test_tokens_beyond_the_base_are_no_damage(indices, tmp_path):
-    config = LongLoraConfig(target_length=TARGET, trainable_token_indices=indices)
+    config = LongLoraConfig(target_length=TARGET, rope_type="yarn", trainable_token_indices=indices)
     base = llama()
     with pytest.raises(ValueError, match=r"has token 130, .* 128 tokens: call model.resize_token_embeddings\(131\)"):
         get_peft_model(base, config)
