@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
     check.add_argument(
         "--rope-type",
         metavar="TYPE",
-        help="linear, dynamic, yarn, llama3, longrope or abf; default: the base's own type where it is scaled, else abf",
+        help="linear, dynamic, yarn, llama3, longrope or abf (default: as the base is scaled, else abf)",
     )
     check.add_argument(
         "--base-length",
