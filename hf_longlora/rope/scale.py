@@ -47,8 +47,8 @@ logger = logging.get_logger(__name__)
 AUTO = "auto"
 """The base's own type where it is scaled already, else a larger theta (`natural_type`)."""
 ABF_EXPONENT = 1.5
-"""The ratio of thetas is the ratio of lengths to this power, so that two extensions are one. Untrained, 1.0 and 2.0 are
-worse on SmolLM2-135M at 32,768 and at 65,536 tokens, over the last 2,048 (`benchmarks/results/pretrained.csv`)."""
+"""The ratio of thetas is the ratio of lengths to this power, so that two extensions are one. Untrained, 1.0 and 2.0
+are worse on SmolLM2-135M at 32,768 and at 65,536 tokens, over the last 2,048 (`benchmarks/results/pretrained.csv`)."""
 # What a RoPE has besides its scaling, and keeps under any.
 _LASTING = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 
@@ -58,8 +58,8 @@ def natural_type(base: RopeScaling) -> str:
 
     Trained densely, SmolLM2-135M (8,192 -> 32,768 and 65,536 tokens, books and math, test text) ends 0.3 to 1.3% below
     its perplexity by YaRN, over the last 2,048 tokens 0.2 to 1.8%, with each of two or three seeds
-    (benchmarks/results/pretrained.csv); and any reader serves it, RoPE staying of the plain kind. Untrained, YaRN is the
-    better one by far. A config with an original length of its own, Phi-3's, takes longrope only.
+    (benchmarks/results/pretrained.csv); and any reader serves it, RoPE staying of the plain kind. Untrained, YaRN is
+    the better one by far. A config with an original length of its own, Phi-3's, takes longrope only.
     """
     if base.rope_type != "default":
         return base.rope_type
