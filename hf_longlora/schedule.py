@@ -167,6 +167,11 @@ class Schedule:
         check_stages(self.stages)
 
     @property
+    def says_groups(self) -> bool:
+        """Whether the run or a stage says how groups are to be."""
+        return self.attention.says_groups or any(stage.of_groups for stage in self.stages)
+
+    @property
     def ends(self) -> list[int]:
         """The steps that are done when each stage ends."""
         return list(accumulate(stage.max_steps for stage in self.stages))

@@ -53,6 +53,11 @@ class S2AttentionConfig:
         if self.kernel != "auto" and self.kernel not in KERNELS:
             raise ValueError(f"Unknown attention kernel {self.kernel!r}; choose 'auto' or one of {sorted(KERNELS)}.")
 
+    @property
+    def says_groups(self) -> bool:
+        """Whether it says how groups are to be, beyond the defaults."""
+        return replace(self, kernel="auto") != S2AttentionConfig()
+
     def resolve_group_size(self, longest: int, native_window: int | None = None) -> int:
         """Group size in tokens: what is given, else the model's native window, a quarter of the length at most.
 

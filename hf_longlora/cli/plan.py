@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 HEADERS = {
@@ -47,7 +47,14 @@ def add(commands: Any) -> None:
         "--gpus", type=int, default=1, metavar="N", help="cards of a run (--config), each with the whole model"
     )
     plan.add_argument("--batch-size", type=int, default=1, help="sequences in a forward, on one card")
-    plan.add_argument("--accumulation", type=int, default=1, metavar="N", help="forwards in an optimizer step")
+    plan.add_argument(
+        "--accumulation",
+        dest="gradient_accumulation_steps",
+        type=int,
+        default=1,
+        metavar="N",
+        help="forwards in an optimizer step",
+    )
     plan.add_argument("--lora-r", type=int, default=8, help="LoRA's rank")
     plan.add_argument("--lora-target-modules", nargs="+", metavar="NAME", help="default: the attention projections")
     plan.add_argument("--no-train-embeddings", action="store_true", help="leave the embeddings as they are")
@@ -58,15 +65,24 @@ def add(commands: Any) -> None:
         choices=("bfloat16", "float32"),
         help="of the base's weights; default: bfloat16, float32 without PEFT",
     )
-    plan.add_argument("--quantized", choices=("4bit", "8bit"), help="a base quantized by bitsandbytes")
-    plan.add_argument("--no-gradient-checkpointing", action="store_true", help="keep all activations")
+    plan.add_argument(
+        "--quantized", dest="quantization", choices=("4bit", "8bit"), help="a base quantized by bitsandbytes"
+    )
+    plan.add_argument(
+        "--no-gradient-checkpointing",
+        dest="gradient_checkpointing",
+        action="store_false",
+        help="keep all activations",
+    )
     plan.add_argument("--selective-checkpointing", action="store_true", help="keep attention's output, alone")
     plan.add_argument("--activation-offloading", action="store_true", help="checkpoints wait in the host's memory")
     plan.add_argument("--offload-share", type=float, default=1.0, metavar="SHARE", help="of the checkpoints, which do")
     plan.add_argument("--fused", action="store_true", help="with use_liger_kernel or compile_layers")
     plan.add_argument("--mlp-tile", type=int, metavar="N", help="tokens that an MLP takes at a time; default: all")
     plan.add_argument("--sequence-parallel", type=int, default=1, metavar="N", help="cards that share a sequence")
-    plan.add_argument("--no-chunked-loss", action="store_true", help="all logits at once, as TRL before 1.16")
+    plan.add_argument(
+        "--no-chunked-loss", dest="chunked_loss", action="store_false", help="all logits at once, as TRL before 1.16"
+    )
     plan.add_argument(
         "--base-length",
         type=int,
@@ -115,26 +131,9 @@ def run(options: argparse.Namespace) -> None:
         train_norms=not options.no_train_norms,
         base_length=options.base_length,
     )
-    settings = RunSettings(
-        adapter=None if options.no_use_peft else adapter,
-        dtype=options.dtype or ("float32" if options.no_use_peft else "bfloat16"),
-        quantization=options.quantized,
-        batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulation,
-        gradient_checkpointing=not options.no_gradient_checkpointing,
-        selective_checkpointing=options.selective_checkpointing,
-        activation_offloading=options.activation_offloading,
-        offload_share=options.offload_share,
-        fused=options.fused,
-        mlp_tile=options.mlp_tile,
-        sequence_parallel=options.sequence_parallel,
-        chunked_loss=not options.no_chunked_loss,
-        group_size=options.group_size,
-        group_size_ratio=options.group_size_ratio,
-        sink_tokens=options.sink_tokens,
-        dense_every=options.dense_every,
-        sparse=options.sparse,
-    )
+    named = {field.name: getattr(options, field.name) for field in fields(RunSettings) if field.name in options}
+    named["dtype"] = options.dtype or ("float32" if options.no_use_peft else "bfloat16")
+    settings = RunSettings(adapter=None if options.no_use_peft else adapter, **named)
     plan = plan_run(options.model, options.lengths, gpu=options.gpu or local_gpu() or "H100", settings=settings)
     if options.json:
         print(json.dumps(plan.to_dict(), indent=2))

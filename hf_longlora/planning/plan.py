@@ -101,7 +101,7 @@ def plan_run(
         check_shardable(type(config), config)
     shape, notes = Shape.of(config, settings), []
     if settings.sparse == AUTO:
-        known = shape.native_window is not None and shape.cuttable and not settings.names_groups
+        known = shape.native_window is not None and shape.cuttable and not settings.attention.says_groups
         settings = replace(settings, sparse="windows" if known and settings.sequence_parallel == 1 else "s2")
         if settings.sparse == "windows" and max(lengths) > (shape.native_window or 0):
             notes.append(

@@ -15,6 +15,11 @@ from .gpus import Backend
 
 Dtype = Literal["bfloat16", "float32"]
 Quantization = Literal["4bit", "8bit"]
+SHARED = (
+    *("gradient_accumulation_steps", "gradient_checkpointing", "selective_checkpointing", "activation_offloading"),
+    *("offload_share", "mlp_tile", "sequence_parallel"),
+)
+"""What the trainer's arguments call the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +76,9 @@ class RunSettings:
         counts = ("batch_size", "gradient_accumulation_steps", "sequence_parallel")
         check_whole(1, **{name: getattr(self, name) for name in counts})
         check_whole(1, none=True, mlp_tile=self.mlp_tile)
-        check_whole(2, none=True, group_size=self.group_size)
-        check_whole(0, sink_tokens=self.sink_tokens, dense_every=self.dense_every)
-        check_share(group_size_ratio=self.group_size_ratio, offload_share=self.offload_share)
+        self.attention  # noqa: B018 (it checks its values)
+        check_whole(0, dense_every=self.dense_every)
+        check_share(offload_share=self.offload_share)
         if self.quantization and self.adapter is None:
             raise ValueError("all weights can't be trained on a quantized base: give an adapter")
         if self.activation_offloading and not self.gradient_checkpointing:
@@ -112,14 +117,8 @@ class RunSettings:
             dtype="float32" if dtype == torch.float32 else "bfloat16",
             quantization=quantization,
             batch_size=args.per_device_train_batch_size,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            gradient_checkpointing=args.gradient_checkpointing,
             fused=bool(args.use_liger_kernel or args.compile_layers),
-            mlp_tile=args.mlp_tile,
-            sequence_parallel=args.sequence_parallel,
-            selective_checkpointing=args.selective_checkpointing,
-            activation_offloading=args.activation_offloading,
-            offload_share=args.offload_share,
+            **{name: getattr(args, name) for name in SHARED},
             group_size=attention.group_size,
             sink_tokens=attention.sink_tokens,
             sparse=schedule.sparse_by(stage),
@@ -127,11 +126,7 @@ class RunSettings:
         )
 
     @property
-    def names_groups(self) -> bool:
-        """Whether something says how shifted sparse attention is to be."""
-        given = self.group_size is not None or self.group_size_ratio is not None
-        return given or self.sink_tokens != S2AttentionConfig.sink_tokens
-
-    @property
     def attention(self) -> S2AttentionConfig:
-        return S2AttentionConfig(group_size=self.group_size, group_size_ratio=self.group_size_ratio)
+        return S2AttentionConfig(
+            group_size=self.group_size, group_size_ratio=self.group_size_ratio, sink_tokens=self.sink_tokens
+        )

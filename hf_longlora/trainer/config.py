@@ -194,14 +194,6 @@ class LongLoraSFTConfig(SFTConfig):
             self.stages = auto_stages(self.stages, base_length, self.max_length or 0, self.max_steps)
 
     @property
-    def names_groups(self) -> bool:
-        """Whether the configuration or a stage says how shifted sparse attention is to be."""
-        stages: Any = self.stages if isinstance(self.stages, list) else []
-        given = self.group_size is not None or self.group_size_ratio is not None
-        sinks = self.sink_tokens != S2AttentionConfig.sink_tokens
-        return given or sinks or any(stage.of_groups for stage in stages)
-
-    @property
     def data_parallel(self) -> int:
         """How many batches are in work at once: processes, or groups of those that share a sequence."""
         return self.world_size // self.sequence_parallel

@@ -60,9 +60,9 @@ def settle_sparse(
             why = f"the dataset has answers ({', '.join(answers)})"
         elif args.sequence_parallel > 1:
             why = "processes share sequences"
-        elif refusal is not None and not args.names_groups:  # who names groups knows what they are
+        elif refusal is not None and not schedule.says_groups:  # who says how groups are knows why
             why = str(refusal)
-        args.sparse = "windows" if why is None and not args.names_groups else "s2"
+        args.sparse = "windows" if why is None and not schedule.says_groups else "s2"
         if why is not None and replace(schedule, sparse="windows").any_windows and args.process_index == 0:
             logger.warning(f'Steps that aren\'t dense take sparse="s2", not "windows": {why}.')
         schedule = replace(schedule, sparse=args.sparse)
