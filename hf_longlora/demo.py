@@ -147,7 +147,12 @@ def _run(console: Console, out: Path, seed: int, minutes: float, full: bool) -> 
         console.print(f"[bold]{part}[/bold]: {text} [dim]({clock})[/dim]", highlight=False)
 
     head("1/4 Base model", f"{plan.base_steps:,} steps at {BASE_LENGTH} tokens, {seconds:.2g} s each")
+    begun = any((out / "base" / name).is_file() for name in ("config.json", "training.pt"))
+    before = time.perf_counter()
     base = _base(out / "base", config, documents, plan.base_steps, seed)
+    if not begun:  # the machine may have become busier, or less so
+        seconds = (time.perf_counter() - before) / plan.base_steps
+        expected = time.perf_counter() - started + (plan.cost - plan.base_steps) * seconds
     dataset = Dataset.from_dict({"input_ids": documents})
     held_out = [ids for ids in _encode(tokenizer, test.values()) if len(ids) > TARGET_LENGTH]
 

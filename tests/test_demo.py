@@ -154,6 +154,26 @@ def test_a_demo_in_a_given_time_is_one_extension(small, tmp_path, monkeypatch, c
     assert demo.run_demo(tmp_path, minutes=0.1) == records
 
 
+def test_the_estimate_follows_a_machine_that_becomes_busy(small, tmp_path, monkeypatch, capsys):
+    clock = [0.0]
+
+    def base(*args):
+        clock[0] += 120  # for 60 steps that were thought to take 0.1 s each
+        return "base"
+
+    def extend(*args):
+        raise Interrupt
+
+    monkeypatch.setattr(demo, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(demo, "_base", base)
+    monkeypatch.setattr(demo, "_extend", extend)
+    with pytest.raises(Interrupt):
+        demo.run_demo(tmp_path, minutes=0.1)
+    left = 2 * (demo.LEAST.cost - demo.LEAST.base_steps)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"10 steps: LongLoRA (2:00 of about {demo._clock(120 + left)} min)" in printed
+
+
 def test_a_demo_is_as_long_as_the_machine_can_do():
     steps = [demo.plan_demo(4, seconds).base_steps for seconds in (0.01, 0.2, 0.4, 0.8, 10)]
     assert steps[0] == demo.FULL.base_steps and steps[-1] == demo.LEAST.base_steps

@@ -76,8 +76,10 @@ def refuse_foreign_rope(model: nn.Module, config: LongLoraConfig, adapter_name: 
 def _being_loaded() -> tuple[Any, dict[str, Any]] | None:
     """The folder or Hub id that PEFT's `load_adapter` is loading, and the options of its download; `None` elsewhere.
 
-    It hands on the weights alone, and what they were trained under stands beside them: so its arguments are read off
-    its frame.
+    Under a name that is taken PEFT reads no config, and asks the tuner for nothing but names for the tensors it has
+    read: what they were trained under stands beside them, in a folder that no hook is told of. So its arguments are
+    read off its frame; where there is none (a `load_adapter` that is wrapped), the weights are of an unknown RoPE.
+    A tensor among the weights could say the RoPE; other readers of the file would have to be told to pass it over.
     """
     frame = sys._getframe()
     while frame is not None and frame.f_code is not PeftModel.load_adapter.__code__:
