@@ -266,7 +266,7 @@ def test_the_active_adapter_says_how_it_was_trained(tiny_llama):
         (["nowhere", "--documents", "one.txt", "--output-dir", "one.txt/new"], "one.txt/new can't be written to"),
         (["base", "--documents", "one.txt", "--output-dir", "/proc/new"], "/proc/new can't be written to"),
         (["base", "--documents", "one.txt", "--passkey", "1"], "a passkey text has at least"),
-        (["base", "--documents", "one.txt", "--passkey", "-1"], "trials must be at least 1"),
+        (["base", "--documents", "one.txt", "--passkey", "-1"], "`trials` must be a whole number of at least 1"),
         (["base", "--documents", "one.txt", "--lengths", "450", "--passkey", "1", "--depths", "2"], "depth must lie"),
         (["base", "--documents", "one.txt", "--needles", "1"], "a passkey text has at least"),
     ],

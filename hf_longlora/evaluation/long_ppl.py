@@ -23,8 +23,9 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..values import check_whole
 from .scoring import embedding_device, evaluating, position_nll, vocabulary_size
-from .windows import Window, as_token_ids, batches, check_counts, check_long_enough, input_ids, spread
+from .windows import as_token_ids, batches, input_ids, side_by_side, spread
 
 SHORT = 4096
 STRIDE = 1024
@@ -71,30 +72,21 @@ def long_perplexity(
     Raises:
         ValueError: a length of `short` or fewer; a count below 1; else as `perplexity_by_length`.
     """
-    check_counts(
-        short=short,
-        stride=stride,
-        batch_size=batch_size,
-        max_windows=max_windows,
-        positions_per_window=positions_per_window,
-    )
+    check_whole(1, short=short, stride=stride, batch_size=batch_size, positions_per_window=positions_per_window)
+    check_whole(1, none=True, max_windows=max_windows)
     lengths = [lengths] if isinstance(lengths, int) else list(lengths)
     if not lengths or min(lengths) <= short:
         raise ValueError(f"each length must be above that of the short context, {short}; got {lengths}")
     judge = model if evaluator is None else evaluator
     vocabularies = [size for size in map(vocabulary_size, (model, judge)) if size is not None]
     token_ids = as_token_ids(documents, tokenizer, min(vocabularies, default=None))
-    plan = {}
-    for length in lengths:
-        check_long_enough(token_ids, length)
-        starts = ((i, start) for i, ids in enumerate(token_ids) for start in range(0, len(ids) - length + 1, length))
-        plan[length] = spread([Window(i, start, start + length, length - short) for i, start in starts], max_windows)
+    by_length = {length: spread(side_by_side(token_ids, length, length - short), max_windows) for length in lengths}
 
     records = []
-    total = sum(map(len, plan.values()))
+    total = sum(map(len, by_length.values()))
     bar = logging.tqdm(total=total, desc="LongPPL", unit="window", disable=not progress)
     with evaluating(model), evaluating(judge), bar:
-        for length, windows in plan.items():
+        for length, windows in by_length.items():
             count = min(positions_per_window, length - short)
             targets_K = torch.tensor([short + i * (length - short) // count for i in range(count)])
             nll, keys = 0.0, 0

@@ -18,15 +18,16 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..values import check_whole
 from .scoring import embedding_device, evaluating, position_nll, suffix_nll, vocabulary_size
 from .windows import (
     Window,
     as_token_ids,
     batches,
     bucket_edges,
-    check_counts,
     check_long_enough,
     input_ids,
+    side_by_side,
     spread,
     window_ends,
 )
@@ -85,7 +86,8 @@ def perplexity_by_length(
         stride = min(256, min(lengths) // 2)
     if not 1 <= stride <= min(lengths):
         raise ValueError(f"stride must lie between 1 and the shortest length, {min(lengths)}; got {stride}")
-    check_counts(batch_size=batch_size, max_windows=max_windows)
+    check_whole(1, batch_size=batch_size)
+    check_whole(1, none=True, max_windows=max_windows)
 
     token_ids = as_token_ids(documents, tokenizer, vocabulary_size(model))
     # A window's first token has nothing to predict it from: with stride == length one token less is scored, and under
@@ -94,7 +96,7 @@ def perplexity_by_length(
     scored = {length: min(stride, (min(lengths) if align else length) - 1) for length in lengths}
     for length in lengths:
         check_long_enough(token_ids, needed[length])
-    plan = {
+    by_length = {
         length: spread(
             [
                 Window(index, end - length, end, min(new, scored[length]))
@@ -107,10 +109,10 @@ def perplexity_by_length(
     }
 
     records = []
-    total = sum(len(windows) for windows in plan.values())
+    total = sum(len(windows) for windows in by_length.values())
     with evaluating(model), logging.tqdm(total=total, desc="perplexity", unit="window", disable=not progress) as bar:
         for length in lengths:
-            windows = plan[length]
+            windows = by_length[length]
             nll_sum = 0.0
             for batch in batches(windows, batch_size):
                 keep = max(window.scored for window in batch)
@@ -167,18 +169,11 @@ def loss_by_position(
     """
     if length < 2:
         raise ValueError(f"length must be at least 2, got {length}")
-    check_counts(batch_size=batch_size, max_windows=max_windows, positions_per_window=positions_per_window)
+    check_whole(1, batch_size=batch_size, positions_per_window=positions_per_window)
+    check_whole(1, none=True, max_windows=max_windows)
     edges = bucket_edges(buckets, length)
     token_ids = as_token_ids(documents, tokenizer, vocabulary_size(model))
-    check_long_enough(token_ids, length)
-    windows = spread(
-        [
-            Window(index, start, start + length, length - 1)
-            for index, ids in enumerate(token_ids)
-            for start in range(0, len(ids) - length + 1, length)
-        ],
-        max_windows,
-    )
+    windows = spread(side_by_side(token_ids, length, length - 1), max_windows)
     first = max(edges[0], 1)
     count = min(positions_per_window, edges[-1] - first)
     targets_K = torch.tensor([first + index * (edges[-1] - first) // count for index in range(count)])

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..values import check_whole
 from .scoring import embedding_device, evaluating, suffix_logits
-from .windows import check_counts
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you "
@@ -147,7 +147,7 @@ def passkey_accuracy(
     Raises:
         ValueError: a length too short for the text, a depth outside [0, 1], a count below 1.
     """
-    check_counts(trials=trials, digits=digits)
+    check_whole(1, trials=trials, digits=digits)
     keys = random.Random(seed)
 
     def example(length: int, depth: float) -> Passkey:
@@ -180,7 +180,7 @@ def multi_needle_accuracy(
     Raises:
         ValueError: as `passkey_accuracy`, or for fewer than 2 or more than 16 different depths.
     """
-    check_counts(trials=trials, digits=digits)
+    check_whole(1, trials=trials, digits=digits)
     depths = sorted(set(depths))
     if not 2 <= len(depths) <= len(NAMES):
         raise ValueError(f"several needles need 2 to {len(NAMES)} different depths, got {depths}")

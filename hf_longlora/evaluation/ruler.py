@@ -21,8 +21,8 @@ import numpy as np
 from torch import nn
 from transformers.utils.logging import tqdm
 
+from ..values import check_whole
 from .scoring import evaluating
-from .windows import check_counts
 
 SHORTEST = 512
 """Tokens below which RULER's texts hold next to nothing."""
@@ -87,7 +87,7 @@ def ruler_accuracy(
         ValueError: an unknown task, or one whose texts are downloaded; a length too short for a task with this
             tokenizer; a chat template asked for that the tokenizer lacks; a count below 1.
     """
-    check_counts(trials=trials, batch_size=batch_size)
+    check_whole(1, trials=trials, batch_size=batch_size)
     lengths = [lengths] if isinstance(lengths, int) else list(lengths)
     names = check_tasks(list(TASKS) if tasks is None else tasks)
     if not lengths or min(lengths) < SHORTEST:

@@ -62,12 +62,6 @@ def check_long_enough(token_ids: list[torch.Tensor], length: int) -> None:
         logger.info(f"{short} of {len(token_ids)} documents have fewer than {length} tokens and are not used")
 
 
-def check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-
-
 def window_ends(tokens: int, first_end: int, stride: int) -> Iterator[tuple[int, int]]:
     """Yield `(end, new)`: where each window of a document ends, and how many of its last tokens are new."""
     if tokens < first_end:
@@ -77,6 +71,20 @@ def window_ends(tokens: int, first_end: int, stride: int) -> Iterator[tuple[int,
         # The last window ends with the document and scores what is left.
         end = min(previous + stride, tokens)
         yield end, end - previous
+
+
+def side_by_side(token_ids: list[torch.Tensor], length: int, scored: int) -> list[Window]:
+    """Windows of `length` tokens that don't overlap; what is left of a document after its last one is not used.
+
+    Raises:
+        ValueError: no document is that long.
+    """
+    check_long_enough(token_ids, length)
+    return [
+        Window(index, start, start + length, scored)
+        for index, ids in enumerate(token_ids)
+        for start in range(0, len(ids) - length + 1, length)
+    ]
 
 
 def spread(windows: list[Window], most: int | None) -> list[Window]:

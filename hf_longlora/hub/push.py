@@ -105,16 +105,7 @@ class PushAdapterCallback(TrainerCallback):
         self._stage_ends = set() if schedule is None else set(schedule.ends)
         self._last_step = -1
         if state.is_world_process_zero:
-            token = self._token or getattr(args, "hub_token", None)
-            self._pusher = _Pusher(
-                self.repo_id,
-                token,
-                private=self.private,
-                revision=self.revision,
-                retries=self.retries,
-                backoff=self.backoff,
-                patience=self.patience,
-            )
+            self._pusher = _Pusher(self, self._token or getattr(args, "hub_token", None))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -160,19 +151,9 @@ class _Pusher:
     for a new one. Should it be answered after all, the commit it makes is refused, for each names the one it follows.
     """
 
-    def __init__(
-        self,
-        repo_id: str,
-        token: str | None,
-        *,
-        private: bool | None,
-        revision: str | None,
-        retries: int,
-        backoff: float,
-        patience: float,
-    ) -> None:
-        self.repo_id, self.revision, self.private = repo_id, revision, private
-        self.retries, self.backoff, self.patience = retries, backoff, patience
+    def __init__(self, settings: PushAdapterCallback, token: str | None) -> None:
+        self.repo_id, self.revision, self.private = settings.repo_id, settings.revision, settings.private
+        self.retries, self.backoff, self.patience = settings.retries, settings.backoff, settings.patience
         self._api, self._token = HfApi(token=token), token
         self._changed = threading.Condition()
         self._next: Snapshot | None = None
