@@ -49,14 +49,14 @@ class Plan:
     """How much is done."""
 
     base_steps: int
-    """Of the base's training, 2,048 tokens each."""
+    """Steps of the base's training, of 2,048 tokens each."""
     extension_steps: int
-    """Of each extension, 1,024 tokens each in the first three of ten and 2,048 in the others."""
+    """Steps of each extension: 1,024 tokens each in the first three of ten, 2,048 in the others."""
     runs: tuple[str, ...]
     max_windows: int
     """At each length of the evaluation."""
     threads: int | None = None
-    """Of the CPU; `None` while the machine isn't measured. By their number sums round otherwise."""
+    """CPU threads; `None` until the machine is measured. Sums round differently by their number."""
 
     @property
     def stages(self) -> list[ContextStage]:
@@ -66,7 +66,7 @@ class Plan:
 
     @property
     def cost(self) -> float:
-        """Of all, in steps of the base's training: 0.25 s of CPU time each on a slow core."""
+        """The cost of the whole, in steps of the base's training (0.25 s of CPU time each on a slow core)."""
         evaluated = 3 + len(self.runs)  # the base, with a longer RoPE, too, and the adapter once more when reloaded
         trained = self.base_steps + EXTENSION_STEP * self.extension_steps * len(self.runs)
         return trained + EVALUATED_WINDOW * self.max_windows * evaluated + LOADING
@@ -221,7 +221,7 @@ def _tokenizer(folder: Path, texts: list[str]) -> Any:
 
 
 def seconds_of_a_step(config: LlamaConfig, documents: list[list[int]]) -> float:
-    """Of the base's training on this machine, as busy as it is, with one thread or all: what is faster stays set.
+    """Seconds a step of the base's training takes on this machine now, with one thread or all; the faster stays set.
 
     On a busy machine threads wait for each other: beside 15 processes on two cores a step took 34 s with two threads,
     and 3.5 s with one.

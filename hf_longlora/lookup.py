@@ -99,7 +99,7 @@ def http_error(error: BaseException) -> HfHubHTTPError | None:
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """The error and what it came of; libraries wrap those of the Hub."""
+    """The error and its causes: libraries wrap the Hub's errors."""
     chain = [error]
     while (cause := chain[-1].__cause__) is not None and cause not in chain:
         chain.append(cause)

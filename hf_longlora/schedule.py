@@ -261,7 +261,7 @@ class Schedule:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Schedule":
-        """The schedule that `to_dict` gave; other keys are let be.
+        """The schedule that `to_dict` gave; other keys are ignored.
 
         Groups are as they were, by whatever rule they were resolved.
         """
@@ -292,7 +292,7 @@ AUTO_STAGES = ("auto", "doubling")
 """What may stand in place of a list of stages: `auto_stages` makes one, when the base's length is known."""
 
 FIRST_SHARE = 0.2
-"""Of the steps, what `auto_stages` spends before the target's length: tokens are spent less well there."""
+"""The share of the steps that `auto_stages` spends before the target's length: tokens do less there."""
 
 
 def auto_stages(kind: str, base_length: int, max_length: int, max_steps: int) -> list[ContextStage]:

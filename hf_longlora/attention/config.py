@@ -16,7 +16,7 @@ Sparse = Literal["s2", "windows", "pose"]
 run of neighbouring tokens; or by such windows of two chunks (PoSE, arXiv 2309.10400)."""
 
 DEFAULT_RATIO = 0.25
-"""Of the length: a group where nothing is given, and the most that a group of the native window may have."""
+"""A group's share of the length where nothing is given; the native window is a group only up to this share."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
-"""Dense attention for layers with softcap or attention sinks, which `scaled_dot_product_attention` has not.
+"""Dense attention for layers with softcap or attention sinks, which `scaled_dot_product_attention` lacks.
 
 The mathematics is the family's own: the `eager_attention_forward` beside its attention class, run over blocks of
-queries, so that the scores of a block are held and not those of the whole sequence. Rows of a softmax don't depend on
+queries, so that only the scores of one block are in memory. Rows of a softmax don't depend on
 each other, so that the blocks change nothing. Time grows with the square of the length, as in any dense attention.
 """
 

@@ -44,11 +44,11 @@ class S2State:
     shift: Shift = "heads"
     """The method; others are for comparison, and set here (`get_s2_attention(model).shift = "none"`)."""
     find_sequence: Callable[..., Any] | None = None
-    """Where processes hold shards of each row, what finds the whole (`hf_longlora.parallel.shard_sequences`)."""
+    """Where processes hold shards of each row: finds the whole rows (`hf_longlora.parallel.shard_sequences`)."""
 
 
 _DEFAULT = S2State()
-"""Of a model that was loaded with "s2attn" and has not been through `set_s2_attention`."""
+"""The state of models that were loaded with "s2attn" and have not been through `set_s2_attention`."""
 # What changes the attention of some families (sparse indices, sinks that depend on the query) and sdpa ignores.
 _UNKNOWN = ("indices", "block_indices", "sinks")
 
@@ -242,8 +242,8 @@ def left_alone(
 ) -> str | None:
     """Why a layer is dense in training as well, in words; `None` if it is sparse.
 
-    A window or chunk that the model's length can't go beyond is none: Phi-3's 128k checkpoints declare one of 262,144
-    tokens in every layer.
+    A window or chunk that is no shorter than the model's length changes nothing: Phi-3's 128k checkpoints declare one
+    of 262,144 tokens in every layer.
     """
     if not causal:
         return "not causal"

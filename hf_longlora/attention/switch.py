@@ -102,7 +102,7 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) 
 
 
 def _window_everywhere(config: PreTrainedConfig) -> int | None:
-    """The window of a model all of whose layers have one that its length goes beyond."""
+    """The sliding window of a model, if all of its layers have it and it is shorter than the model's length."""
     config = config.get_text_config()
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if window is None or window >= getattr(config, "max_position_embeddings", window):

@@ -216,7 +216,7 @@ def in_all(stages: Any) -> str:
 
 
 def _dtype(model: Any) -> str:
-    """Of the weights, where they are not quantized."""
+    """The dtype of the weights, where they are not quantized."""
     return model.dtype or ("auto" if model.use_peft else "float32")
 
 
@@ -291,7 +291,7 @@ def _adapter(model: Any) -> Any:
 
 
 def own_fields() -> list[Any]:
-    """What `LongLoraConfig` has beside LoRA's fields, but for what the stages say and what is resolved on a model."""
+    """The fields that `LongLoraConfig` adds to LoRA's, without those that stages set or a model resolves."""
     from peft import LoraConfig
 
     from ..tuner import LongLoraConfig

@@ -17,7 +17,7 @@ from .perplexity import perplexity_by_length
 logger = logging.get_logger(__name__)
 
 WORSE = 1.01
-"""Dense perplexity above this many times that of the training's pattern is warned of."""
+"""A warning is due where dense perplexity is this many times the perplexity by the training's pattern."""
 
 
 def compare_attention(

@@ -1,4 +1,4 @@
-"""What of an adapter goes to the Hub, and to programs without this package."""
+"""Adapters on the Hub (cards, pushes), and exported for programs without this package."""
 
 from .card import adapter_card, folder_card, refresh_card
 from .export import export_adapter

@@ -224,7 +224,7 @@ def _overrides(base_config: Any, rope: RopeScaling | None) -> str:
 
 
 def _tokens(source: Path) -> int:
-    """Those of the adapter's own tokenizer; 0 without one."""
+    """The number of tokens of the adapter's own tokenizer; 0 without one."""
     own = (source / "tokenizer_config.json").is_file()
     return len(AutoTokenizer.from_pretrained(str(source))) if own else 0
 

@@ -33,7 +33,7 @@ from .export import PREFIX, new_folder
 logger = logging.get_logger(__name__)
 
 OURS = ("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "modules_to_save")
-"""Of a LoRA's config, what is written anew."""
+"""Fields of a LoRA's config that are written anew."""
 
 
 def import_original(

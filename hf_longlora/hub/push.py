@@ -30,7 +30,7 @@ FOLDER = "_push"
 LONGEST_WAIT = 300.0
 """Seconds between two tries, at most."""
 WORTH_A_RETRY = (408, 409, 412, 423, 425, 429)
-"""Of the client's errors, those that may pass: a time limit, a conflict with another commit, too many requests."""
+"""Status codes (4xx) that may pass: a time limit, a conflict with another commit, too many requests."""
 
 
 class Snapshot(NamedTuple):
@@ -85,7 +85,7 @@ class PushAdapterCallback(TrainerCallback):
         self.backoff = backoff
         self.patience = patience
         self._token = token
-        self._last_step = -1  # of what was saved to be pushed
+        self._last_step = -1  # the step of the last adapter that was saved to be pushed
         self._pusher: _Pusher | None = None
 
     def on_train_begin(
@@ -284,7 +284,7 @@ class _Pusher:
             self._clear(self._last.folder.parent, self._last.step - 1)
 
     def _clear(self, folder: Path, step: int) -> None:
-        """Remove what is waiting from `step` and before, of an earlier run too, but for what is on its way."""
+        """Remove adapters that wait from `step` or before, an earlier run's too, except the one being pushed."""
         for waiting in folder.glob("step-*"):
             number = waiting.name.rpartition("-")[2]
             on_its_way = self._current is not None and self._current.folder == waiting

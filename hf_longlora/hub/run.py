@@ -1,4 +1,4 @@
-"""What is known of a run, for the card of what it made."""
+"""Facts of a run, for the model card."""
 
 from __future__ import annotations
 

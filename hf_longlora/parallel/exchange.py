@@ -60,7 +60,7 @@ class Routes:
 
     @classmethod
     def of(cls, part: Part, shards: Shards, device: torch.device) -> "Routes":
-        """Those of a part of the whole rows' heads."""
+        """The routes for the heads of one part."""
         locals_ = [localize(part, span) for span in shards.spans]
         sent = tuple(_tokens(_held(local, shards.spans[shards.rank], own=True), device) for local in locals_)
         mine = locals_[shards.rank]
@@ -69,7 +69,7 @@ class Routes:
 
 
 def _held(local: LocalPart, shard: Span, *, own: bool) -> list[tuple[int, Span]]:
-    """What of a halo lies in a shard: rows, and spans counted in that shard (`own`) or among the keys of the halo."""
+    """The part of a halo in one shard: rows, and spans counted in that shard (`own`) or among the halo's keys."""
     found = []
     for row, at, (start, end) in local.slots():
         low, high = max(start, shard[0]), min(end, shard[1])

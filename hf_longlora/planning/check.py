@@ -52,7 +52,7 @@ class Layer:
     left_alone: str | None
     """Why it is dense in training as well; `None` if it is sparse."""
     needs: tuple[str, ...] = ()
-    """Of `hf_longlora.attention.kernels.OPTIONS`, what its kernel has to take."""
+    """The options (`hf_longlora.attention.kernels.OPTIONS`) that its kernel has to take."""
 
 
 @dataclass
@@ -76,7 +76,7 @@ class ModelCheck:
     rope: tuple[RopeScaling, RopeScaling] | None = None
     """Before and after; `None` without RoPE."""
     reaches: tuple[list[tuple[int, int]], ...] = ()
-    """Of both, the original length and that reached: two readings where the config leaves it open."""
+    """For each of the two: (original length, length reached), twice where the config can be read in two ways."""
     targets: list[str] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
     embeddings: list[str] = field(default_factory=list)
@@ -108,7 +108,7 @@ def check_model(
         rope_type, base_length: As in `LongLoraConfig`.
         attention: Group size, sink tokens and kernel; if not given, those the adapter was trained with, or the
             default.
-        trust_remote_code: Run the code that comes with a model whose class transformers has not.
+        trust_remote_code: Run the code that comes with a model whose class is not in transformers.
 
     Returns:
         What was found. A model that is refused is no error here: `refused` says why.
@@ -307,7 +307,7 @@ def _run(model: PreTrainedModel, found: ModelCheck) -> None:
         kinds = getattr(rotary, "rope_type", None)
         rotary.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-    # Some families look at the numbers of a mask and some at those of positions; one of these is never looked at.
+    # Some families read the values of the mask, some those of the positions: one of these three works for each.
     masks = (torch.ones(1, _TOKENS, dtype=torch.long), torch.ones_like(ids), None)
     with _registered(model, probe), torch.no_grad():
         for attempt, mask in enumerate(masks, start=1):

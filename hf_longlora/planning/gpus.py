@@ -1,4 +1,4 @@
-"""Cards: what a data sheet says, and what of it attention reaches."""
+"""Cards: their data sheets, and the share of the FLOPs there that attention reaches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Backend = Literal["cudnn", "flash"]
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A card's data sheet, and what of it attention reaches."""
+    """A card's data sheet, and the share of its FLOPs that attention reaches."""
 
     name: str
     memory_gib: float
@@ -21,7 +21,7 @@ class Gpu:
     tflops: float
     """bf16, dense, fp32 accumulation."""
     bandwidth: float
-    """Of its memory, GB/s."""
+    """Memory bandwidth, GB/s."""
     link: float
     """To the host, GB/s: what pinned copies reach of PCIe's 32 or 64."""
     attention: dict[Backend, float]

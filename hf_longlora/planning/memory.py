@@ -28,7 +28,7 @@ LOSS_TOKENS, LOSS_VOCABULARY = 4096, 8192
 NORM_BACKWARD, NORM_BACKWARD_FUSED = 20, 6
 """Bytes of h and token in the backward of a norm, beside what is kept of its layer."""
 TOKEN_BYTES = 96
-"""Of a token whatever the model: ids, labels, positions, log probabilities, entropy."""
+"""Bytes a token, whatever the model: ids, labels, positions, log probabilities, entropy."""
 STASHED = 3
 """Checkpoints that TRL's activation offloading has on the card at the peak: 2.8 in train_step.csv."""
 
@@ -56,7 +56,7 @@ def kept_of_the_mlp(shape: Shape, settings: RunSettings) -> float:
 def bytes_at_peak(shape: Shape, settings: RunSettings, length: int) -> tuple[dict[str, float], float]:
     """Bytes on the card at the peak of a step, by what they are for, and those in the host's memory."""
     tokens, h = settings.batch_size * length / settings.sequence_parallel, shape.hidden
-    stream = 4 if settings.dtype == "float32" else 2  # the dtype of what runs from layer to layer
+    stream = 4 if settings.dtype == "float32" else 2  # bytes of a number of the hidden states
     outside, inside = kept_outside_the_mlp(shape, settings), kept_of_the_mlp(shape, settings)
     whole = inside + 2 * shape.lora_mlp
     if settings.adapter is None:

@@ -149,7 +149,7 @@ def _group(shape: Shape, settings: RunSettings, length: int) -> int:
 
 
 def _dense_lengths(shape: Shape, settings: RunSettings, lengths: Sequence[int]) -> list[str]:
-    """Of the lengths that groups hold whole, what to say of the longest."""
+    """The note on the longest of the lengths that fit into one group, if any does."""
     if settings.sparse != "s2":
         return []
     window = shape.native_window

@@ -14,7 +14,7 @@ Shifted = Literal["half", "none", "all"]
 
 # Fitted constants, and what to.
 MATMUL_SHARE = 0.70
-"""Of a card's FLOPs that long matrix products reach; with the two below, to the rows of train_step.csv."""
+"""Share of a card's FLOPs that long matrix products reach; fitted, with the two below, to train_step.csv."""
 TRAFFIC, TRAFFIC_FUSED = 24.0, 15.0
 """Bytes moved between matrix products in a step with checkpointing, over the bytes that autograd keeps of a layer."""
 SHORT_SEGMENT = 1600

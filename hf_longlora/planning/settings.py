@@ -1,4 +1,4 @@
-"""What of a run decides its memory and time."""
+"""The settings of a run that decide its memory and time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHARED = (
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What of a run decides its memory and time.
+    """The settings of a run that decide its memory and time.
 
     Args:
         adapter: A `LongLoraConfig` or another of PEFT's LoRA kind; `None` trains all weights.
@@ -101,7 +101,7 @@ class RunSettings:
         dtype: torch.dtype,
         quantization: Quantization | None,
     ) -> RunSettings:
-        """Those of a stage of a run.
+        """The settings of one stage of a run.
 
         Args:
             args: The trainer's, a `LongLoraSFTConfig`.

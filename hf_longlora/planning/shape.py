@@ -19,7 +19,7 @@ from .settings import RunSettings
 
 @dataclass(frozen=True)
 class Shape:
-    """What memory and time follow from, read off the model's modules; widths are those of one layer on average."""
+    """The sizes that memory and time follow from, read off the model's modules; widths are averages over layers."""
 
     parameters: int
     trainable: int
@@ -60,7 +60,7 @@ class Shape:
     adds_up: bool
     """Whether the windows of a step run one after the other, as the trainer has it."""
     windows: tuple[int | None, ...]
-    """Of each layer with softmax attention: its window; `None` for all tokens."""
+    """The window of each layer with softmax attention; `None`: it sees all tokens."""
 
     @classmethod
     def of(cls, config: PreTrainedConfig, settings: RunSettings) -> Shape:
@@ -175,7 +175,7 @@ def _put_adapter(base: Any, adapter: PeftConfig, hidden: int) -> tuple[int, floa
 
 
 def _adds_up(config: Any) -> bool:
-    """Of the trainer's reasons to run windows all at once, what a config tells: a balance of experts, and RoPE."""
+    """Whether a config gives the trainer a reason to run all windows at once: a balance of experts, or its RoPE."""
     text, rope = config.get_text_config(), find_rope(config)
     balanced = hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0
     return rope is not None and natural_type(rope) not in WITH_HISTORY and not balanced

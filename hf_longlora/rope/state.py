@@ -120,7 +120,7 @@ def current_rope(config: Any) -> RopeScaling:
 
 
 def find_rope(config: Any) -> RopeScaling | None:
-    """As `current_rope`, and `None` where there is no RoPE that can be read."""
+    """`current_rope`, or `None` where there is no RoPE that can be read."""
     try:
         return current_rope(config)
     except ValueError:

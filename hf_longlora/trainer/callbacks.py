@@ -34,7 +34,7 @@ class ContextStageCallback(TrainerCallback):
     def apply(self, model: nn.Module, global_step: int, processing_class: Any = None) -> None:
         """Put `model` in the state in which the optimizer step after `global_step` steps runs.
 
-        The tokenizer, which is saved beside it, is let take texts as long.
+        The tokenizer, which is saved beside it, gets the new length as its limit.
         """
         step = self.schedule.step(global_step)
         rope = self.ropes[step.stage]
@@ -97,7 +97,7 @@ class StageProgressCallback(ProgressCallback):
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
         self.schedule = schedule
-        self._stage = -1  # that of the bar
+        self._stage = -1  # the stage that the bar shows
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

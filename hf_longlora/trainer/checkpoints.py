@@ -110,7 +110,7 @@ def _compare(path: str | Path, signature: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def first_difference(found: Mapping[str, Any], own: Mapping[str, Any], inside: str = "") -> str | None:
-    """What of a checkpoint's signature is first found to be otherwise in a run's, in words; `None` if all is alike."""
+    """The first difference between a checkpoint's signature and a run's, in words; `None` if they are equal."""
     for key, value in own.items():
         name = f"{inside}{key}"
         if key not in found:
@@ -129,7 +129,7 @@ def refuse_others(directory: str | Path, signature: Mapping[str, Any], limited: 
     """Raise a `ValueError` if a run that saves checkpoints would have to share its folder.
 
     It could take another's for its own when it is resumed; and where their number is limited, Trainer deletes the
-    oldest of all that are called so, or those of the lowest number.
+    oldest of all folders of that name, or those with the lowest number.
 
     Args:
         directory: The run's output directory.

@@ -17,7 +17,7 @@ from .tiles import TiledMLP
 
 @contextmanager
 def compiled_layers(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Within it, the norms, the attention modules and the MLPs of the decoder layers are compiled.
+    """Inside, the norms, the attention modules and the MLPs of the decoder layers are compiled.
 
     These and not whole layers or the model: the trainer's loss replaces the model's forward, and checkpointing runs a
     layer that can't be one graph without compiling any of it. The attention function is left out of the graphs: it

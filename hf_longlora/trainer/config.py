@@ -47,7 +47,7 @@ class LongLoraSFTConfig(SFTConfig):
         attention_kernel: "auto", or the name of a kernel.
         compile_layers: Whether to compile each decoder layer (torch.compile) for training.
         mlp_tile: Tokens that an MLP takes at a time; `None`: all. For sequences whose MLP intermediates don't fit.
-        offload_share: With `activation_offloading`, the share of what is saved for the backward that goes to the host;
+        offload_share: With `activation_offloading`, the share of the saved activations that goes to the host;
             the rest stays on the card. For hosts whose memory does not hold all of it.
         sequence_parallel: Processes that share each sequence, a shard of it each. They are started with DeepSpeed
             (`accelerate launch`), and their number is a multiple of it.

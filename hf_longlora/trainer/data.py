@@ -19,7 +19,7 @@ from .config import LongLoraSFTConfig
 logger = logging.get_logger(__name__)
 
 COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
-"""Of a prepared dataset, what is of tokens."""
+"""The columns of a prepared dataset that have a value for each token."""
 FILE_FORMATS = ("arrow", "csv", "generator", "json", "pandas", "parquet", "spark", "sql", "text", "webdataset", "xml")
 """What datasets calls a dataset that was loaded from files."""
 
@@ -103,11 +103,11 @@ class StageData:
 
     Args:
         given: Examples there are.
-        dropped: Of them, those of which nothing is left at the stage's length.
-        cut: Of them, those of which a part is.
-        tokens, used: Tokens there are, and that are left: of those to learn from, where not all are.
-        masked: Whether not all are.
-        passes: How often the stage goes through what is left; `None` of a stream, of which this is what was read.
+        dropped: Examples of which nothing is left at the stage's length.
+        cut: Examples of which a part is left.
+        tokens, used: Tokens there are, and tokens left; with `masked` only tokens that are learned count.
+        masked: Whether some tokens are not learned (their labels are -100).
+        passes: How often the stage goes through what is left; `None` for a stream, whose counts are of what was read.
     """
 
     given: int
@@ -122,15 +122,15 @@ class StageData:
     def of(
         cls, tokenized: Dataset, view: Dataset, max_length: int, packing: str | None, masked: bool, served: int | None
     ) -> StageData:
-        """Of a dataset that was tokenized, and what TRL has made of it.
+        """From a tokenized dataset and from what TRL has made of it.
 
         Args:
             tokenized: All of it.
             view: Cut or packed to `max_length` tokens.
             max_length: The stage's.
             packing: How it was packed; `None`: it was not.
-            masked: Whether there are tokens that are not to be learned.
-            served: Rows of the view that the stage takes; `None` of a part of a stream.
+            masked: Whether some tokens are not learned.
+            served: Rows of the view that the stage takes; `None` for a part of a stream.
         """
         before, after = lengths(tokenized), lengths(view)
         longer, full = int((before > max_length).sum()), int((before == max_length).sum())
@@ -143,13 +143,13 @@ class StageData:
         return cls(len(before), dropped, cut, count(tokenized), count(view), masked, passes)
 
     def __add__(self, more: StageData) -> StageData:
-        """Of a stream, what was read so far and what was read then."""
+        """For streams: the counts of what was read before and of what was read after it, together."""
         names = ("given", "dropped", "cut", "tokens", "used")
         return replace(self, **{name: getattr(self, name) + getattr(more, name) for name in names})
 
     @property
     def share(self) -> float:
-        """Of the tokens, what is left."""
+        """The share of tokens that is left."""
         return self.used / self.tokens if self.tokens else 0.0
 
     def __str__(self) -> str:
@@ -172,7 +172,7 @@ def describe(dataset: Dataset | IterableDataset, args: LongLoraSFTConfig) -> str
 
 
 def say_data(stages: Sequence[StageData], args: LongLoraSFTConfig) -> None:
-    """One line a stage, of what it sees of the data; a warning if that is less than half."""
+    """Log what each stage sees of the data, one line a stage; a warning where that is less than half."""
     for number, data in enumerate(stages, start=1):
         if data.share >= 0.5:
             logger.info(f"Stage {number}: {data}")

@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """A run of which nothing is refused.
+    """A run that has passed all checks.
 
     Args:
         columns: The training dataset's.

@@ -68,9 +68,9 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Of the weights that are not trained: names, shapes, dtypes, and `NUMBERS` numbers of each.
+    """A hash of the frozen weights: names, shapes, dtypes, and `NUMBERS` values of each.
 
-    Of weights that are spread over processes when a model is made (ZeRO-3), names and shapes alone.
+    Only names and shapes of weights that are spread over processes when a model is made (ZeRO-3).
     """
     digest = hashlib.sha256()
     samples: list[torch.Tensor] = []
@@ -88,7 +88,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def data_fingerprint(tokenized: Dataset) -> str:
-    """Of tokens and labels: the lengths of all rows, and both ends of `ROWS` of them."""
+    """A hash of tokens and labels: the lengths of all rows, and both ends of `ROWS` of them."""
     digest = hashlib.sha256(lengths(tokenized).astype(np.int64).tobytes())
     columns = [name for name in ("input_ids", "labels") if name in tokenized.column_names]
     table = tokenized.with_format("arrow")

@@ -55,7 +55,7 @@ def plan_stages(
     gpus: int = 1,
     columns: Collection[str] = (),
 ) -> tuple[RunPlan, list[StagePlan]]:
-    """What each stage of a run takes on a card, of a model of which only the config is read.
+    """Memory and time of each stage of a run on a card. Only the model's config is read.
 
     Args:
         config: The model's.

@@ -14,7 +14,7 @@ from .callbacks import longlora_tuner
 
 @dataclass(frozen=True)
 class Start:
-    """The RoPE that a run starts from, and what of it is known.
+    """The RoPE that a run starts from.
 
     Args:
         config: The model's.
@@ -52,8 +52,8 @@ class Start:
 def stage_ropes(start: Start, schedule: Schedule) -> list[RopeScaling | None]:
     """The RoPE of each stage; `None` where it is the one the model comes with.
 
-    A stage extends what is there, be it the base's, a loaded adapter's or the stage's before: in its type, and never
-    to less than it reaches. So one run and several are held to the same, and end in the same RoPE.
+    A stage extends the RoPE before it (the base's, a loaded adapter's or an earlier stage's), in the same type and
+    never to a shorter length. So one run and several are held to the same, and end in the same RoPE.
 
     Raises:
         ValueError: if a stage's length is one that the base reaches already, less than what was reached since or in
@@ -63,7 +63,7 @@ def stage_ropes(start: Start, schedule: Schedule) -> list[RopeScaling | None]:
     now = start.now
     for number, stage in enumerate(schedule.stages, start=1):
         if stage.rope_type is None and stage.rope_parameters is None:
-            # As the stage before left it, said outright: a run resumed here has not been through that stage.
+            # The RoPE of the stage before, set explicitly: a run resumed here has not been through that stage.
             ropes.append(ropes[-1] if ropes else None)
             continue
         try:
@@ -77,7 +77,7 @@ def stage_ropes(start: Start, schedule: Schedule) -> list[RopeScaling | None]:
 
 
 def _extended(start: Start, now: RopeScaling | None, stage: ContextStage) -> RopeScaling:
-    """The RoPE of a stage after `now`, that of the stage or the adapter before it, if there is one."""
+    """The RoPE of a stage; `now` is the RoPE before it, of an earlier stage or a loaded adapter, if there is one."""
     base = start.base or current_rope(start.config)
     kind, explicit = stage.rope_type or AUTO, stage.rope_parameters
     if now is None or now == base:

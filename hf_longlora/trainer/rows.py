@@ -50,7 +50,7 @@ class RowsTrainer(SFTTrainer):
         formatting_func: Callable[[dict[str, Any]], str] | None,
         dataset_name: str,
     ) -> Any:
-        """Of the training dataset, what each stage will see, one after the other. Other datasets: as TRL does."""
+        """The training dataset as each stage will see it, one stage after the other. Other datasets: as TRL does."""
         prepare = super()._prepare_dataset
         if dataset is not self._train_source:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
@@ -117,7 +117,7 @@ class RowsTrainer(SFTTrainer):
 
     @contextmanager
     def _rows_from(self, checkpoint: Any) -> Iterator[None]:
-        """Within it rows are read from where a checkpoint stands; `None` or "": from the first."""
+        """Inside, rows are read from where a checkpoint stands; without one, from the first."""
         step = 0
         if checkpoint:
             step = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step

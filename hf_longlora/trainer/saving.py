@@ -80,7 +80,7 @@ class SavingTrainer(SFTTrainer):
 
     @contextmanager
     def _clock_stopped(self) -> Iterator[None]:
-        """What is done meanwhile is no training: the time it takes is none of the steps'."""
+        """Time spent inside doesn't count as training time in the log (tokens per second)."""
         before, stopped = self._last_log, time.perf_counter()
         yield
         if before is not None:  # an evaluation of several datasets evaluates each: only the whole of it counts
@@ -116,7 +116,7 @@ class SavingTrainer(SFTTrainer):
             self._write_card(Path(output_dir or str(self.args.output_dir)))  # in the place of PEFT's
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As Trainer's, which pushes the output directory with the checkpoint's weights: with its card, too."""
+        """As Trainer's, which pushes the output directory with the checkpoint's weights; here with its card, too."""
         for name in ("README.md", RUN_NAME):
             if self.args.should_save and Path(checkpoint_folder, name).is_file():
                 shutil.copy(Path(checkpoint_folder, name), Path(str(self.args.output_dir), name))
@@ -165,7 +165,7 @@ class SavingTrainer(SFTTrainer):
             )
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
-        """As Trainer's. By what it returns `save_strategy="best"` saves or not, and a stage's end is always saved."""
+        """As Trainer's; also True at a stage's end, so that `save_strategy="best"` saves there, too."""
         return (
             super()._determine_best_metric(*args, **kwargs)
             or self.schedule.last_step(self.state.global_step).last_of_stage

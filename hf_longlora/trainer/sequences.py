@@ -141,7 +141,7 @@ class _Groups:
 
 @contextmanager
 def own_attention(model: Any, size: int) -> Iterator[None]:
-    """Within it sequences are shared by `size` processes, and DeepSpeed's engine runs without DeepSpeed's attention.
+    """Inside, sequences are shared by `size` processes, and DeepSpeed's engine runs without DeepSpeed's attention.
 
     accelerate has the latter registered whenever it starts the engine, takes no other, and it would refuse heads that
     don't divide: for that moment the name that accelerate looks up is something else.
@@ -172,7 +172,7 @@ class ShardedLoss(Trainer):
     _labels: torch.Tensor
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, which counts no labels of shards: those of the step, over all processes."""
+        """As Trainer's, which doesn't count the labels of shards; here the step's are counted over all processes."""
         batches, count = super().get_batch_samples(*args, **kwargs)
         if self.args.sequence_parallel > 1:
             own = sum((batch["shift_labels"] != -100).sum() for batch in batches)
@@ -218,7 +218,7 @@ class ShardedTrainer(SFTTrainer):
             return self._loss_in_turns(model, self._prepare_inputs(inputs)), None, None
 
     def _loss_in_turns(self, model: Any, inputs: Any) -> torch.Tensor:
-        """That of this process's batch, where a group goes through those of all its processes in shards.
+        """The loss of this process's batch. The group goes through its processes' batches in turn, in shards.
 
         accelerate cuts no batches of evaluations, and a long row would have to fit one card.
         """
@@ -297,8 +297,9 @@ class ShardableCollator:
 class InShards(Sampler[int]):
     """The order in which rows are read so that each step of a run sees its own.
 
-    Each process reads batches of its own, as without shards; then those of a group go through the shards of each of
-    them in turn. So the n-th row that is read is not of the n-th step where several groups share a step.
+    Each process reads batches of its own, as without shards; then the processes of a group go through the shards of
+    each of these batches in turn. So the n-th row that is read is not of the n-th step where several groups share a
+    step.
 
     Args:
         rows: How many there are: `batch` of each group in each micro-step, micro-step after micro-step.

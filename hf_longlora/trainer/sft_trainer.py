@@ -105,7 +105,7 @@ class LongLoraSFTTrainer(RowsTrainer, SavingTrainer, WatchedTrainer, PiecewiseTr
         self._train_source: Dataset | IterableDataset | None = train_dataset
         self._stage_examples: list[int] = []
         self._stage_data: dict[int, StageData] = {}
-        self._stream_state = ""  # of what was last trained on
+        self._stream_state = ""  # where the stream stood at the last batch
         if args.mlp_tile is not None and args.use_liger_kernel:
             # Liger's MLP would shadow the tiled one.
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), "swiglu": False, "geglu": False}
@@ -244,7 +244,7 @@ class LongLoraSFTTrainer(RowsTrainer, SavingTrainer, WatchedTrainer, PiecewiseTr
 
 @contextmanager
 def inputs_as_they_are(layers: Sequence[Any]) -> Iterator[None]:
-    """Within it adapters don't cast their inputs to their fp32 weights: for a forward under autocast.
+    """Inside, adapters don't cast their inputs to fp32, the dtype of their weights: for a forward under autocast.
 
     Autocast would cast them back: bit by bit the same, but four copies of the hidden states a layer, written twice and
     kept for the backward. PEFT's `disable_input_dtype_casting` looks for the layers each time, twice: 11 ms a forward

@@ -275,7 +275,7 @@ def _named(documents: Iterator[dict[str, Any]], read: int) -> Iterator[dict[str,
 
 
 def _quietly(documents: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Without the warning of `datasets` that a buffer of one example, which orders shards, comes back empty."""
+    """The same, without the warning of `datasets` that a shuffle buffer (of one example, for shards) is empty."""
     verbosity = datasets_logging.get_verbosity()
     datasets_logging.set_verbosity_error()
     try:

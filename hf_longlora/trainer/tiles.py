@@ -20,9 +20,9 @@ from ..modules import decoder_layers, is_mlp
 def tile_mlps(model: nn.Module, tile: int) -> None:
     """Run the MLP of each decoder layer on `tile` tokens at a time, in place.
 
-    What an MLP computes and its gradients stay the same to rounding; the memory that its intermediates take is that of
-    a tile, not of the sequence. Beside gradient checkpointing it costs no computation: a tile's intermediates are
-    computed in the backward, and nowhere else.
+    What an MLP computes and its gradients stay the same to rounding; its intermediates take the memory of a tile, not
+    of the sequence. Beside gradient checkpointing it costs no computation: a tile's intermediates are computed in the
+    backward, and nowhere else.
 
     Raises:
         ValueError: if the model has no decoder layers, or one of them no MLP or one with dropout.
@@ -54,7 +54,7 @@ class TiledMLP(nn.Module):
     mlp_tile: int
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """By the MLP's own class: pickle finds classes by name, and the mixed one goes by that of the MLP's."""
+        """Pickled as the MLP's own class: pickle finds classes by name, and the mixed class bears the same one."""
         reduced: Any = super().__reduce_ex__(protocol)
         return _new_tiled, (type(self).__bases__[1],), *reduced[2:]
 

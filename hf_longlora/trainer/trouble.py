@@ -84,7 +84,7 @@ def out_of_memory(args: Any, schedule: Schedule, global_step: int, model: Any) -
 
 
 def memory_remedies(args: Any, model: Any) -> list[str]:
-    """What makes a run smaller, in the order of what it costs, but for what its arguments or the model have already.
+    """What would save memory, cheapest first; leaves out what the run does already.
 
     `hf-longlora plan --config` says what each brings.
     """

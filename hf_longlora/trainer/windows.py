@@ -45,7 +45,7 @@ class Window(NamedTuple):
 
 
 def cut(lengths: Iterable[int], size: int, draw: random.Random | None = None) -> list[Window]:
-    """Cut the documents of a row into windows of `size` tokens, the last of a document of what is left.
+    """Cut the documents of a row into windows of `size` tokens; the last window of a document may be shorter.
 
     A document that is no longer than that stays whole.
 
@@ -184,7 +184,7 @@ class Served(Dataset[dict[str, Any] | Windows]):
             else []
             for stage, (first, last) in enumerate(pairwise([0, *schedule.ends]))
         ]
-        """Of each stage, the places of its steps in windows that have a row here."""
+        """For each stage: the places, among the rows here, of the examples of its steps in windows."""
 
     def __len__(self) -> int:
         return len(self.rows)

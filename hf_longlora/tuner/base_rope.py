@@ -32,7 +32,7 @@ def rope_of_base(model: nn.Module) -> RopeScaling:
 
 
 def find_rope_of_base(model: nn.Module) -> RopeScaling | None:
-    """As `rope_of_base`, and `None` where there is no RoPE that can be read."""
+    """`rope_of_base`, or `None` where there is no RoPE that can be read."""
     snapshot = getattr(model, _BASE_ROPE, None)
     return snapshot if snapshot is not None else rope.find_rope(getattr(model, "config", None))
 

@@ -106,7 +106,7 @@ class LongLoraModel(LoraModel):
             super()._check_tied_modules(model, peft_config)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's, of adapters that are active where norms or embeddings are trained, too."""
+        """As PEFT's. Adapters with norms or embeddings of their own have to be active."""
         names = adapters_to_merge(self, adapter_names)
         if under_others(self, names):
             raise ValueError(
@@ -128,7 +128,7 @@ class LongLoraModel(LoraModel):
             vars(head)["bias"] = None  # fused losses ask for weight and bias, and the wrapper has the weight only
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """As the model's own; a head that an adapter has a copy of is tied as it is, and has no weight to assign to.
+        """As the model's own. A head that an adapter has a copy of is tied already, and has no weight to assign to.
 
         lm-eval calls it on each model that it gets.
         """
@@ -139,7 +139,7 @@ class LongLoraModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """As PEFT's; weights that can't be loaded are refused before any is (torch loads what it can)."""
+        """As PEFT's, but weights that don't fit are refused before any is loaded (torch loads what it can)."""
         if vars(config).pop("_weights_due", None) is None:
             refuse_foreign_rope(model, config, adapter_name)
         state: Any = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -338,7 +338,7 @@ class LongLoraModel(LoraModel):
                 yield from layer.modules_to_save[adapter_name].parameters()
 
     def train(self, mode: bool = True) -> LongLoraModel:
-        """As any module's; what is trained is fp32 from then on, whatever has cast it down since it was put on.
+        """As any module's. All that the adapter trains is fp32 afterwards, even if something has cast it down before.
 
         Raises:
             RuntimeError: something has, and several processes train.

@@ -24,7 +24,7 @@ _ROPE_SEEN_TO = ContextVar("whether whoever loads other weights for an adapter s
 
 @contextmanager
 def rope_seen_to() -> Iterator[None]:
-    """Where other weights are loaded for an adapter by someone who gives it their RoPE, too."""
+    """Inside, weights may be loaded for an adapter: the caller gives it the RoPE of these weights, too."""
     token = _ROPE_SEEN_TO.set(True)
     try:
         yield
@@ -92,7 +92,7 @@ _KEPT = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_
 
 
 def differences(new: PeftConfig, own: LongLoraConfig, rope: bool = True) -> list[str]:
-    """In what an adapter differs from one that would take its weights as it is, in words; empty where in nothing.
+    """The settings in which an adapter differs from one on a model that would take its weights, in words.
 
     Args:
         new: Beside the weights.
@@ -145,7 +145,7 @@ def check_fit(tuner: BaseTuner, adapter_name: str, stored: StoredShapes) -> None
     state: Any = get_peft_model_state_dict(tuner, adapter_name=adapter_name, save_embedding_layers=False)
     needed = {f"base_model.{key}": tuple(tensor.shape) for key, tensor in state.items()}
     # PEFT saves biases and resized embeddings of the base with an adapter, the latter in more than one place.
-    suffix = f".{adapter_name}"  # of parameters that are kept by the adapter's name, which a file has not
+    suffix = f".{adapter_name}"  # parameters kept under the adapter's name, which a file leaves out
     known = {
         f"base_model.{key.removesuffix(suffix)}": tuple(tensor.shape) for key, tensor in tuner.state_dict().items()
     } | needed

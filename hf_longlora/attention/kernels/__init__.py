@@ -50,13 +50,13 @@ class Kernel:
     options: tuple[str, ...] = ()
 
     def lacks_here(self, device: str) -> str | None:
-        """What a type of device, or this machine, has not for it, in words; `None` if it can run."""
+        """What a type of device or this machine lacks for this kernel, in words; `None` if it can run."""
         if self.devices is not None and device not in self.devices:
             return f"device {device!r}"
         return self.missing()
 
     def lacks(self, query: torch.Tensor, value: torch.Tensor, options: Collection[str] = ()) -> str | None:
-        """What a call needs and this kernel has not, in words; `None` if it can serve."""
+        """What a call needs and this kernel lacks, in words; `None` if it can serve."""
         device, dtype, width = query.device.type, computed_in(query), query.shape[-1]
         wanted = {
             f"{dtype}": self.dtypes is not None and dtype not in self.dtypes,

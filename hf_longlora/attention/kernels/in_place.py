@@ -42,7 +42,7 @@ class Engine(NamedTuple):
         launches: Sequence[int],
         call: Call,
     ) -> Iterator[tuple[Any, Call]]:
-        """The launches and what each works on of a whole call, the keys those of the queries' own tokens."""
+        """Each launch and its part of a whole call; the call's keys are those of the queries' own tokens."""
         for launch in self.decode(launches):
             yield (
                 launch,

@@ -43,7 +43,7 @@ _ON_GPU = tuple(name for name in ARGUMENTS if name.startswith(("_fused", "_scale
 
 @lru_cache
 def missing(*names: str) -> str | None:
-    """Which of the operators this torch has not, or with other arguments, in words; `None` if none."""
+    """The first of the operators that this torch lacks or has with other arguments, in words; `None` if it has all."""
     for name in names:
         operator = getattr(torch.ops.aten, name, None)
         arguments = operator.default._schema.arguments if operator is not None else []
@@ -55,7 +55,7 @@ def missing(*names: str) -> str | None:
             or not all(argument.has_default_value() for argument in rest)
             or "scale" not in (argument.name for argument in rest)
         ):
-            return f"the operator aten::{name}, which torch {torch.__version__} has not, or with other arguments"
+            return f"the operator aten::{name}, which torch {torch.__version__} lacks, or has with other arguments"
     return None
 
 
@@ -134,7 +134,7 @@ def backward(
             grad, query, key, value, out, lse, 0.0, causal, scale=scale
         )
     if _cudnn(query, key, value, causal):
-        seed = torch.zeros((), dtype=torch.int64, device=query.device)  # of dropout, which there is none of
+        seed = torch.zeros((), dtype=torch.int64, device=query.device)  # for dropout, which is off
         rest: tuple[Any, ...] = (seed, seed, None, None, None, *lengths, 0.0, causal)
         return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             grad, query, key, value, out, lse[..., None], *rest, scale=scale

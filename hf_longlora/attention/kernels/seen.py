@@ -37,7 +37,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 class Call(NamedTuple):
-    """What attention reads and writes: a whole call's tensors, or views of what a launch of it is about.
+    """The tensors that attention reads and writes: those of a whole call, or views of the part that a launch serves.
 
     Args:
         query: `[B, H, S, D]`; of a launch, as its engine wants it.
@@ -80,7 +80,7 @@ class Piece(NamedTuple):
 
     @property
     def adjoins(self) -> bool:
-        """Whether the keys end where the queries begin: those of a group that began in an earlier shard."""
+        """Whether the keys end where the queries begin: their group began in an earlier shard."""
         return self.last == self.start
 
     def views(self, of_queries: Sequence[torch.Tensor], of_keys: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -80,7 +80,7 @@ def _stretches(piece: Piece) -> Iterator[tuple[int, int, int, int, int]]:
 
 
 def _options(width: int, keys: int) -> dict[str, Any]:
-    """Of a program: queries at a time, keys, and how it is compiled. Within the 99 KiB that small GPUs have for it."""
+    """A program's tile sizes and compile options. They fit the 99 KiB of shared memory of small GPUs."""
     return {
         "TILE": 64 if width <= 128 else 32,
         "KEYS": max(16, triton.next_power_of_2(keys)),  # the least that a matrix product on a GPU takes

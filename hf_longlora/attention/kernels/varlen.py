@@ -48,7 +48,7 @@ def _backward(launch: Launch, grad: torch.Tensor, call: Call, gradients: Tensors
     query, key, value, out, lse = call
     lse = lse.T.contiguous()
     edges, longest = launch.edges(query.device), max(launch.lengths)
-    seed = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of dropout, which there is none of
+    seed = torch.zeros(2, dtype=torch.uint64, device=query.device)  # for dropout, which is off
     rest = (edges, edges, longest, longest, 0.0, True, seed, seed[:0])
     found = torch.ops.aten._flash_attention_backward(grad, query, key, value, out, lse, *rest, scale=scale)
     for into, gradient in zip(gradients, found, strict=True):
