@@ -116,7 +116,7 @@ def _causal(varlen_attn: Callable[..., Any]) -> dict[str, Any]:
 
 
 def methods(groups: list[int], launches: Sequence[int] = (), sinks: Sequence[int] = (0, 4)) -> Iterator[Method]:
-    plain = {backend: dense for backend in BACKENDS} | ({"flash4": dense_flash4} if flash.version() == 4 else {})
+    plain = {backend: dense for backend in BACKENDS} | ({"flash4": dense_flash4} if flash.missing() is None else {})
     for backend, call in plain.items():
         yield Method(f"dense {backend}", "dense", backend, 0, call)
     for group in groups:
@@ -138,10 +138,10 @@ def _s2(group: int, launches: Sequence[int], sink_tokens: int) -> Iterator[Metho
         yield method(f"sdpa {backend}", backend, "sdpa")
     for kernel in ("auto", *KERNELS):
         if kernel not in ("sdpa", "reference") and (kernel == "auto" or KERNELS[kernel].missing() is None):
-            yield method(kernel, {"varlen": "flash", "flash": f"flash{flash.version()}"}.get(kernel, ""), kernel)
+            yield method(kernel, {"varlen": "flash", "flash": "flash4"}.get(kernel, ""), kernel)
     for tokens in launches:
         yield method(f"sdpa cudnn, launches {tokens}", "cudnn", "sdpa", tokens)
-        if flash.version() == 4:
+        if flash.missing() is None:
             yield method(f"flash, launches {tokens}", "flash4", "flash", tokens)
 
 

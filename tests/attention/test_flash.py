@@ -22,15 +22,13 @@ from .test_compile import fresh_dynamo, one_graph  # noqa: F401
 from .test_kernels import HEADS, LAYOUTS, check, draw, every_layout
 
 
-def attend(q, k, v, edges, scale, key_edges=None):
-    """`[T, H, D]`, causal within the edges, keys and queries ending together."""
+def attend(q, k, v, edges, scale):
+    """`[T, H, D]`, causal within the edges."""
     outs = []
-    both = (itertools.pairwise((edges if ends is None else ends).tolist()) for ends in (edges, key_edges))
-    for (a, b), (c, d) in zip(*both, strict=True):
-        part = (x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
-        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - b + a)
+    for a, b in itertools.pairwise(edges.tolist()):
+        part = (x[a:b].transpose(0, 1) for x in (q, k, v))
         outs.append(
-            F.scaled_dot_product_attention(*part, attn_mask=mask, scale=scale, enable_gqa=True).transpose(0, 1)
+            F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=True).transpose(0, 1)
         )
     return torch.cat(outs)
 
@@ -87,12 +85,6 @@ def flash_attn_bwd(
             into[a:b] = each.unflatten(0, (-1, group)).sum(1).transpose(0, 1)
 
 
-def flash_attn_varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
-    assert causal and max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
-    assert cu_seqlens_q[-1] == len(q) and cu_seqlens_k[-1] == len(k)
-    return attend(q, k, v, cu_seqlens_q, softmax_scale, cu_seqlens_k)
-
-
 def torchs_forward(q, k, v, edges, k_edges, longest, k_longest, dropout, causal, debug, *, scale=None, **none):
     assert (edges == k_edges).all() and longest == k_longest == edges.diff().max() and causal and not dropout
     assert all(value is None for value in none.values())
@@ -111,7 +103,7 @@ def torchs_backward(
     return tuple(gradients)
 
 
-@pytest.fixture(params=[4, 2, "torch"])
+@pytest.fixture(params=["package", "torch"])
 def stand_in(request, monkeypatch):
     """The kernel "flash" as if its package were installed, or varlen as if torch's operators knew the CPU."""
     if request.param == "torch":
@@ -121,16 +113,10 @@ def stand_in(request, monkeypatch):
             library.impl("_flash_attention_backward", torchs_backward, "CPU")
             yield
         return
-    monkeypatch.setattr(flash, "version", lambda: request.param)
-    if request.param == 4:
-        package = ModuleType("flash_attn.cute")
-        package.interface = SimpleNamespace(_flash_attn_fwd=flash_attn_fwd, _flash_attn_bwd=flash_attn_bwd)
-        monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
-        monkeypatch.setitem(sys.modules, "flash_attn.cute", package)
-    else:
-        utils = flash.modeling_flash_attention_utils
-        functions = (None, flash_attn_varlen, None, None, None)
-        monkeypatch.setattr(utils, "lazy_import_flash_attention", lambda name: (functions, None))
+    package = ModuleType("flash_attn.cute")
+    package.interface = SimpleNamespace(_flash_attn_fwd=flash_attn_fwd, _flash_attn_bwd=flash_attn_bwd)
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", package)
     monkeypatch.setitem(kernels.KERNELS, "flash", kernels.Kernel(function=flash.flash_kernel))
     yield
 
@@ -179,12 +165,12 @@ def test_launches_are_cut_between_segments(stand_in, monkeypatch):
     check(draw(4, 2, 61, 3), 8, "flash")
 
 
-@pytest.mark.parametrize("stand_in", [4], indirect=True)
-def test_version_4_is_one_graph(stand_in, fresh_dynamo):  # noqa: F811
+@pytest.mark.parametrize("stand_in", ["package"], indirect=True)
+def test_it_is_one_graph(stand_in, fresh_dynamo):  # noqa: F811
     one_graph("flash", "cpu", torch.float32)
 
 
-@pytest.mark.parametrize("stand_in", [4], indirect=True)
+@pytest.mark.parametrize("stand_in", ["package"], indirect=True)
 def test_auto_takes_it_where_it_is_the_fastest(stand_in, monkeypatch):
     query, _, value = draw(4, 2, 8)
     monkeypatch.setattr(flash, "is_fastest", lambda: False)
@@ -195,21 +181,26 @@ def test_auto_takes_it_where_it_is_the_fastest(stand_in, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "version", "fastest"), [((9, 0), 4, True), ((9, 0), 3, False), ((10, 0), 4, False)]
+    ("capability", "package", "lack", "fastest"),
+    [
+        ((8, 0), True, "'varlen' has", False),
+        ((9, 0), True, None, True),
+        ((9, 0), False, r"pip install 'hf-longlora[flash]'", False),
+        ((10, 0), True, None, False),
+    ],
 )
-def test_it_is_the_fastest_where_that_was_measured(monkeypatch, capability, version, fastest):
+def test_where_it_can_run_and_where_it_was_measured_to_be_the_fastest(monkeypatch, capability, package, lack, fastest):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(flash, "version", lambda: version)
+    monkeypatch.setattr(flash, "_has_package", lambda: package)
+    assert flash.missing() is None if lack is None else lack in flash.missing()
     assert flash.is_fastest() is fastest
 
 
-def test_without_a_package_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(flash, "version", lambda: 0)
+def test_without_the_package_it_is_refused():
     query, _, value = draw(4, 2, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"'flash' lacks (device 'cpu'|the package flash-attn-4)"):
         kernels.select_kernel("flash", query, value)
-    assert "pip install 'hf-longlora[flash]'" in flash.missing()
     assert KERNELS["flash"].missing is flash.missing
 
 
@@ -221,16 +212,6 @@ def test_widths_that_the_packages_lack():
             assert kernel.lacks(query, value) == lack
 
 
-@pytest.mark.parametrize(("capability", "version"), [((8, 0), 2), ((9, 0), 4)])
-def test_version_4_is_not_taken_where_it_has_no_backward(monkeypatch, capability, version):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(flash, "_interface", lambda: None)
-    monkeypatch.setattr(flash, "is_flash_attn_3_available", lambda: False)
-    monkeypatch.setattr(flash, "is_flash_attn_2_available", lambda: True)
-    assert flash.version.__wrapped__() == version
-
-
 COMPILE = """
 import itertools
 import torch
@@ -240,8 +221,8 @@ from hf_longlora.attention.kernels.seen import Call
 from hf_longlora.attention.kernels.in_place import ENGINES
 from hf_longlora.attention.segments import Segment
 
-assert flash.version() == 4
-engine, heads, kv_heads, length, width = ENGINES["flash4"], 8, 4, 96, 64
+assert flash.missing() is None
+engine, heads, kv_heads, length, width = ENGINES["flash"], 8, 4, 96, 64
 edges = (0, 16, 48, 80, 96)
 parts = (
     ((0, 4), (0, 2), (tuple(Segment(at, at + 32) for at in (0, 32, 64)),)),

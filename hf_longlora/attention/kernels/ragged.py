@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..segments import Part, Segment, Span
-from .in_place import Engine, attend_in_place, heads_of, rows_follow
+from .in_place import ENGINES, Engine, attend_in_place, heads_of, rows_follow
 from .seen import Call, Tensors, own_keys
 
 LAUNCH_TOKENS = 32_768
@@ -47,7 +47,7 @@ class Launch(NamedTuple):
 
     def edges(self, device: torch.device) -> torch.Tensor:
         """Where segments begin and end, counted from `start`: `[segments + 1]`, int32."""
-        return edges(self.lengths, device)
+        return _edges(self.lengths, device)
 
     def clear(self, *tensors: torch.Tensor) -> None:
         """Set what padding got to 0: tensors `[tokens, h, D]`."""
@@ -58,7 +58,7 @@ class Launch(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def edges(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def _edges(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Where pieces of these lengths begin and end, one after the other: `[pieces + 1]`, int32."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
@@ -140,23 +140,25 @@ def tokens_of(launch: Launch, x: torch.Tensor, heads: Span) -> torch.Tensor:
     return own[row, start : start + launch.tokens]
 
 
-def engine(
+def ragged_kernel(
+    name: str,
     forward: Callable[[Launch, Call, float], None],
     backward: Callable[[Launch, torch.Tensor, Call, Tensors, float], None],
-) -> Engine:
-    """An engine over these launches."""
-    return Engine(decoded, tokens_of, forward, backward)
+) -> Callable[..., torch.Tensor]:
+    """A kernel by these launches; `forward` and `backward` as `Engine` has them."""
+    ENGINES[name] = Engine(decoded, tokens_of, forward, backward)
 
+    def kernel(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        parts: Sequence[Part],
+        *,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """Attention within segments: `[B, H, S, D]`, `[B, H_kv, E + S, D]` -> `[B, S, H, D]`, 0 in padding."""
+        follow = rows_follow(query, own_keys(query, key), own_keys(query, value))
+        launches = encoded(tuple(parts), query.shape[2], follow, LAUNCH_TOKENS)
+        return attend_in_place(name, query, key, value, launches, parts, scale)
 
-def attend_ragged(
-    name: str,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    parts: Sequence[Part],
-    scale: float | None,
-) -> torch.Tensor:
-    """`attend_in_place` over the launches of `parts`."""
-    follow = rows_follow(query, own_keys(query, key), own_keys(query, value))
-    launches = encoded(tuple(parts), query.shape[2], follow, LAUNCH_TOKENS)
-    return attend_in_place(name, query, key, value, launches, parts, scale)
+    return kernel

@@ -1,4 +1,4 @@
-"""A row as runs of equal segments, for kernels whose pieces autograd puts together.
+"""A row as runs of equal segments, for the pieces of `sdpa` that autograd puts together.
 
 What segments see beside their own keys stands before these: K and V are copied once for it.
 """

@@ -1,17 +1,13 @@
 """All segments of a part in one launch of torch's FlashAttention for variable lengths (`torch.nn.attention.varlen`).
 
 One launch whatever the documents' lengths, where `sdpa` takes several for each. FlashAttention 2, unless
-`torch.nn.attention.activate_flash_attention_impl` has put a later one in its place.
+`torch.nn.attention.activate_flash_attention_impl("FA3")` has put the one of that package in its place.
 """
-
-from collections.abc import Sequence
 
 import torch
 
-from ..segments import Part
 from . import operators
-from .in_place import ENGINES
-from .ragged import Launch, attend_ragged, engine
+from .ragged import Launch, ragged_kernel
 from .seen import Call, Tensors
 
 
@@ -19,18 +15,6 @@ from .seen import Call, Tensors
 def missing() -> str | None:
     """What this machine lacks, in words."""
     return operators.missing("_flash_attention_forward", "_flash_attention_backward")
-
-
-def varlen_kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    parts: Sequence[Part],
-    *,
-    scale: float | None = None,
-) -> torch.Tensor:
-    """Attention within segments: `[B, H, S, D]`, `[B, H_kv, E + S, D]` -> `[B, S, H, D]`, 0 in padding."""
-    return attend_ragged("varlen", query, key, value, parts, scale)
 
 
 def _forward(launch: Launch, call: Call, scale: float) -> None:
@@ -56,4 +40,4 @@ def _backward(launch: Launch, grad: torch.Tensor, call: Call, gradients: Tensors
     launch.clear(*gradients)
 
 
-ENGINES["varlen"] = engine(_forward, _backward)
+varlen_kernel = ragged_kernel("varlen", _forward, _backward)
