@@ -68,9 +68,9 @@ class LongLoraSFTConfig(SFTConfig):
         },
     )
     # Dense steps spread over the run make sparse training carry over to dense inference. SmolLM2-135M, 8,192 -> 65,536
-    # tokens, perplexity of books over all of a window (its last 2,048 tokens) against dense training, two seeds: each
-    # 2nd step dense and the others in windows +0.3% (+0.4%) at 0.62 of the time, each 3rd +0.7% (+1.1%) at 0.49, each
-    # 4th +0.9% (+1.4%) at 0.43; shifted sparse attention, each 4th +1.7% (+2.4%) at 0.48
+    # tokens, perplexity of books over all of a window (its last 2,048 tokens) against dense training, three seeds:
+    # each 2nd step dense and the others in windows +0.3% (+0.5%) at 0.62 of the time, each 3rd +0.7% (+1.1%) at 0.50,
+    # each 4th +0.9% (+1.5%) at 0.43; shifted sparse attention, each 4th +1.7% (+2.5%) at 0.47
     # (benchmarks/results/pretrained.csv).
     dense_every: int = field(
         default=DENSE_EVERY, metadata={"help": "Each how many optimizer steps one runs with dense attention; 0: none."}
