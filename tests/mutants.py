@@ -90,11 +90,13 @@ def mutants(source: str) -> Iterator[tuple[int, str, tuple[str, int], ast.Module
 
 
 def outside_texts(node: ast.AST) -> Iterator[ast.AST]:
-    """A node and all within it, but for texts, docstrings and what an error says."""
+    """A node and all within it, but for texts, docstrings, what an error says, and a function's own annotations."""
     if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
         return
     yield node
-    if not isinstance(node, ast.Raise):
+    if isinstance(node, ast.AnnAssign) and node.value is not None:
+        yield from outside_texts(node.value)
+    elif not isinstance(node, ast.Raise):
         for child in ast.iter_child_nodes(node):
             yield from outside_texts(child)
 

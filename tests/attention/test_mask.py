@@ -31,6 +31,13 @@ def test_a_mask_that_is_shaped_otherwise_is_not_taken_for_a_causal_one():
         assert not mask_of(mask_function=own, local_size=window, use_vmap=True).causal
 
 
+def test_a_family_that_works_on_the_mask_itself_is_told():
+    with pytest.raises(AttributeError, match=r"works on the attention mask itself(.|\n)*`shape`"):
+        mask_of().shape  # noqa: B018
+    with pytest.raises(ValueError, match="works on the attention mask itself"):
+        mask_of()[:, :, :, :12]
+
+
 @pytest.mark.parametrize("rows", [1, 4, 11, 12, 1024])
 def test_a_mask_by_position_is_its_definition_however_many_rows_are_made_at_a_time(rows, monkeypatch):
     monkeypatch.setattr(mask_module, "ROWS", rows)

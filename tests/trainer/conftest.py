@@ -29,6 +29,7 @@ def make(tiny_llama, tiny_tokenizer, tmp_path):
             use_cpu=True,
             bf16=False,
             report_to="none",
+            report=False,  # its pictures take longer than the run
             disable_tqdm=True,
             logging_steps=1,
             per_device_train_batch_size=2,

@@ -1,6 +1,9 @@
 """A tiny corpus, and callbacks that look at a run."""
 
+import torch
 from datasets import Dataset
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_longlora import ContextStage
@@ -38,3 +41,16 @@ class Stop(TrainerCallback):
 
 def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def check_same(resumed, unbroken, checkpoint, keys):
+    """That a run that went on from a checkpoint has ended with the weights and the logs of the unbroken one."""
+    expected, got = weights(unbroken), weights(resumed)
+    assert expected.keys() == got.keys() and len(got) > 10
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    before = load_file(f"{checkpoint}/adapter_model.safetensors")
+    after = get_peft_model_state_dict(resumed.model)
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+    for log, other in zip(resumed.state.log_history, unbroken.state.log_history, strict=True):
+        for key in keys:
+            assert log.get(key) == other.get(key), key

@@ -38,7 +38,7 @@ def rows(sizes):
 def test_a_line_a_stage(make, said, packing, kept, used, tmp_path):
     used = [sum(min(size, length) for size in ROWS) if packing in (None, "bfd") else 1377 for length in (128, 256)]
     options = {"packing": False} if packing is None else {"packing_strategy": packing}
-    trainer = make(dataset=rows(ROWS), stages=STAGES, **options)
+    trainer = make(dataset=rows(ROWS), stages=STAGES, report=True, **options)
     kept = [kept, kept.replace("3 cut", "2 cut")]  # at 256 tokens
     for number, line in enumerate(said, start=1):
         served = 6 / trainer._stage_examples[number - 1]

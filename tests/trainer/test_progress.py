@@ -170,6 +170,7 @@ def page(folder):
 
 def test_a_run_ends_with_a_report(make, tmp_path):
     trainer = make(
+        report=True,
         dense_every=2,
         stages=[STAGES[0], ContextStage(256, 3, attention="dense")],
         eval_strategy="steps",
@@ -197,7 +198,8 @@ def test_a_run_ends_with_a_report(make, tmp_path):
 
 def test_several_evaluation_sets_come_into_the_report(make, tmp_path, capsys):
     held_out = {"books": texts(2), "math_loss": texts(3)}
-    trainer = make(eval_strategy="steps", eval_steps=3, eval_dataset=held_out, disable_tqdm=False)
+    options = dict(eval_strategy="steps", eval_steps=3, disable_tqdm=False, report=True)
+    trainer = make(eval_dataset=held_out, **options)
     trainer.train()
     out, history = tmp_path / "out", trainer.state.log_history
     losses = {name: [e[f"eval_{name}_loss"] for e in history if f"eval_{name}_loss" in e] for name in held_out}
@@ -215,7 +217,7 @@ def test_several_evaluation_sets_come_into_the_report(make, tmp_path, capsys):
 
 
 def test_an_evaluation_comes_into_the_report(make, tmp_path):
-    make().train()
+    make(report=True).train()
     out = tmp_path / "out"
     records = [
         {"length": length, "perplexity": perplexity, "tokens": 1280, "documents": 12}
@@ -243,11 +245,11 @@ def test_an_evaluation_comes_into_the_report(make, tmp_path):
 
 def test_a_report_does_not_show_the_evaluation_of_the_run_before(make, tmp_path):
     out = tmp_path / "out"
-    make().save_model()
+    make(report=True).save_model()
     records = [{"length": 128, "perplexity": 12.5}]
     evaluation = {"adapter_sha256": weights_sha256(out), "perplexity": {"dense": records}}
     (out / "evaluation.json").write_text(json.dumps(evaluation))
-    trainer = make()
+    trainer = make(report=True)
     trainer.train()
     assert "12.50" not in page(out)  # while the adapter of before is still there
     trainer.save_model()
@@ -256,7 +258,7 @@ def test_a_report_does_not_show_the_evaluation_of_the_run_before(make, tmp_path)
 
 
 def test_a_run_that_was_stopped_says_how_far_it_came(make, tmp_path):
-    make(callbacks=[Stop(4)]).train()
+    make(callbacks=[Stop(4)], report=True).train()
     rows = re.findall(r"<tr>(.*?)</tr>", page(tmp_path / "out"))
     assert "<td>128</td><td>3</td>" in rows[1] and "<td>256</td><td>1 of 3</td>" in rows[2]
 
@@ -319,7 +321,7 @@ def test_without_matplotlib_a_report_has_tables_and_a_warning(make, tmp_path, mo
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     monkeypatch.setattr(report.logger, "propagate", True)
     out = tmp_path / "out"
-    make().train()
+    make(report=True).train()
     (out / "evaluation.json").write_text(json.dumps({"perplexity": {"dense": [{"length": 128, "perplexity": 12.5}]}}))
     update_report(out)
     assert "No pictures: plots need matplotlib" in page(out) and "12.50" in page(out)

@@ -148,7 +148,8 @@ def test_what_is_trained_on_is_that_of_a_dataset(make, stream, packing):
 
 
 def test_the_account_is_of_what_was_read(make, stream, tmp_path):
-    trainer = make(dataset=stream(documents=40), packing=False, stages=[ContextStage(256, 3)], max_examples=20)
+    options = dict(packing=False, stages=[ContextStage(256, 3)], max_examples=20, report=True)
+    trainer = make(dataset=stream(documents=40), **options)
     assert trainer.stage_data["data of stage 1"].startswith("16 of 16 examples (16 cut), 4,096 of ")
     trainer.train()
     trainer.save_model()

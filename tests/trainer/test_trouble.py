@@ -91,7 +91,7 @@ def test_a_loss_worse_than_a_guess_ends_the_run(make, tmp_path):
             loss = super().compute_loss(*args, **kwargs)
             return loss * 0.5 if self.state.global_step < 2 else loss + 3
 
-    trainer = make(save_strategy="steps", save_steps=2)
+    trainer = make(save_strategy="steps", save_steps=2, report=True)
     trainer.__class__ = Worse
     with pytest.raises(FloatingPointError) as error:
         trainer.train()
