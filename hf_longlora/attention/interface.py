@@ -5,6 +5,7 @@ Two functions are registered with transformers: one that answers attention, here
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -123,10 +124,12 @@ def s2_attention_forward(
         return eager_attention(module, query, key, value, dense, causal=causal and query.shape[2] > 1, **options), None
 
     refuse_sparse(module, kwargs)
+    sequence = None
     if state.find_sequence is None:
-        sequence, documents = None, _documents(module, query, attention_mask, kwargs)
+        documents = _documents(module, query, attention_mask, Documents.find, kwargs)
     else:
-        sequence = _sequence(module, query, attention_mask, state.find_sequence, kwargs)
+        find = partial(state.find_sequence, device=query.device)
+        sequence = _documents(module, query, attention_mask, find, kwargs)
         documents = sequence.documents
     group_size = None
     if sparse and state.mode not in ("dense", "windows"):
@@ -269,40 +272,21 @@ def _shift(shift: Shift, module: nn.Module) -> Literal["half", "none", "all"]:
 
 
 def _documents(
-    module: nn.Module, query: torch.Tensor, mask: S2Mask | torch.Tensor | None, kwargs: dict[str, Any]
-) -> Documents:
-    """The documents of the batch that a layer is in the middle of."""
-    cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
-    if isinstance(mask, S2Mask):
-        documents = mask.documents(cu_seqlens, position_ids)
-        if mask.causal:
-            return documents
-    elif mask is None:
-        return Documents.find(query.shape[0], query.shape[2], cu_seqlens=cu_seqlens, position_ids=position_ids)
-    raise ValueError(_custom_mask(module))
-
-
-def _sequence(
-    module: nn.Module,
-    query: torch.Tensor,
-    mask: S2Mask | torch.Tensor | None,
-    find: Callable[..., Any],
-    kwargs: dict[str, Any],
+    module: nn.Module, query: torch.Tensor, mask: S2Mask | torch.Tensor | None, find: Callable[..., Any], kwargs: Any
 ) -> Any:
-    """The whole of a batch of shards, by what `S2State.find_sequence` holds."""
-    cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    """What `find` makes of the batch that a layer is in the middle of: its documents, or the whole of its shards.
+
+    Raises:
+        ValueError: the mask is a custom one.
+    """
+    told = {"cu_seqlens": kwargs.get("cu_seq_lens_q"), "position_ids": kwargs.get("position_ids")}
     if isinstance(mask, S2Mask):
-        sequence = mask.sequence(find, cu_seqlens, position_ids)
+        found = mask.find(find, **told)
         if mask.causal:
-            return sequence
+            return found
     elif mask is None:
-        told = {"cu_seqlens": cu_seqlens, "position_ids": position_ids}
-        return find(query.shape[0], query.shape[2], **told, device=query.device)
-    raise ValueError(_custom_mask(module))
-
-
-def _custom_mask(module: nn.Module) -> str:
-    return (
+        return find(query.shape[0], query.shape[2], **told)
+    raise ValueError(
         f"{type(module).__name__} has a custom attention mask (4-D, bidirectional blocks, a prefix). Shifted sparse "
         'attention is causal: pass a 2-D padding mask, or train with attn_implementation="sdpa".'
     )

@@ -35,9 +35,8 @@ class S2Mask:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
-        self._documents: Documents | None = None
-        self._sequence: Any = None
-        self._told = False  # by `cu_seq_lens`
+        self._found: Any = None  # `Documents`, or what has them
+        self._packed = False
         self._dense: tuple[torch.Tensor | None] | None = None
         self._by_position: torch.Tensor | None = None
 
@@ -58,9 +57,7 @@ class S2Mask:
             return True
         # Compiled, transformers can't look whether a row is packed, and makes the mask as if each were. A row that
         # says its documents may be taken for packed because positions skip inside of one.
-        packed = torch.compiler.is_compiling() or (
-            self._documents is not None and (self._documents.packed or self._told)
-        )
+        packed = torch.compiler.is_compiling() or self._packed
         within = self.window is not None and self.arguments["q_length"] <= self.window
         return (within or packed) and not self.arguments["use_vmap"]  # what else shapes a mask comes to be vmapped
 
@@ -113,37 +110,24 @@ class S2Mask:
             self._by_position = seen[None, None]
         return self._by_position
 
-    def documents(self, cu_seqlens: torch.Tensor | None, position_ids: torch.Tensor | None) -> Documents:
-        """The documents of the batch."""
-        if self._documents is None:
-            self._documents = self._find(Documents.find, cu_seqlens, position_ids)
-        return self._documents
-
-    def sequence(
+    def find(
         self, find: Callable[..., Any], cu_seqlens: torch.Tensor | None, position_ids: torch.Tensor | None
     ) -> Any:
-        """What `find` makes of a batch in shards (`hf_longlora.parallel`): it has the documents of whole rows."""
-        if self._sequence is None:
-            self._sequence = self._find(find, cu_seqlens, position_ids, device=self.arguments["device"])
-            self._documents = self._sequence.documents
-        return self._sequence
+        """What `find` makes of the batch (`Documents.find`, or `ShardedSequence.find` of `hf_longlora.parallel`).
 
-    def _find(
-        self,
-        find: Callable[..., Any],
-        cu_seqlens: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        **options: Any,
-    ) -> Any:
-        self._told = cu_seqlens is not None
-        return find(
-            self.arguments["batch_size"],
-            self.arguments["q_length"],
-            cu_seqlens=cu_seqlens,
-            attention_mask=self.padding,
-            position_ids=position_ids,
-            **options,
-        )
+        Computed once for each forward.
+        """
+        if self._found is None:
+            self._found = find(
+                self.arguments["batch_size"],
+                self.arguments["q_length"],
+                cu_seqlens=cu_seqlens,
+                attention_mask=self.padding,
+                position_ids=position_ids,
+            )
+            documents = self._found if isinstance(self._found, Documents) else self._found.documents
+            self._packed = documents.packed or cu_seqlens is not None
+        return self._found
 
 
 def s2_mask(
