@@ -18,7 +18,7 @@ from torch.distributed.utils import _apply_to_tensors
 
 from hf_longlora.attention.interface import S2Mask
 
-from .distributed_run import tiny_model
+from .distributed_run import main, tiny_model
 
 SCRIPT = str(Path(__file__).with_name("distributed_run.py"))
 ROOT = Path(__file__).parents[2]
@@ -62,6 +62,13 @@ def two_processes(config: Path, output: Path, *options: str, processes: int = 2)
     start(*launch, "--mixed_precision", precision, "--main_process_port", "0", SCRIPT, str(output), "1", *options)
 
 
+def one_process(output: Path, batch_size: int, *options: str) -> None:
+    if torch.cuda.is_available():  # of several it is to see one
+        start(SCRIPT, str(output), str(batch_size), *options, gpus="0")
+    else:
+        main(str(output), batch_size, *options)
+
+
 def told(output: Path) -> dict[str, Any]:
     return json.loads((output / "run.json").read_text())
 
@@ -69,7 +76,7 @@ def told(output: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_two_processes_are_one_of_twice_the_batch(name, options, tmp_path):
     """The same adapter and the same logs, across a stage boundary; and the adapter loads in one process."""
-    start(SCRIPT, str(tmp_path / "one"), "2", *options, gpus="0")
+    one_process(tmp_path / "one", 2, *options)
     two_processes(CONFIGS / f"{name}.yaml", tmp_path / "two", *options)
     one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
     one_run, two_run = told(tmp_path / "one"), told(tmp_path / "two")
@@ -139,7 +146,7 @@ def test_shards_of_sequences_are_whole_ones(name, processes, options, tmp_path):
     sparse steps and dense ones. Evaluations are cut, too, in training and after it.
     """
     options = ("shards", *options)
-    start(SCRIPT, str(tmp_path / "one"), "2" if "groups" in options else "1", *options, gpus="0")
+    one_process(tmp_path / "one", 2 if "groups" in options else 1, *options)
     two_processes(CONFIGS / f"{name}.yaml", tmp_path / "two", *options, processes=processes)
     one_run, two_run = told(tmp_path / "one"), told(tmp_path / "two")
     assert "DEEPSPEED" in two_run["by"]
