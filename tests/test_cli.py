@@ -336,6 +336,7 @@ def run(tiny_llama, tiny_tokenizer, tmp_path, monkeypatch):
         "use_cpu: true\n"
         "bf16: false\n"
         "report_to: none\n"
+        "report: false\n"
         "lora_r: 4\n"
         "learning_rate: 1.0e-3\n"
     )

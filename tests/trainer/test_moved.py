@@ -63,7 +63,7 @@ def trainer_of(kind, model, tokenizer, output, peft_config, **options):
     texts = Dataset.from_dict({"input_ids": IDS})
     if kind == "ours":
         stages = [ContextStage(128, STEPS)]
-        args = LongLoraSFTConfig(**shared, stages=stages)
+        args = LongLoraSFTConfig(**shared, stages=stages, report=False)
         return LongLoraSFTTrainer(
             model, args, train_dataset=texts, processing_class=tokenizer, peft_config=peft_config
         )

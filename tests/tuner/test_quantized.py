@@ -106,6 +106,7 @@ def test_the_trainer_keeps_masters_in_fp32_on_a_quantized_base(device, path, tmp
         use_cpu=device == "cpu",
         bf16=True,
         report_to="none",
+        report=False,
         save_strategy="no",
         per_device_train_batch_size=1,
         learning_rate=1e-3,
