@@ -2,12 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 Records = Sequence[Mapping[str, Any]]
 Table = tuple[list[str], list[list[str]]]
 """The head and the rows."""
+RETRIEVAL = {"passkey": "Passkeys found", "needles": "Passkeys found among several"}
+
+
+class Section(NamedTuple):
+    """What was measured of one kind, as reports and cards show it.
+
+    Args:
+        title: Its heading.
+        table: The numbers.
+        note: What they rest on, papers as "arXiv 2404.06654"; "" if nothing says it.
+        picture: The file that `hf-longlora evaluate` draws of it, if it draws one.
+    """
+
+    title: str
+    table: Table
+    note: str
+    picture: str | None = None
+
+
+def sections(perplexity: Mapping[str, Mapping[str, Records]], results: Mapping[str, Any]) -> Iterator[Section]:
+    """All that was measured, in order.
+
+    Args:
+        perplexity: For each text, what `compare_attention` returned.
+        results: `hf-longlora evaluate`'s others, by what was measured; what is missing or empty is left out.
+    """
+    for text, by_name in perplexity.items():
+        measured = basis([record for records in by_name.values() for record in records])
+        note = f"Each is over {measured}." if measured else ""
+        yield Section(f"Perplexity on {text}", perplexity_table(by_name), note, "perplexity.png")
+    if records := results.get("long_ppl"):
+        judge = records[0].get("evaluator")
+        note = (
+            "Perplexity of key tokens (arXiv 2410.23771): those that the context of "
+            f"{records[0]['short']:,} tokens does not tell and the longer one does, found by "
+            f"{f'`{judge}`' if judge else 'the model itself'}."
+        )
+        yield Section("LongPPL", long_ppl_table(records), note)
+    for kind, title in RETRIEVAL.items():
+        if records := results.get(kind):
+            note = f"Each is of {basis(records)}." if basis(records) else ""
+            title = f"{title}, by length of the text and depth of the passkey"
+            yield Section(title, retrieval_table(records), note, f"{kind}.png")
+    if records := results.get("ruler"):
+        chat = " in the tokenizer's chat template" if all(record["chat_template"] for record in records) else ""
+        note = (
+            f"Each is of {basis(records)}{chat}: tasks of RULER (arXiv 2404.06654) as lm-eval makes and scores them."
+        )
+        yield Section("RULER, by length of the text", ruler_table(records), note)
 
 
 def perplexity_table(records_by_name: Mapping[str, Records]) -> Table:

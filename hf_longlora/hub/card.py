@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.utils import cached_file, logging
 
-from ..evaluation.tables import (
-    Records,
-    Table,
-    basis,
-    long_ppl_table,
-    perplexity_table,
-    retrieval_table,
-    ruler_table,
-)
+from ..evaluation.tables import RETRIEVAL, Records, Section, sections
 from ..rope import ABF, reach, rope_factor, type_over
 from ..schedule import Schedule
 from ..tuner import LongLoraConfig
@@ -32,7 +25,6 @@ TEMPLATE = Path(__file__).with_name("card.md")
 TAGS = ("longlora", "hf_longlora", "long-context", "lora", "transformers")
 MARK = "<!-- Written by hf_longlora, and written anew when more is known. Without this line it stays as it is. -->"
 EVALUATION_NAME = "evaluation.json"
-RETRIEVAL = {"passkey": "Passkeys found", "needles": "Passkeys found among several"}
 PLOT_NAME = "perplexity.png"
 ATTENTION = {"dense": "dense", "s2": "shifted sparse", "windows": "dense in windows", "pose": "PoSE"}
 
@@ -79,7 +71,10 @@ def adapter_card(
     if not config.resolved:
         raise ValueError("The adapter's config is not resolved: put it on a model, or load it from a saved adapter.")
     perplexity, training = perplexity or {}, training or {}
-    found = {RETRIEVAL[kind]: records for kind, records in (retrieval or {}).items()}
+    others: dict[str, Records] = {**(retrieval or {}), "ruler": ruler, "long_ppl": long_ppl}
+    measured = [_section(section) for section in sections(perplexity, others)]
+    if plot:
+        measured.insert(len(perplexity), f"![Perplexity by context length]({plot})")
     title = name.rpartition("/")[2]
     data = ModelCardData(
         library_name="peft",
@@ -89,8 +84,7 @@ def adapter_card(
         license=license,
         tags=[*TAGS, *(tag for tag in tags if tag not in TAGS)],
         model_name=name,
-        eval_results=[*_perplexity_results(perplexity), *_retrieval_results(retrieval or {}), *_ruler_results(ruler)]
-        or None,
+        eval_results=_results(perplexity, others) or None,
     )
     text = ModelCard.from_template(
         data,
@@ -102,11 +96,7 @@ def adapter_card(
         summary=_summary(config, base_model),
         schedule=_schedule(config.trained),
         pose="pose" in _kinds(config.trained),
-        perplexity=[_perplexity(text, records) for text, records in perplexity.items()],
-        long_ppl=_long_ppl(long_ppl) if long_ppl else "",
-        plot=f"![Perplexity by context length]({plot})" if plot else "",
-        retrieval="\n\n".join(_retrieval(kind, records) for kind, records in found.items()),
-        ruler=_ruler(ruler) if ruler else "",
+        measured=measured,
         training="\n".join(["## Training", "", *(f"- {what}: {value}" for what, value in training.items())])
         if training
         else "",
@@ -216,53 +206,34 @@ def on_hub(name: str | None) -> bool:
     return name is not None and name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
-def _perplexity_results(perplexity: Mapping[str, Mapping[str, Records]]) -> list[EvalResult]:
-    """Dense perplexity at each length: what a user of the adapter gets."""
-    return [
-        EvalResult(
+def _results(perplexity: Mapping[str, Mapping[str, Records]], others: Mapping[str, Records]) -> list[EvalResult]:
+    """For the metadata: dense perplexity, the share of passkeys found over all depths, tasks' accuracy; by length."""
+
+    def result(kind: str, dataset: str, metric: str, what: str, length: int, value: float) -> EvalResult:
+        return EvalResult(
             task_type="text-generation",
-            dataset_type=text,
-            dataset_name=text,
-            metric_type="perplexity",
-            metric_name=f"perplexity at {record['length']} tokens",
-            metric_value=round(float(record["perplexity"]), 4),
+            dataset_type=kind,
+            dataset_name=dataset,
+            metric_type=metric,
+            metric_name=f"{what} at {length} tokens",
+            metric_value=round(value, 4),
         )
+
+    found = [
+        result(text, text, "perplexity", "perplexity", record["length"], float(record["perplexity"]))
         for text, records in perplexity.items()
         for record in records.get("dense", ())
     ]
-
-
-def _retrieval_results(retrieval: Mapping[str, Records]) -> list[EvalResult]:
-    """The share of passkeys found at each length, over all depths."""
-    found: dict[tuple[str, int], list[float]] = {}
-    for kind, records in retrieval.items():
-        for record in records:
-            found.setdefault((kind, record["length"]), []).append(float(record["accuracy"]))
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=kind,
-            dataset_name=RETRIEVAL[kind].lower(),
-            metric_type="accuracy",
-            metric_name=f"{RETRIEVAL[kind].lower()} at {length} tokens",
-            metric_value=round(sum(shares) / len(shares), 4),
-        )
-        for (kind, length), shares in found.items()
-    ]
-
-
-def _ruler_results(ruler: Records) -> list[EvalResult]:
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="ruler",
-            dataset_name=f"RULER ({record['task']})",
-            metric_type="accuracy",
-            metric_name=f"{record['task']} at {record['length']} tokens",
-            metric_value=round(float(record["accuracy"]), 4),
-        )
-        for record in ruler
-    ]
+    for kind, title in RETRIEVAL.items():
+        shares: dict[int, list[float]] = {}
+        for record in others.get(kind, ()):
+            shares.setdefault(record["length"], []).append(float(record["accuracy"]))
+        name = title.lower()
+        found += [result(kind, name, "accuracy", name, length, sum(s) / len(s)) for length, s in shares.items()]
+    for record in others.get("ruler", ()):
+        task, length, accuracy = record["task"], record["length"], float(record["accuracy"])
+        found.append(result("ruler", f"RULER ({task})", "accuracy", task, length, accuracy))
+    return found
 
 
 def _summary(config: LongLoraConfig, base_model: str | None) -> str:
@@ -317,42 +288,12 @@ def _kinds(schedule: Schedule | None) -> set[str]:
     return {pattern.kind for pattern in stages} & {"windows", "pose"}
 
 
-def _perplexity(text: str, records: Mapping[str, Records]) -> str:
-    measured = basis([record for rows in records.values() for record in rows])
-    lines = [f"## Perplexity on {text}", "", *_table(perplexity_table(records))]
-    return "\n".join([*lines, *(["", f"Each is over {measured}."] if measured else [])])
-
-
-def _retrieval(title: str, records: Records) -> str:
-    tried = basis(records)
-    lines = [f"## {title}, by length of the text and depth of the passkey", "", *_table(retrieval_table(records))]
-    return "\n".join([*lines, *(["", f"Each is of {tried}."] if tried else [])])
-
-
-def _long_ppl(records: Records) -> str:
-    judge = records[0].get("evaluator")
-    found = f"by `{judge}`" if judge else "by the model itself"
-    lines = ["## LongPPL", "", *_table(long_ppl_table(records)), ""]
-    lines.append(
-        "Perplexity of key tokens ([arXiv 2410.23771](https://arxiv.org/abs/2410.23771)): those that the context of "
-        f"{records[0]['short']:,} tokens does not tell and the longer one does, found {found}."
-    )
-    return "\n".join(lines)
-
-
-def _ruler(records: Records) -> str:
-    chat = " in the tokenizer's chat template" if all(record["chat_template"] for record in records) else ""
-    lines = ["## RULER, by length of the text", "", *_table(ruler_table(records)), ""]
-    lines.append(
-        f"Each is of {basis(records)}{chat}: tasks of RULER ([arXiv 2404.06654](https://arxiv.org/abs/2404.06654)) "
-        "as lm-eval makes and scores them."
-    )
-    return "\n".join(lines)
-
-
-def _table(table: Table) -> list[str]:
-    head, rows = table
-    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+def _section(section: Section) -> str:
+    head, rows = section.table
+    lines = [f"## {section.title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    note = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", section.note)
+    return "\n".join([*lines, *(["", note] if note else [])])
 
 
 def _limits(

@@ -13,8 +13,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..evaluation.plots import plot_history, require_matplotlib
-from ..evaluation.tables import basis, long_ppl_table, perplexity_table, retrieval_table, ruler_table
-from ..hub.card import RETRIEVAL, read_evaluation
+from ..evaluation.tables import sections
+from ..hub.card import read_evaluation
 from ..hub.run import evaluation_losses, read_facts, training_seconds
 from ..schedule import Schedule
 from .checkpoints import SCHEDULE_NAME
@@ -155,24 +155,14 @@ def _stage_row(
 def _evaluation(folder: Path, results: Mapping[str, Any]) -> list[str]:
     """What `hf-longlora evaluate` has found."""
     parts = []
-    if records := results.get("perplexity"):
-        measured = basis([record for rows in records.values() for record in rows])
-        parts += ["<h2>Perplexity by context length</h2>", _table(*perplexity_table(records))]
-        parts += [f"<p>Each is over {measured}.</p>"] if measured else []
-        parts += _picture(folder / "perplexity.png")
+    perplexity = {"held-out documents": results["perplexity"]} if results.get("perplexity") else {}
+    for section in sections(perplexity, results):
+        parts += [f"<h2>{section.title}</h2>", _table(*section.table)]
+        parts += [f"<p>{html.escape(section.note)}</p>"] if section.note else []
+        parts += _picture(folder / section.picture) if section.picture else []
     if "far_context" in results:
         parts += ["<h2>Loss by position</h2>", f"<p>{html.escape(results['far_context'])}</p>"]
         parts += _picture(folder / "positions.png")
-    if records := results.get("long_ppl"):
-        parts += ["<h2>LongPPL by context length</h2>", _table(*long_ppl_table(records))]
-    for kind, title in RETRIEVAL.items():
-        if records := results.get(kind):
-            tried = basis(records)
-            parts += [f"<h2>{title}, by length and depth</h2>", _table(*retrieval_table(records))]
-            parts += [f"<p>Each is of {tried}.</p>"] if tried else []
-            parts += _picture(folder / f"{kind}.png")
-    if records := results.get("ruler"):
-        parts += ["<h2>RULER, by length</h2>", _table(*ruler_table(records)), f"<p>Each is of {basis(records)}.</p>"]
     return parts
 
 

@@ -235,7 +235,7 @@ def test_an_evaluation_comes_into_the_report(make, tmp_path):
         "<td>dense &lt;&amp;&gt;</td><td>12.50</td><td>11.25</td>",
         "<p>Each is over 1,280 tokens of 12 documents.</p>",
         "<p>It helps.</p>",
-        "<h2>Passkeys found, by length and depth</h2>",
+        "<h2>Passkeys found, by length of the text and depth of the passkey</h2>",
         "<th>tokens</th><th>25%</th><th>100%</th></tr><tr><td>256</td><td>25%</td><td>100%</td>",
         "<p>Each is of 4 texts.</p>",
     ):
