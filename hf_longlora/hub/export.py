@@ -110,8 +110,13 @@ def export_adapter(
     return Path(output_dir)
 
 
-def adapter_folder(adapter: str | Path) -> Path:
+def adapter_folder(adapter: str | Path, files: list[str] | None = None, model: str = "a model") -> Path:
     """The folder of an adapter; one on the Hub is downloaded.
+
+    Args:
+        adapter: A folder, or a name on the Hub.
+        files: What is downloaded; by default all but pickles and checkpoints.
+        model: What to call a model that is found in its place.
 
     Raises:
         OSError: if there is no such adapter.
@@ -120,11 +125,12 @@ def adapter_folder(adapter: str | Path) -> Path:
     folder = Path(adapter)
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(str(adapter), ignore_patterns=["*.bin", "*.pt", "checkpoint-*"]))
+            left_out = None if files else ["*.bin", "*.pt", "checkpoint-*"]
+            folder = Path(snapshot_download(str(adapter), allow_patterns=files, ignore_patterns=left_out))
         except Exception as error:  # of many types: no such name, offline, no such repository
             raise OSError(f"{adapter} is no folder, and can't be had from the Hub: {reason(error)}") from error
     if not (folder / CONFIG_NAME).is_file():
-        what = "a model" if (folder / "config.json").is_file() else "something else"
+        what = model if (folder / "config.json").is_file() else "something else"
         raise ValueError(f"{adapter} is no adapter but {what}: it has no {CONFIG_NAME}")
     return folder
 

@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import logging
 
-from ..lookup import ORIGINAL_NAME, read_config, reason
+from ..lookup import ORIGINAL_NAME, read_config
 from ..modules import input_embedding, is_norm, meta_model, output_head, walk
 from ..rope import current_rope
 from ..tuner import LongLoraConfig
 from ..tuner.config import check_finite
 from ..tuner.stored import check_fit
-from .export import PREFIX, new_folder
+from .export import PREFIX, adapter_folder, new_folder
 
 logger = logging.get_logger(__name__)
 
@@ -61,7 +60,8 @@ def import_original(
         ValueError: if it is no such checkpoint, does not fit the base, or trained what an adapter can't hold.
         OSError: if the checkpoint or the config of the base can't be had.
     """
-    source = _folder(folder)
+    files = [CONFIG_NAME, WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME, ORIGINAL_NAME]
+    source = adapter_folder(folder, files, model="a whole model, which needs no import")
     values = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
     if values.get("peft_type") != "LORA":
         raise ValueError(f"{folder} is an adapter of type {values.get('peft_type')}, not a LoRA as LongLoRA's are")
@@ -116,20 +116,6 @@ def import_original(
         copies = {key: weight.clone(memory_format=torch.contiguous_format) for key, weight in weights.items()}
         save_file(copies, out / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})  # takes no views
     return Path(output_dir)
-
-
-def _folder(name: str | Path) -> Path:
-    folder = Path(name)
-    if not folder.is_dir():
-        files = [CONFIG_NAME, WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME, ORIGINAL_NAME]
-        try:
-            folder = Path(snapshot_download(str(name), allow_patterns=files))
-        except Exception as error:  # of many types: no such name, offline, no such repository
-            raise OSError(f"{name} is no folder, and can't be had from the Hub: {reason(error)}") from error
-    if not (folder / CONFIG_NAME).is_file():
-        what = "a whole model, which needs no import" if (folder / "config.json").is_file() else "something else"
-        raise ValueError(f"{name} is no adapter but {what}: it has no {CONFIG_NAME}")
-    return folder
 
 
 def _weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
