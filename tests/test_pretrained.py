@@ -84,6 +84,7 @@ def trainers(monkeypatch):
 
 
 FEW = ["s2 1/4 linear (the paper)", "windows, 2nd dense, norms only, abf 1.5", "dense, rank 256, abf 1.5"]
+FEW += ["dense, rate 1e-3, abf 1.5"]
 ALL = ["default", "abf 1.5 alone", *GROUPS["papers"], *GROUPS["factors"]]
 
 
