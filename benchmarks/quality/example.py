@@ -89,7 +89,7 @@ def card(folder: Path) -> ModelCard:
             "and the books are English novels in the place of PG19's. The adapter is not on the Hub: "
             "`python -m benchmarks.quality.example` makes it."
         ),
-        training=run | {"commit": times["commit"]},
+        training=run | {"base": config.base_model_name_or_path, "commit": times["commit"]},
         plot=PLOT_NAME if (folder / PLOT_NAME).is_file() else None,
         license="apache-2.0",
     )

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_longlora import ruler_accuracy
@@ -68,11 +68,12 @@ def main() -> None:
     require_lm_eval(args.tasks)
     folder, chat = args.work / args.model, not args.no_chat_template
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    reached = PeftConfig.from_pretrained(args.adapter).scaling.length if args.adapter else args.train_length
     for method in [f"adapter {args.adapter.name}"] if args.adapter else args.methods:
         known = {
             "model": args.model,
             "corpus": args.corpus,
-            "train_length": args.train_length,
+            "train_length": reached,
             "method": method,
             "seed": args.seed,
             "trials": args.trials,
