@@ -182,7 +182,7 @@ def test_evaluate_a_plain_model_with_passkeys(adapter, capsys, monkeypatch):
     results = json.loads((folder / "out" / "evaluation.json").read_text())
     assert list(results["perplexity"]) == ["dense"]
     printed = capsys.readouterr().out
-    assert "600 tokens" in printed and "One passkey of several" in printed
+    assert "│ 600 " in printed and "Passkeys found among several" in printed
     for kind in ("passkey", "needles"):
         assert [(row["length"], row["depth"]) for row in results[kind]] == [(600, 0.0), (600, 1.0)]
         assert (folder / "out" / f"{kind}.png").stat().st_size > 5_000

@@ -227,7 +227,7 @@ def _report(results: dict[str, Any], out: Path, extension: dict[str, int], plots
     from transformers.trainer import TRAINER_STATE_NAME
 
     from ..evaluation import plot_perplexity, plot_positions, plot_retrieval
-    from ..evaluation.tables import long_ppl_table, perplexity_table, retrieval_table, ruler_table
+    from ..evaluation.tables import RETRIEVAL, sections
     from ..hub import refresh_card
     from ..hub.card import EVALUATION_NAME
     from ..trainer import update_report
@@ -240,34 +240,26 @@ def _report(results: dict[str, Any], out: Path, extension: dict[str, int], plots
     file.write_text(json.dumps(earlier | results, indent=2))  # what else was measured of the same weights stays
     written = [file]
     console = Console()
-
-    def show(corner: str, table: tuple[list[str], list[list[str]]]) -> None:
-        head, rows = table
-        shown = Table(corner, *head[1:])
+    perplexity = {"the documents": results["perplexity"]} if "perplexity" in results else {}
+    for section in sections(perplexity, results):
+        head, rows = section.table
+        shown = Table(*head)
         for row in rows:
             shown.add_row(*row)
+        print(f"{section.title}:")
         console.print(shown)
-
-    if "perplexity" in results:
-        records, positions = results["perplexity"], {"dense": results["positions"]}
-        if plots:
-            title = f"{name}: perplexity by context length"
-            written.append(plot_perplexity(records, out / "perplexity.png", title=title, **extension))
-            title = f"{name}: loss by position"
-            written.append(plot_positions(positions, out / "positions.png", title=title))
-        show("Perplexity at", perplexity_table(records))
+        if section.note:
+            print(section.note)
+    if "far_context" in results:
         print(results["far_context"])
-    if "long_ppl" in results:
-        show("", long_ppl_table(results["long_ppl"]))
-    titles = {"passkey": "Passkey", "needles": "One passkey of several"}
-    for kind in (kind for kind in titles if kind in results):
-        head, rows = retrieval_table(results[kind])
-        show(f"{titles[kind]} found at depth", (head, [[f"{length} tokens", *found] for length, *found in rows]))
-        if plots:
-            title = f"{name}: {titles[kind].lower()}"
-            written.append(plot_retrieval(results[kind], out / f"{kind}.png", title=title))
-    if "ruler" in results:
-        show("RULER at", ruler_table(results["ruler"]))
+    if plots and perplexity:
+        records, title = results["perplexity"], f"{name}: perplexity by context length"
+        written.append(plot_perplexity(records, out / "perplexity.png", title=title, **extension))
+        records, title = {"dense": results["positions"]}, f"{name}: loss by position"
+        written.append(plot_positions(records, out / "positions.png", title=title))
+    for kind in (kind for kind in RETRIEVAL if plots and kind in results):
+        title = f"{name}: {RETRIEVAL[kind].lower()}"
+        written.append(plot_retrieval(results[kind], out / f"{kind}.png", title=title))
     if (out / TRAINER_STATE_NAME).is_file():
         written.append(update_report(out))  # of the run that has ended there
     if (out / CONFIG_NAME).is_file() and refresh_card(out):
