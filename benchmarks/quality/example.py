@@ -4,8 +4,8 @@
 
 Trains by the file with `hf-longlora train`, on the books of the bench in the place of PG19's and the base of
 `benchmarks.quality.models` (WORK/smollm2), and evaluates the adapter and the base with `hf-longlora evaluate`, each a
-process of its own. OUT/adapter is then what a user has. Its card, config, results and plots go to
-OUT/card as well: all but the weights, to be put into `model_cards/smollm2-135m-32k`.
+process of its own. OUT/smollm2-135m-32k is then what a user has. Its card, config, results and plots go to OUT/card as
+well: all but the weights, to be put into `model_cards/smollm2-135m-32k`.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("options", nargs="*", help="further options of the training, after --")
     args = parser.parse_args()
     folder = args.work / args.model
-    base, adapter, test = str(folder / "base"), args.out / "adapter", args.out / "test" / "books.jsonl"
+    base, adapter, test = str(folder / "base"), args.out / NAME, args.out / "test" / "books.jsonl"
     write_texts(folder / "books.train.npz", folder / "base", args.out / "train" / "books.jsonl", TRAIN_TOKENS)
     write_texts(folder / "books.test.npz", folder / "base", test)
     places = ["--model_name_or_path", base, "--dataset_name", str(args.out / "train"), "--output_dir", str(adapter)]

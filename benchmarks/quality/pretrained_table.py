@@ -203,13 +203,16 @@ def retrieval(rows: Sequence[Row]) -> list[str]:
         head = f"RULER, %, {NAMES[model]}, {native(model):,} -> {int(reached):,} on {corpus}, {trials} texts a task"
         lines += [_line([head, *(f"{length:,}" for length in lengths)]), "|" + "---|" * (len(lengths) + 1)]
         for method in dict.fromkeys(r["method"] for r in here):
-            cells = []
-            for length in lengths:
-                own = [r for r in here if r["method"] == method and int(r["length"]) == length]
-                found = [100 * float(r["accuracy"]) for r in own]
-                tasks = "" if len(own) == len(TASKS) else f" ({', '.join(sorted(r['task'] for r in own))})"
-                cells.append(f"{statistics.mean(found):.1f}{tasks}" if found else "")
-            lines.append(_line([LINES.get(method, method), *cells]))
+            own = [r for r in here if r["method"] == method]
+            for task in sorted({r["task"] for r in own}, key=list(TASKS).index):
+                scores = {int(r["length"]): r for r in own if r["task"] == task}
+                cells = [
+                    f"{100 * float(row['accuracy']):.0f} ± {100 * float(row['error']):.0f}"
+                    if (row := scores.get(length))
+                    else ""
+                    for length in lengths
+                ]
+                lines.append(_line([f"{LINES.get(method, method)}: {task}", *cells]))
         lines.append("")
     return lines[:-1]
 
