@@ -94,7 +94,7 @@ def waiting(tmp_path):
 
 
 def test_push_to_hub_by_the_trainer_s_arguments(make, hub, token, tiny_llama, tmp_path):
-    trainer = make(push_to_hub=True, hub_model_id=REPO, hub_token=token, hub_private_repo=True)
+    trainer = make(push_to_hub=True, hub_model_id=REPO, hub_token=token, hub_private_repo=True, report=True)
     trainer.train()
     trainer.push_to_hub(dataset_name="someone/books")
     repo = hub.repos[REPO]
@@ -421,7 +421,7 @@ def test_bad_intervals_are_refused():
 
 
 def test_push_by_the_command_line_takes_what_was_evaluated_since(make, hub, token, monkeypatch, tmp_path):
-    trainer = make()
+    trainer = make(report=True)
     trainer.train()
     trainer.save_model()
     out = tmp_path / "out"
