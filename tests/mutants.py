@@ -161,6 +161,7 @@ class Mutants:
         if self.fork(session, [], None, 3600):
             raise pytest.UsageError("the tests fail without a mutant, too")
         limit = PATIENCE + 3 * (time.monotonic() - began)
+        gc.unfreeze()  # what conftest.py has put out of the collector's sight
         living = [f for f in gc.get_objects() if type(f) is FunctionType and f.__code__.co_filename == str(self.file)]
         source, total, missed = self.file.read_text(), 0, 0
         for line, name, (function, first), tree in mutants(source):
