@@ -97,21 +97,24 @@ class LongLoraSFTTrainer(RowsTrainer, SavingTrainer, WatchedTrainer, PiecewiseTr
         train_dataset = limited(train_dataset, args.max_examples)
         self.schedule, self._start, self._ropes, self._columns = run.schedule, run.start, run.ropes, run.columns
         self._stage_callback = ContextStageCallback(self.schedule, self._ropes)
+        revision = None
         if isinstance(model, str):
-            given: Any = args.model_init_kwargs
-            args.model_init_kwargs = {"attn_implementation": "s2attn"} | dict(given or {})
+            given: Any = args.model_init_kwargs or {}
+            args.model_init_kwargs, revision = {"attn_implementation": "s2attn"} | dict(given), given.get("revision")
         else:
             set_s2_attention(model)
-        self._train_source: Dataset | IterableDataset | None = train_dataset
-        self._stage_examples: list[int] = []
-        self._stage_data: dict[int, StageData] = {}
-        self._stream_state = ""  # where the stream stood at the last batch
         if args.mlp_tile is not None and args.use_liger_kernel:
             # Liger's MLP would shadow the tiled one.
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), "swiglu": False, "geglu": False}
         if args.sequence_parallel > 1:
             args.parallelism_config = parallelism_config(args.sequence_parallel, args.world_size)
+        self._train_source: Dataset | IterableDataset | None = train_dataset
+        self._stage_examples: list[int] = []
+        self._stage_data: dict[int, StageData] = {}
+        self._stream_state = ""  # where the stream stood at the last batch
         self._steps_done = 0  # micro-steps of a run that is resumed in shards
+        self._last_log: tuple[float, int] | None = None
+        self._last_batch: dict[str, Any] = {}
         set_seed(args.seed)  # TRL before 1.16 leaves the adapter's random start unseeded
         super().__init__(
             model=model,
@@ -122,36 +125,46 @@ class LongLoraSFTTrainer(RowsTrainer, SavingTrainer, WatchedTrainer, PiecewiseTr
             callbacks=[self._stage_callback, *(callbacks or [])],
             **kwargs,
         )
-        set_s2_attention(self.model)  # loaded by its name it has the attention that its arguments ask for, if any
         check_replicas(args)
+        set_s2_attention(self.model)  # loaded by its name it has the attention that its arguments ask for, if any
+        if longlora_tuner(self.model) is not None:
+            self._adopt_adapter(revision)
         if self.schedule.any_windows:
             self.data_collator = WindowCollator(self.data_collator)
-        self._data = describe(train_dataset, args)
-        self._last_log: tuple[float, int] | None = None
-        self._last_batch: dict[str, Any] = {}
         if self.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:
             self.add_callback(StageProgressCallback(self.schedule))
-        tuner = longlora_tuner(self.model)
-        if tuner is not None:
-            check_saving(self.accelerator)
-            tuner.upcast_masters()  # TRL casts what a quantized model trains to bf16; before DDP sees it
-            adapter: Any = self.model.active_peft_config
-            adapter.schedule = self.schedule.to_dict()
-            # TRL loads the base at a revision and doesn't tell PEFT, which would load the adapter on another one.
-            if isinstance(model, str) and (revision := (given or {}).get("revision", "main")) != "main":
-                adapter.revision = revision
         self._adapted = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        self._data = describe(train_dataset, args)
         self._identity = self._identify()
-        if args.selective_checkpointing and isinstance(self.model, PeftModel):
-            # TRL changes the method of the PeftModel, and transformers >= 5.24 calls another.
-            trl.models.enable_selective_activation_checkpointing(base_model(self.model))
-        if args.mlp_tile is not None:
-            tile_mlps(self.model, args.mlp_tile)
-        if args.offload_share < 1:
-            self.maybe_activation_offload_context = PartialOffload(args.offload_share)
-            self.maybe_activation_offload_context.update_model_params(self.model)
+        self._save_memory()
         self._stage_callback.apply(self.model, 0, self.processing_class)
         set_attention_mode(self.model, "auto")
+
+    def _adopt_adapter(self, revision: str | None) -> None:
+        """Make a LONGLORA adapter ready for the run, and let its config say how it is trained.
+
+        Args:
+            revision: Of the base, if it was loaded by its name.
+        """
+        check_saving(self.accelerator)
+        tuner: Any = longlora_tuner(self.model)
+        tuner.upcast_masters()  # TRL casts what a quantized model trains to bf16; before DDP sees it
+        adapter: Any = self.model.active_peft_config
+        adapter.schedule = self.schedule.to_dict()
+        # TRL loads the base at a revision and doesn't tell PEFT, which would load the adapter on another one.
+        if revision not in (None, "main"):
+            adapter.revision = revision
+
+    def _save_memory(self) -> None:
+        """Put on the model what saves memory in long sequences, as far as it is asked for."""
+        if self.args.selective_checkpointing and isinstance(self.model, PeftModel):
+            # TRL changes the method of the PeftModel, and transformers >= 5.24 calls another.
+            trl.models.enable_selective_activation_checkpointing(base_model(self.model))
+        if self.args.mlp_tile is not None:
+            tile_mlps(self.model, self.args.mlp_tile)
+        if self.args.offload_share < 1:
+            self.maybe_activation_offload_context = PartialOffload(self.args.offload_share)
+            self.maybe_activation_offload_context.update_model_params(self.model)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Run all stages; with `resume_from_checkpoint`, from where that checkpoint stands.
