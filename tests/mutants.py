@@ -1,10 +1,10 @@
 """Mutants: small changes of a source file, each of which some test should notice.
 
-    python -m tests.mutants hf_longlora/rope/scale.py tests/test_rope.py [-k ramp]
+    python -m tests.mutants hf_longlora/rope/scale.py[:FIRST-LAST] tests/test_rope.py [-k ramp]
 
-The tests are collected once. Each mutant is a fork in which the code of one function is another, and ends at the first
-test that fails; what no test noticed is printed. Code outside of functions, defaults of arguments, and texts (of
-errors) are left out. `tests/mutants.md` says what was found.
+With lines only what stands in them is changed. The tests are collected once. Each mutant is a fork in which the code
+of one function is another, and ends at the first test that fails; what no test noticed is printed. Code outside of
+functions, defaults of arguments, and texts (of errors) are left out. `tests/mutants.md` says what was found.
 """
 
 import ast
@@ -123,8 +123,8 @@ def codes(code: CodeType) -> Iterator[CodeType]:
 class Mutants:
     """A plugin of pytest in the place of its run of the tests."""
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.failed = file.resolve(), False
+    def __init__(self, file: Path, lines: range) -> None:
+        self.file, self.lines, self.failed = file.resolve(), lines, False
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.failed |= report.failed
@@ -165,6 +165,8 @@ class Mutants:
         living = [f for f in gc.get_objects() if type(f) is FunctionType and f.__code__.co_filename == str(self.file)]
         source, total, missed = self.file.read_text(), 0, 0
         for line, name, (function, first), tree in mutants(source):
+            if line not in self.lines:
+                continue
             targets = [f for f in living if (f.__code__.co_name, f.__code__.co_firstlineno) == (function, first)]
             found = [c for c in codes(compile(tree, str(self.file), "exec")) if c.co_name == function]
             code = next(c for c in found if c.co_firstlineno == first)
@@ -179,4 +181,7 @@ class Mutants:
 
 
 if __name__ == "__main__":
-    sys.exit(pytest.main(["-q", "-s", "-p", "no:cacheprovider", *sys.argv[2:]], [Mutants(Path(sys.argv[1]))]))
+    name, _, span = sys.argv[1].partition(":")
+    first, last = map(int, span.split("-")) if span else (1, 10**6)
+    plugin = Mutants(Path(name), range(first, last + 1))
+    sys.exit(pytest.main(["-q", "-s", "-p", "no:cacheprovider", *sys.argv[2:]], [plugin]))

@@ -85,6 +85,7 @@ def test_find_cu_seqlens_skips_empty_documents():
     documents = Documents.find(1, 6, cu_seqlens=torch.tensor([0, 2, 2, 6]))
     assert documents.rows == (((0, 2), (2, 6)),)
     assert documents.longest == 4 and documents.packed
+    assert Documents(((), ()), 4).longest == 0
 
 
 @pytest.mark.parametrize(
