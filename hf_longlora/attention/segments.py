@@ -176,7 +176,7 @@ class Documents:
         """
         if cu_seqlens is not None:
             return cls._from_cu_seqlens(cu_seqlens, batch_size, length, attention_mask)
-        if position_ids is not None and position_ids.shape[0] != batch_size:
+        if position_ids is not None and position_ids.shape[0] == 1:
             position_ids = position_ids.expand(batch_size, -1)
         for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
             if tensor is not None and tuple(tensor.shape) != (batch_size, length):

@@ -86,12 +86,48 @@ def test_find_cu_seqlens_skips_empty_documents():
     assert documents.rows == (((0, 2), (2, 6)),)
     assert documents.longest == 4 and documents.packed
     assert Documents(((), ()), 4).longest == 0
+    whole = torch.tensor([0, 6])
+    assert Documents.find(1, 6, cu_seqlens=whole, attention_mask=torch.ones(1, 6)).rows == (((0, 6),),)
+
+
+def test_positions_of_all_rows_and_documents_between_padding():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    assert Documents.find(2, 6, position_ids=positions).rows == (((0, 3), (3, 6)),) * 2
+    assert Documents.find(1, 6, position_ids=torch.tensor([[0, 1, 7, 8, 9, 3]])).rows == (((0, 2), (2, 5), (5, 6)),)
+    mask = torch.tensor([[1, 1, 0, 1, 1, 0]])
+    restarting = Documents.find(1, 6, attention_mask=mask, position_ids=torch.tensor([[0, 1, 0, 0, 1, 0]]))
+    assert restarting.rows == (((0, 2), (3, 5)),)
+    for going_on in ([0, 1, 2, 3, 4, 5], [0, 1, 1, 1, 2, 3]):
+        with pytest.raises(ValueError, match="padding inside a document"):
+            Documents.find(1, 6, attention_mask=mask, position_ids=torch.tensor([going_on]))
+
+
+def test_heads_are_cut_in_two():
+    documents = Documents((((0, 12),),), 12)
+    plain, shifted, dense = (documents.segments(*cut) for cut in ((4, 0, 1), (4, 2, 1), (None,)))
+    assert len({plain, shifted, dense}) == 3
+    for heads, kv_heads, first, second in (
+        (4, 2, ((0, 2), (0, 1)), ((2, 4), (1, 2))),
+        (6, 3, ((0, 4), (0, 2)), ((4, 6), (2, 3))),
+        (9, 3, ((0, 6), (0, 2)), ((6, 9), (2, 3))),
+        (3, 1, ((0, 2), (0, 1)), ((2, 3), (0, 1))),
+        (2, 1, ((0, 1), (0, 1)), ((1, 2), (0, 1))),
+    ):
+        assert documents.parts(heads, kv_heads, 4, sink_tokens=1) == ((*first, plain), (*second, shifted))
+    whole = (0, 4), (0, 2)
+    assert documents.parts(4, 2, 4, "none", 1) == ((*whole, plain),)
+    assert documents.parts(4, 2, 4, "all", 1) == ((*whole, shifted),)
+    for group_size in (None, 12, 13):
+        assert documents.parts(4, 2, group_size, sink_tokens=1) == ((*whole, dense),)
+    assert documents.parts(1, 1, 4, sink_tokens=1) == (((0, 1), (0, 1), plain),)
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"cu_seqlens": torch.tensor([0, 3])}, "rise from 0"),
+        ({"cu_seqlens": torch.tensor([1, 5])}, "rise from 0"),
+        ({"position_ids": torch.arange(5).expand(3, -1)}, "shape"),
         ({"cu_seqlens": torch.tensor([0, 4, 3, 5])}, "rise from 0"),
         ({"cu_seqlens": torch.tensor([0, 5]), "attention_mask": torch.tensor([[1, 1, 1, 1, 0]])}, "either"),
         ({"attention_mask": torch.ones(1, 4)}, "shape"),
@@ -105,6 +141,8 @@ def test_find_refuses(kwargs, message):
 
 
 def test_cu_seqlens_are_for_one_row():
+    with pytest.raises(ValueError, match="rise from 0"):
+        Documents.find(1, 0, cu_seqlens=torch.tensor([0]))
     with pytest.raises(ValueError, match="one packed row"):
         Documents.find(2, 5, cu_seqlens=torch.tensor([0, 5]))
 
