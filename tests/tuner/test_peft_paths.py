@@ -507,6 +507,22 @@ def test_ranks_that_the_weights_do_not_have_are_refused():
             check(*bad)
 
 
+@pytest.mark.parametrize("options", [{}, {"train_embeddings": False}])
+def test_what_keeps_an_adapter_off_a_model_is_said(options, tmp_path):
+    perturbed(llama(), LongLoraConfig(**options)).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"does not fit this model.*, and \d+ more differ\. Load it on the model it was"
+    ):
+        PeftModel.from_pretrained(llama(hidden_size=64), tmp_path)
+    larger = llama()
+    larger.resize_token_embeddings(130)
+    if options:
+        PeftModel.from_pretrained(larger, tmp_path)  # has none of the base's rows
+        return
+    with pytest.raises(ValueError, match=r"trained with 128 tokens, and this model has 130: .*embeddings\(128\)"):
+        PeftModel.from_pretrained(larger, tmp_path)
+
+
 # -- a base is given the vocabulary that an adapter was trained with ----
 
 
@@ -525,6 +541,19 @@ def test_the_vocabulary_of_training_is_read_off_an_adapters_file(options, tmp_pa
     assert smaller.get_input_embeddings().weight.shape[0] == smaller.get_output_embeddings().weight.shape[0] == 131
 
 
+def test_a_vocabulary_that_nothing_speaks_of_stays():
+    assert trained_vocabulary(llama(), LoraConfig()) is None
+    with pytest.raises(ValueError, match="has token 128, and this model has 128 tokens"):
+        get_peft_model(llama(), LongLoraConfig(trainable_token_indices=[128]))
+
+
+def test_rows_that_an_adapter_does_not_hold_are_drawn_around_the_mean():
+    model = llama()
+    fit_vocabulary(model, LongLoraConfig(train_embeddings=False), tokens=131)
+    rows = model.get_input_embeddings().weight
+    assert rows.shape[0] == 131 and (rows[128:] - rows[:128].mean(0)).abs().max() < 0.01
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_rows_that_an_adapter_does_not_hold_are_told(tied, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
@@ -535,6 +564,12 @@ def test_rows_that_an_adapter_does_not_hold_are_told(tied, caplog, monkeypatch):
         (LongLoraConfig(), {f"{prefix}.weight": (130, 32)}, 0, (130, tied)),
         (LongLoraConfig(), {f"{prefix}.weight": (130, 32), head: (130, 32)}, 0, (130, True)),
         (LongLoraConfig(embedding_rank=4), {f"{prefix}.lora_embedding_A": (4, 130)}, 0, (130, False)),
+        (
+            LongLoraConfig(embedding_rank=4, use_dora=True),
+            {f"{prefix}.lora_magnitude_vector.weight": (32,), f"{prefix}.lora_embedding_A": (4, 130)},
+            0,
+            (130, False),
+        ),
         (LongLoraConfig(trainable_token_indices=[128, 129]), {}, 129, (130, tied)),
         (LongLoraConfig(trainable_token_indices=[128, 129]), {f"{prefix}.{delta}": (2, 32)}, 0, (130, tied)),
         (LongLoraConfig(trainable_token_indices={"embed_tokens": [129]}), {}, 0, (130, False)),
