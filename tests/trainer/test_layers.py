@@ -293,7 +293,7 @@ def test_a_share_goes_to_the_host(monkeypatch, share, expected):
     """Every so many of equal tensors, in each forward alike; and all come back."""
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
     monkeypatch.setattr(torch, "get_device_module", lambda name: torch.cpu)
-    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)  # which TRL asks for beside bitsandbytes
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)  # for TRL beside bitsandbytes
     context = PartialOffload(share, use_pin_memory=False, use_streams=False)
     host: dict[int, torch.Tensor] = {}
     monkeypatch.setattr(context, "_send", lambda x: host.setdefault(len(host), x.clone()) is None or len(host) - 1)
