@@ -310,7 +310,7 @@ def test_qlora_24gb(base):
     base(hidden_size=64, intermediate_size=128, dtype=torch.bfloat16)
     twin("qlora_24gb.yaml", "--mlp_tile", "40", "--bf16", "true")
     model, config = loaded("out")
-    assert reach(current_rope(model.config)) [1] == 64
+    assert reach(current_rope(model.config))[1] == 64
     assert config.r == 8
 
 
