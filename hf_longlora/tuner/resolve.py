@@ -38,13 +38,17 @@ def resolve_modules(model: nn.Module, config: LongLoraConfig) -> None:
     if config.embedding_rank is not None and not config.resolved:
         _target_embeddings(model, config, config.embedding_rank)
     head = output_head(model)
-    if config.target_modules is not None:
-        for name, module in walk(model):
-            if head is not None and module is head and check_target_module_exists(config, name):
-                refuse_head(name)
+    for name, module in walk(model):
+        if module is head and _targeted(config, name):
+            refuse_head(name)
     if not config.resolved:
         _resolve_whole(model, config)
     _refuse_shared(model, config)
+
+
+def _targeted(config: LongLoraConfig, name: str) -> bool:
+    """Whether LoRA is put on a module, by PEFT's rules, which want a list of targets."""
+    return config.target_modules is not None and bool(check_target_module_exists(config, name))
 
 
 def _resolve_whole(model: nn.Module, config: LongLoraConfig) -> None:
@@ -54,10 +58,9 @@ def _resolve_whole(model: nn.Module, config: LongLoraConfig) -> None:
     train_embeddings = config.train_embeddings and config.trainable_token_indices is None
     inside: list[str] = []  # names that are trained already, by LoRA or with a module the user named
     for name, module in language_modules(model):
-        if not name or name.startswith(tuple(f"{taken}." for taken in inside)):
+        if name.startswith(tuple(f"{taken}." for taken in inside)):
             continue
-        targeted = config.target_modules is not None and check_target_module_exists(config, name)
-        if targeted or (users and name.endswith(users)):
+        if _targeted(config, name) or name.endswith(users):
             inside.append(name)
         elif (config.train_norms and is_norm(module)) or (train_embeddings and isinstance(module, nn.Embedding)):
             wanted.append(name)
@@ -76,7 +79,7 @@ def _refuse_shared(model: nn.Module, config: LongLoraConfig) -> None:
         weight = module._parameters.get("weight")
         if weight is None or weight is tied:
             continue
-        if name.endswith(whole) or (config.target_modules is not None and check_target_module_exists(config, name)):
+        if name.endswith(whole) or _targeted(config, name):
             other = first.setdefault(id(weight), name)
             if other != name:
                 raise ValueError(
@@ -100,7 +103,7 @@ def _target_embeddings(model: nn.Module, config: LongLoraConfig, rank: int) -> N
     config.target_modules = targets
     config.rank_pattern = {**(config.rank_pattern or {}), **dict.fromkeys(names, rank)}
     config.alpha_pattern = {**(config.alpha_pattern or {}), **dict.fromkeys(names, alpha)}
-    missed = [name for name in names if not check_target_module_exists(config, name)]
+    missed = [name for name in names if not _targeted(config, name)]
     if missed:
         raise ValueError(
             f"embedding_rank can't reach {missed[0]}, which exclude_modules leaves out. Leave one of them away."
@@ -126,8 +129,8 @@ def tie_by_module(model: nn.Module, config: LongLoraConfig, tied_by_name: Callab
     """
     saved = tuple(config.modules_to_save or ())
     embedding = unwrapped(input_embedding(model))
-    name = next((n for n, m in walk(model) if embedding is not None and m is embedding), None)
-    targeted = name is not None and check_target_module_exists(config, name)
+    name = next((n for n, m in walk(model) if m is embedding), None)
+    targeted = name is not None and _targeted(config, name)
     if name is None or not (targeted or name.endswith(saved)):
         return False
     inside = re.compile(r"\.(modules_to_save\.[^.]+|original_module)$")

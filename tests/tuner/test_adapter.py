@@ -92,8 +92,19 @@ def test_switches_and_the_users_own_modules():
     config = LongLoraConfig(train_embeddings=False, train_norms=False, modules_to_save=["lm_head"])
     model = get_peft_model(llama(), config)
     assert model.peft_config["default"].modules_to_save == ["lm_head"]
-    config = LongLoraConfig(train_norms=False, modules_to_save=["lm_head"])
-    assert get_peft_model(llama(), config).peft_config["default"].modules_to_save == ["lm_head", "model.embed_tokens"]
+    config = LongLoraConfig(train_norms=False, modules_to_save=["lm_head", "mlp"])
+    saved = ["lm_head", "mlp", "model.embed_tokens"]
+    assert get_peft_model(llama(), config).peft_config["default"].modules_to_save == saved
+    # A head that is tied to the embeddings is trained with them, and not twice.
+    model = get_peft_model(llama(tied=True), LongLoraConfig(train_norms=False, modules_to_save=["lm_head", "mlp"]))
+    assert model.peft_config["default"].modules_to_save == saved[1:]
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    config = LongLoraConfig(train_embeddings=False, train_norms=False)
+    assert get_peft_model(llama(), config).peft_config["default"].modules_to_save is None
+    # What stands in a module that the user has named is trained with it.
+    config = LongLoraConfig(target_modules=["layers.0.mlp.up_proj"], modules_to_save=["layers.1", "embed_tokens"])
+    saved = ["layers.1", "embed_tokens", *sorted(name for name in NORMS if "layers.1." not in name)]
+    assert get_peft_model(llama(), config).peft_config["default"].modules_to_save == saved
 
 
 def other(family):
@@ -172,10 +183,26 @@ def test_head_is_refused(targets):
 
 
 def test_head_under_another_name_is_refused():
-    model, *_ = other("gpt_neox")
-    name = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
-    with pytest.raises(ValueError, match="output head"):
-        get_peft_model(model, LongLoraConfig(target_modules=["query_key_value", name]))
+    model = llama()
+    model.unembed = model.lm_head
+    del model.lm_head
+    model.get_output_embeddings = lambda: model.unembed
+    with pytest.raises(ValueError, match=r"output head \('unembed'"):
+        get_peft_model(model, LongLoraConfig(target_modules=["q_proj", "unembed"]))
+
+
+def test_targets_are_asked_for_where_none_are_found():
+    with pytest.raises(ValueError, match="Please specify `target_modules`"):
+        get_peft_model(nn.Sequential(nn.Embedding(8, 8), nn.LayerNorm(8)), LongLoraConfig(task_type=None))
+
+
+def test_parameters_are_targeted_as_by_lora():
+    """With PEFT's own choice of modules beside them, and without the others."""
+    trained = []
+    for config in (LongLoraConfig, LoraConfig):
+        model = get_peft_model(llama(), config(target_parameters=["model.layers.0.mlp.gate_proj.weight"]))
+        trained.append({n for n, p in model.named_parameters() if p.requires_grad and "lora_" in n})
+    assert trained[0] == trained[1]
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,9 @@ def test_a_variant_is_saved_loaded_disabled_merged_and_unloaded(variant, tied, t
     expected = logits(model)
     assert (expected - plain).abs().max() > 0.1
     model.save_pretrained(tmp_path)
-    assert (logits(PeftModel.from_pretrained(llama(tied), tmp_path).eval()) - expected).abs().max() <= 1e-6
+    loaded = PeftModel.from_pretrained(llama(tied), tmp_path).eval()
+    assert (logits(loaded) - expected).abs().max() <= 1e-6
+    assert loaded.peft_config["default"].target_modules == model.peft_config["default"].target_modules
     if variant not in CHANGE_THE_BASE:
         with model.disable_adapter():
             assert torch.equal(logits(model), plain)
