@@ -175,7 +175,6 @@ class LongLoraConfig(LoraConfig):
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """Refuse settings of a later version. PEFT warns and drops them, and the adapter would be another one."""
         unknown = {k: v for k, v in kwargs.items() if k not in cls.__dataclass_fields__ and v}
-        unknown.pop("peft_version", None)
         if kwargs.get("peft_type") == "LONGLORA" and unknown:
             raise ValueError(
                 f"adapter_config.json has settings that this version does not know: {unknown}. Upgrade hf-longlora "
@@ -260,7 +259,7 @@ def check_finite(weights: Mapping[str, torch.Tensor], path: str) -> None:
     """Raise a `ValueError` if a weight of `path` is not finite."""
     for key, tensor in weights.items():
         # The sum is not finite if an element is not, at a fraction of isfinite's memory; an overflow is looked at.
-        if tensor.is_floating_point() and not tensor.float().sum().isfinite() and not tensor.float().isfinite().all():
+        if not tensor.float().sum().isfinite() and not tensor.float().isfinite().all():
             raise ValueError(
                 f"{path} is damaged or from a run that diverged: {key} has values that are not finite. Load an "
                 "earlier checkpoint."

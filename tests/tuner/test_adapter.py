@@ -206,11 +206,30 @@ def test_parameters_are_targeted_as_by_lora():
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"target_length": 1}, {"target_length": "8k"}, {"rope_type": "ntk"}, {"rope_parameters": "linear"}]
+    ("key", "value"),
+    [
+        ("target_length", 1),
+        ("target_length", "8k"),
+        ("base_length", 1),
+        ("rope_type", "ntk"),
+        ("rope_parameters", "linear"),
+        ("lora_alpha", True),
+        ("lora_alpha", "16"),
+        ("lora_alpha", float("inf")),
+        ("alora_invocation_tokens", 5),
+        ("alora_invocation_tokens", [5, "a"]),
+        ("megatron_config", {}),
+    ],
 )
-def test_config_refusals(kwargs):
-    with pytest.raises(ValueError):
-        LongLoraConfig(**kwargs)
+def test_config_refusals(key, value):
+    with pytest.raises(ValueError, match=key):
+        LongLoraConfig(**{key: value})
+
+
+def test_the_least_that_a_config_takes():
+    least = {"target_length": 2, "base_length": 2, "embedding_rank": 1, "lora_alpha": 0.5}
+    config = LongLoraConfig(**least, alora_invocation_tokens=[5])
+    assert {key: getattr(config, key) for key in least} == least and config.alora_invocation_tokens == [5]
 
 
 # -- save and load ----
@@ -701,6 +720,8 @@ def test_a_stored_rope_without_finite_numbers_is_refused(which, key, value, tmp_
 def test_a_stored_rope_of_no_length_is_refused(fields):
     stored = perturbed(llama()).peft_config["default"].rope
     LongLoraConfig(rope=stored)
+    LongLoraConfig(rope=stored | {"max_position_embeddings": 1})
+    LongLoraConfig(rope=stored | {"rope_parameters": stored["rope_parameters"] | {"factor": 1.0}})
     with pytest.raises(ValueError, match="rope is no stored RoPE"):
         LongLoraConfig(rope=stored | fields)
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_longlora.rope import current_rope
 from hf_longlora.tuner import LongLoraConfig
+from hf_longlora.tuner.config import check_finite
 
 from .helpers import LENGTH, TARGET, llama, logits, perturbed
 
@@ -133,6 +134,12 @@ def test_weights_that_are_not_finite(adapter, tmp_path, value, capsys):
         assert key.removeprefix("base_model.model.").split(".lora_")[0].removesuffix(".weight") in str(error)
     assert cases.refused == cases.tried == 22
     cases.say(capsys, f"weights with {value}")
+
+
+def test_finite_weights_whose_sum_is_not_are_finite():
+    check_finite({"a": torch.full((2,), 3e38)}, "file")
+    with pytest.raises(ValueError, match=r"file is damaged .* a has values"):
+        check_finite({"a": torch.tensor([3e38, torch.inf])}, "file")
 
 
 @pytest.mark.parametrize("change", ["drop", "add", "rename", "reshape"])

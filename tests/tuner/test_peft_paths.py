@@ -147,6 +147,15 @@ def test_embedding_rank_is_lora_on_the_embeddings_with_the_others_scaling(tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("targets", "layers"), [(None, 8), (["q_proj"], 2), (r".*q_proj", 2), ("all-linear", 14)], ids=str
+)
+def test_embedding_rank_comes_beside_every_kind_of_targets(targets, layers):
+    model = get_peft_model(llama(), LongLoraConfig(embedding_rank=2, target_modules=targets))
+    names = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    assert len(names) == layers + 1 and "base_model.model.model.embed_tokens" in names
+
+
+@pytest.mark.parametrize(
     "kwargs",
     [
         {"embedding_rank": 0},
