@@ -117,7 +117,7 @@ def warn_of_reference(model: nn.Module, configs: Mapping[str, Any]) -> None:
     base = getattr(model, _BASE_ROPE, None)
     for config in configs.values():
         scaling = getattr(config, "scaling", None)
-        if base is None or config.inference_mode or scaling in (None, base):
+        if config.inference_mode or scaling in (None, base):
             continue
         warnings.warn(
             f"Without its adapter the model has its own RoPE, for {base.length:,} tokens. A trainer that "

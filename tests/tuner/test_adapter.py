@@ -20,6 +20,7 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -297,8 +298,10 @@ def test_a_transformers_that_loses_weights_is_refused(saved, monkeypatch):
     base, adapter, adapted, _ = saved
     model = load(base)
     model.load_adapter(adapter)
-    with pytest.raises(RuntimeError, match="drops an adapter's norms and embeddings"):
-        logits(model)
+    without_rope = inject_adapter_in_model(LongLoraConfig(), load(base))
+    for each in (model, without_rope):
+        with pytest.raises(RuntimeError, match="drops an adapter's norms and embeddings"):
+            logits(each)
     assert (logits(by_peft(base, adapter).eval()) - adapted).abs().max() <= 1e-6
 
 
@@ -611,6 +614,12 @@ def test_rope_goes_with_layers_that_are_switched_by_themselves():
         LongLoraConfig(target_length=TARGET, rope_type="yarn"), model, adapter_name="second"
     )
     assert len(again._forward_pre_hooks) == hooks == 1
+    for name, layer in list(again.named_modules()):
+        if isinstance(layer, LoraLayer):
+            again.set_submodule(name, layer.get_base_layer())
+    logits(again)
+    assert again.config.max_position_embeddings == LENGTH
+    assert not inject_adapter_in_model(LongLoraConfig(), llama())._forward_pre_hooks  # no RoPE to follow
 
 
 def test_who_is_told_that_a_reference_is_the_base_without_its_extension():
@@ -724,6 +733,12 @@ def test_a_stored_rope_of_no_length_is_refused(fields):
     LongLoraConfig(rope=stored | {"rope_parameters": stored["rope_parameters"] | {"factor": 1.0}})
     with pytest.raises(ValueError, match="rope is no stored RoPE"):
         LongLoraConfig(rope=stored | fields)
+
+
+def test_a_stored_rope_goes_before_what_is_asked_for_and_needs_no_bases():
+    stored = perturbed(llama()).peft_config["default"].rope
+    model = get_peft_model(llama(), LongLoraConfig(rope=stored, target_length=2 * TARGET))
+    assert model.peft_config["default"].rope == current_rope(model.config).to_dict() == stored
 
 
 # -- stages ----
