@@ -94,8 +94,9 @@ def outside_texts(node: ast.AST) -> Iterator[ast.AST]:
     if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
         return
     yield node
-    if isinstance(node, ast.AnnAssign) and node.value is not None:
-        yield from outside_texts(node.value)
+    if isinstance(node, ast.AnnAssign):
+        if node.value is not None:
+            yield from outside_texts(node.value)
     elif not isinstance(node, ast.Raise):
         for child in ast.iter_child_nodes(node):
             yield from outside_texts(child)

@@ -91,7 +91,6 @@ def s2_attention_forward(
     if state is _DEFAULT and alone is None:
         refuse_untold_cache(module, kwargs)
     training = module.training and not infers(kwargs)
-    kwargs.pop(TOLD, None)
     if module.training and not training and state.mode == "auto":
         # Seen with TRL's GRPOTrainer: a rollout's tokens are 0.02 to 16 times as probable when they are scored.
         logger.warning_once(

@@ -250,7 +250,8 @@ def test_a_family_that_does_not_tell_of_its_cache(monkeypatch):
     assert [group for _, group in calls] == [GROUP] * 4  # forward without gradients, and again with
 
 
-def test_a_family_that_is_not_known_to_tell_of_its_cache(tiny_llama, monkeypatch):
+@pytest.mark.parametrize("family", ["something_else", "gemma3_text"])
+def test_a_family_that_is_not_known_to_tell_of_its_cache(tiny_llama, monkeypatch, family):
     """Its layers' `use_cache=False` may be no more than their default (Qwen3-VL's is)."""
     model = tiny_llama()
     model.set_attn_implementation("s2attn")
@@ -258,7 +259,10 @@ def test_a_family_that_is_not_known_to_tell_of_its_cache(tiny_llama, monkeypatch
     x = ids(1)
     with torch.no_grad():
         model(x, use_cache=False)  # Llama's layers mean it
-    model.config.model_type = "something_else"
+        query = torch.randn(1, 4, 16, 8)
+        with pytest.raises(ValueError, match="is not known to tell"):  # and this says nothing
+            interface.s2_attention_forward(model.model.layers[0].self_attn, query, query, query, None)
+    model.config.model_type = family
     sparse = model(x, use_cache=False).logits
     with torch.no_grad():
         with pytest.raises(ValueError, match=r"is not known to tell .*set_s2_attention\(model\) first"):
@@ -350,6 +354,11 @@ def test_sliding_layers_stay_as_they_are(monkeypatch):
     calls = spy(monkeypatch)
     x, mask = ids(), left_padded()
     expected = sliding.train()(input_ids=x, attention_mask=mask).logits
+    loaded = copy.deepcopy(sliding)
+    loaded.set_attn_implementation("s2attn")
+    loaded.config.model_type = "something_else"  # not known to tell of its cache, which makes no difference here
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=x, attention_mask=mask, use_cache=False).logits, expected)
     set_s2_attention(sliding, S2AttentionConfig(group_size=GROUP))
     assert torch.equal(sliding(input_ids=x, attention_mask=mask).logits, expected)
     assert calls == []
@@ -449,6 +458,9 @@ def test_attention_dropout_runs_in_training_only(tiny_llama):
     model.eval()
     with s2_attention_mode(model, "s2"):
         assert torch.equal(*(model(input_ids=x).logits for _ in range(2)))
+        module, (query, key) = model.model.layers[0].self_attn, (torch.randn(1, heads, 16, 8) for heads in (4, 2))
+        outs = (interface.s2_attention_forward(module, query, key, key, None, dropout=0.5)[0] for _ in range(2))
+        assert torch.equal(*outs)  # as in families that leave it to their attention to look at the mode
 
 
 @pytest.mark.parametrize(
