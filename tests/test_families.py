@@ -508,6 +508,17 @@ def test_own_attention_takes_a_mask_that_is_added(family):
     assert torch.allclose(*found, atol=1e-5) and not torch.allclose(found[0], logits(model, x), atol=1e-3)
 
 
+def test_own_attention_that_is_not_causal_sees_both_ways():
+    module = build("gemma2").model.layers[1].self_attn.eval()
+    query, key = (torch.randn(1, heads, 12, 8) for heads in (4, 2))
+    seen = torch.ones(1, 1, 12, 12, dtype=torch.bool)
+    found = [
+        interface.s2_attention_forward(module, query, key, key, mask, is_causal=False, softcap=2.0)[0]
+        for mask in (None, seen)
+    ]
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("family", sorted(OWN_ATTENTION))
 def test_training_without_a_kernel_for_it_says_so(family):
     model = build(family).train()

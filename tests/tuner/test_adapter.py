@@ -326,7 +326,7 @@ def test_weights_can_be_tied_again(saved):
 
 def test_adapter_config_is_complete_json(saved):
     stored = json.loads(Path(saved[1], "adapter_config.json").read_text())
-    assert stored["peft_type"] == "LONGLORA"
+    assert stored["peft_type"] == "LONGLORA" and stored["resolved"] is True
     assert stored["rope"]["rope_parameters"]["factor"] == 4.0
     assert stored["base_rope"]["rope_parameters"]["rope_type"] == "default"
     assert set(stored["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -545,6 +545,11 @@ def test_second_adapter_through_transformers(tmp_path):
     assert torch.equal(logits(model), first)
     assert model.config.rope_parameters["factor"] == 4.0
     assert list(model.peft_config) == ["a"]
+
+
+def test_a_config_of_another_method_is_refused():
+    with pytest.raises(TypeError, match="needs a LongLoraConfig, got LoraConfig"):
+        LongLoraModel(llama(), {"default": LoraConfig(target_modules=["q_proj"])}, "default")
 
 
 def test_failed_injection_leaves_the_model_alone():

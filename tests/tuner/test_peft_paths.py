@@ -1,6 +1,7 @@
 """PEFT's variants of LoRA and its ways with adapters, each with norms, embeddings and RoPE beside."""
 
 import copy
+import json
 import logging
 from collections import Counter
 from pathlib import Path
@@ -516,6 +517,14 @@ def test_ranks_that_the_weights_do_not_have_are_refused():
     ):
         with pytest.raises(ValueError, match=r"the ranks of adapter_config\.json"):
             check(*bad)
+
+
+def test_a_file_whose_ranks_are_not_its_weights_is_refused(tmp_path):
+    perturbed(llama()).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 100}))
+    with pytest.raises(ValueError, match=r"the ranks of adapter_config\.json"):
+        PeftModel.from_pretrained(llama(), tmp_path)
 
 
 @pytest.mark.parametrize("options", [{}, {"train_embeddings": False}])
