@@ -120,6 +120,9 @@ def test_a_layer_with_a_window_needs_positions():
         mask = torch.zeros(1, 1, sum(LENGTHS), sum(LENGTHS))
         masks = {"full_attention": mask, "sliding_attention": mask}
         model(**packed(LENGTHS, POSITIONS) | {"attention_mask": masks})
+    model.model.layers[0].self_attn.is_causal = False
+    with s2_attention_mode(model, "windows"), pytest.raises(ValueError, match="is not causal"):
+        model(**packed(LENGTHS, POSITIONS))
 
 
 @pytest.mark.parametrize("family", sorted(STATEFUL))

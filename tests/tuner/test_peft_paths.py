@@ -182,6 +182,16 @@ def test_lora_on_a_head_through_weight_tying_is_refused():
         get_peft_model(llama(True), LongLoraConfig(embedding_rank=8, ensure_weight_tying=True))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_tied_to_trained_tokens_has_no_bias_only_where_the_base_has_none(bias):
+    base = llama(True)
+    base.lm_head = torch.nn.Linear(32, 128, bias=bias)
+    base.tie_weights()
+    model = get_peft_model(base, LongLoraConfig(trainable_token_indices=[5, 7]))
+    assert ("bias" in vars(model.get_output_embeddings())) == (not bias)  # for losses that ask for weight and bias
+    assert bias or model.get_output_embeddings().bias is None
+
+
 def test_merging_into_a_tied_embedding_leaves_the_head(tmp_path):
     """PEFT 0.21 merges into the shared weight, and the head moves with it."""
     base = llama(True)
