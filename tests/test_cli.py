@@ -419,7 +419,7 @@ def test_train_under_accelerate_launch(run):
         ("model_name_or_path: ./nothing", "the model ./nothing is no folder here, and can't be had"),
         ("dataset_name: null", "dataset_name"),
         ("dataset_name: mixed", "data files of one kind"),
-        ("dataset_name: base", "files with the same columns: "),
+        ("dataset_name: base", "Not read in base: "),
         ("dataset_name: run.yaml", "no known kind"),
         ("dataset_name: nobody/nothing", "no local file or folder"),
         ("dataset_train_split: validation", "no split 'validation' (dataset_train_split); it has 'train', 'test'"),
