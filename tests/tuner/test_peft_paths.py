@@ -156,6 +156,17 @@ def test_embedding_rank_comes_beside_every_kind_of_targets(targets, layers):
     assert len(names) == layers + 1 and "base_model.model.model.embed_tokens" in names
 
 
+def test_embedding_rank_comes_beside_patterns_and_where_there_is_nothing_else():
+    for q_proj in ({"q_proj": 4}, None):
+        config = LongLoraConfig(embedding_rank=2, rank_pattern=q_proj, alpha_pattern=q_proj)
+        get_peft_model(llama(), config)
+        assert config.rank_pattern == {**(q_proj or {}), "model.embed_tokens": 2}
+        assert config.alpha_pattern == {**(q_proj or {}), "model.embed_tokens": 4.0}
+    config = LongLoraConfig(task_type=None, embedding_rank=2)
+    get_peft_model(torch.nn.Sequential(torch.nn.Embedding(8, 8)), config)
+    assert config.target_modules == {"0"}
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [
