@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -368,6 +369,25 @@ def test_sliding_layers_stay_as_they_are(monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize(
+    ("window", "of_mask", "reach", "length", "alone"),
+    [
+        (None, None, 64, 40, None),
+        (63, None, 64, 40, "a window of 63 tokens"),
+        (None, 63, 64, 40, "a window of 63 tokens"),
+        (64, None, 64, 40, None),
+        (70, None, 64, 80, "a window of 70 tokens"),
+        (100, None, None, 40, "a window of 100 tokens"),
+    ],
+)
+def test_which_windows_leave_a_layer_alone(monkeypatch, window, of_mask, reach, length, alone):
+    module, query = torch.nn.Module(), torch.randn(1, 2, length, 8)
+    module.config = SimpleNamespace(max_position_embeddings=reach)
+    mask = interface.s2_mask(1, length, length)
+    monkeypatch.setattr(type(mask), "window", of_mask)
+    assert interface.left_alone(module, query, query, mask, True, window) == alone
+
+
 def test_no_square_memory_in_a_padded_training_forward(tiny_llama):
     """No tensor of a padded training step at 16k tokens grows with the square of the length."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -493,6 +513,8 @@ def test_what_is_shifted(models, monkeypatch, shift, layers):
     set_s2_attention(model, S2AttentionConfig(group_size=GROUP))
     model(input_ids=ids())
     assert calls == layers
+    fourth = SimpleNamespace(layer_idx=3)
+    assert interface._shift(shift, fourth) == layers[1]
 
 
 @pytest.mark.parametrize(("dropout", "training"), [(0.0, True), (0.5, True), (0.5, False)])
