@@ -114,7 +114,7 @@ def put_rope(model: nn.Module, configs: Mapping[str, Any], active: list[str]) ->
 
 def warn_of_reference(model: nn.Module, configs: Mapping[str, Any]) -> None:
     """An adapter in training is switched off: as TRL's trainers do for a reference, where they were given the base."""
-    base = getattr(model, _BASE_ROPE, None)
+    base: Any = getattr(model, _BASE_ROPE, None)  # there is one wherever an adapter has a scaling
     for config in configs.values():
         scaling = getattr(config, "scaling", None)
         if config.inference_mode or scaling in (None, base):
