@@ -419,7 +419,7 @@ def test_train_under_accelerate_launch(run):
         ("model_name_or_path: ./nothing", "the model ./nothing is no folder here, and can't be had"),
         ("dataset_name: null", "dataset_name"),
         ("dataset_name: mixed", "data files of one kind"),
-        ("dataset_name: base", "Not read in base: "),
+        ("dataset_name: unlike", "files with the same columns: "),
         ("dataset_name: run.yaml", "no known kind"),
         ("dataset_name: nobody/nothing", "no local file or folder"),
         ("dataset_train_split: validation", "no split 'validation' (dataset_train_split); it has 'train', 'test'"),
@@ -446,6 +446,9 @@ def test_mistakes_in_a_runs_file_are_one_message(run, capsys, line, message):
     (run / "mixed").mkdir()
     for name in ("a.txt", "b.jsonl"):
         (run / "mixed" / name).write_text("{}")
+    (run / "unlike").mkdir()
+    for name in ("text", "messages"):
+        (run / "unlike" / f"{name}.jsonl").write_text(json.dumps({name: "words"}))
     (run / "wrong.yaml").write_text("\n".join([*kept, line]) if message else "just text")
     assert main(["train", "--config", "wrong.yaml"]) == 1
     printed = capsys.readouterr().err

@@ -15,14 +15,14 @@ import torch
 import yaml
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from benchmarks.provenance import RESULTS, read_rows
 from benchmarks.quality.pretrained import METHODS
 from hf_longlora import LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
 from hf_longlora.cli import main
 from hf_longlora.cli.train import make_parser
-from hf_longlora.rope import current_rope, reach
+from hf_longlora.rope import current_rope, reach, scaled_rope
 from hf_longlora.schedule import DENSE_EVERY
 from hf_longlora.trainer.ropes import Start, stage_ropes
 
@@ -147,7 +147,7 @@ def test_sft(base, monkeypatch):
     run_script("sft.py", [*replaced(arguments, **values, stages=shorter(stages)), *ON_A_CPU], monkeypatch)
     model, config = loaded("out")
     assert (config.r, config.lora_alpha, config.target_length) == (8, 16, 32768 // SMALLER)
-    assert reach(current_rope(model.config))[1] == 32768 // SMALLER
+    assert current_rope(model.config) == scaled_rope(AutoConfig.from_pretrained("base"), 32768 // SMALLER)
     run_script(
         "sft.py",
         [
@@ -178,7 +178,9 @@ def test_trls_own_script_with_three_names_of_ours(base, monkeypatch):
     monkeypatch.delitem(sys.modules, "trl.scripts.sft", raising=False)
     runpy.run_module("trl.scripts.sft", run_name="__main__")
     model, config = loaded("out")
-    assert config.r == 8 and reach(current_rope(model.config))[1] == 32768 // SMALLER
+    assert config.r == 8 and current_rope(model.config) == scaled_rope(
+        AutoConfig.from_pretrained("base"), 32768 // SMALLER
+    )
 
 
 def test_chat_after_extension(base, monkeypatch):
@@ -310,7 +312,7 @@ def test_qlora_24gb(base):
     base(hidden_size=64, intermediate_size=128, dtype=torch.bfloat16)
     twin("qlora_24gb.yaml", "--mlp_tile", "40", "--bf16", "true")
     model, config = loaded("out")
-    assert reach(current_rope(model.config))[1] == 64
+    assert current_rope(model.config) == scaled_rope(AutoConfig.from_pretrained("base"), 64)
     assert config.r == 8
 
 
@@ -483,7 +485,12 @@ def test_quickstart(folder, monkeypatch, capsys):
     base, extended = namespace["records"]["base"], namespace["records"]["extended"]
     assert [row["length"] for row in extended] == [64, 128, 256]
     assert base[-1]["perplexity"] > 1.1 * extended[-1]["perplexity"]
-    assert reach(current_rope(namespace["merged"].config))[1] == 256
+    expected, found = (
+        scaled_rope(AutoConfig.from_pretrained(namespace["OUT"] / "base"), 256),
+        current_rope(namespace["merged"].config),
+    )
+    assert reach(found) == reach(expected) == (256, 256)
+    assert found.parameters == pytest.approx(expected.parameters)  # in two stages
     assert "extended   64:" in capsys.readouterr().out
 
 

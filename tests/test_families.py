@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from hf_longlora import LongLoraConfig, S2AttentionConfig, s2_attention_mode, set_s2_attention
 from hf_longlora.attention import eager, interface, switch
 from hf_longlora.families import FAMILIES, find_family
-from hf_longlora.rope import ROPE_TYPES, current_rope, reach, type_over
+from hf_longlora.rope import ROPE_TYPES, current_rope, reach, scaled_rope, type_over
 
 from .attention.oracle import oracle
 
@@ -663,7 +663,7 @@ def test_a_causal_vision_language_model_trains_on_text_and_pictures(name, monkey
     model = get_peft_model(model, LongLoraConfig(r=4, target_length=256))
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trained and not [n for n in trained if "vis" in n]
-    assert current_rope(model.config).length == 256
+    assert current_rope(model.config) == scaled_rope(stock.config, 256)
     with torch.no_grad():
         before = model.eval()(**inputs, use_cache=False).logits
         model.save_pretrained(tmp_path)

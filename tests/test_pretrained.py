@@ -1,6 +1,7 @@
 """The bench of models that others trained: its methods on a tiny model in the place of a pretrained one."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -286,7 +287,7 @@ def test_the_example_leaves_a_card(folder, tmp_path, monkeypatch):
     stages = '[{"max_length": 256, "max_steps": 4, "rope_type": "abf"}]'
     command = ["example", "--work", str(folder.parent), "--model", "tiny", "--out", str(tmp_path / "out")]
     command += ["--lengths", "250", "256", "--windows", "2", "--passkeys", "1", "--short", "64"]
-    command += ["--", "--stages", stages]
+    command += ["--results", str(tmp_path / "example.csv"), "--", "--stages", stages]
     command += ["--use_cpu", "true", "--bf16", "false", "--use_liger_kernel", "false", "--disable_tqdm", "true"]
     monkeypatch.setattr("sys.argv", command)
     example.main()
@@ -300,3 +301,13 @@ def test_the_example_leaves_a_card(folder, tmp_path, monkeypatch):
     for part in ("| the base as it is |", "## Passkeys found", "## LongPPL", "| 1 | 256 | 4 | dense in windows"):
         assert part in text
     assert text == str(example.card(made))
+    assert [row["length"] for row in read_rows(tmp_path / "example.csv")] == ["250", "256"]
+
+
+def test_the_example_s_card_is_of_rows():
+    of_card = example.rows(Path(example.__file__).parents[2] / "model_cards" / example.NAME)
+    found = read_rows(RESULTS / "example.csv")
+    assert [row["length"] for row in found] == [str(row["length"]) for row in of_card]
+    for row, expected in zip(found, of_card, strict=True):
+        for name, value in expected.items():
+            assert row[name] == (f"{value:.5g}" if isinstance(value, float) else str(value)), name

@@ -18,7 +18,7 @@ from hf_longlora.attention import interface
 TARGET = 256
 PROMPT = "a long book has many chapters, " * 3
 WORDS = [PROMPT + str(i) for i in range(8)]
-EXTENDED = LongLoraConfig(r=4, target_length=TARGET)
+EXTENDED = LongLoraConfig(r=4, target_length=TARGET, rope_type="yarn")
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_the_reference_of_an_extended_model_is_the_extended_model(base, tiny_tok
 def test_a_reference_without_the_extension_is_told(base, tiny_tokenizer, shared, options):
     with pytest.warns(UserWarning, match=r"its own RoPE, for 64 tokens.*of 256\. Extend first.*PeftModel"):
         _, loss = first_loss(base, EXTENDED, tiny_tokenizer, shared, **options)
-    assert abs(loss - math.log(2)) > 0.01
+    assert abs(loss - math.log(2)) > 0.05
 
 
 def test_an_adapter_that_is_not_trained_is_switched_off_without_a_word(base, tiny_llama, tmp_path):
