@@ -5,12 +5,14 @@
 Trains by the file with `hf-longlora train`, on the books of the bench in the place of PG19's and the base of
 `benchmarks.quality.models` (WORK/smollm2), and evaluates the adapter and the base with `hf-longlora evaluate`, each a
 process of its own. OUT/smollm2-135m-32k is then what a user has. Its card, config, results and plots go to OUT/card as
-well: all but the weights, to be put into `model_cards/smollm2-135m-32k`.
+well: all but the weights, to be put into `model_cards/smollm2-135m-32k`. Each length has a row of
+`results/example.csv`.
 """
 
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -28,7 +30,7 @@ from hf_longlora.hub import adapter_card
 from hf_longlora.hub.card import EVALUATION_NAME, PLOT_NAME
 from hf_longlora.hub.run import RUN_NAME, duration
 
-from ..provenance import provenance
+from ..provenance import RESULTS, append_row, provenance
 
 CONFIG = Path(__file__).parents[2] / "examples" / "smollm2_32k.yaml"
 NAME = "smollm2-135m-32k"
@@ -95,6 +97,21 @@ def card(folder: Path) -> ModelCard:
     )
 
 
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """What was measured of the adapter whose results lie in `folder`: a row for each length."""
+    times, evaluation = (json.loads((folder / name).read_text()) for name in (TIMES, EVALUATION_NAME))
+    perplexities = {record["length"]: record["perplexity"] for record in evaluation["perplexity"]["dense"]}
+    found = []
+    for base in times["base"]:
+        length = base["length"]
+        passkeys = [record["accuracy"] for record in evaluation["passkey"] if record["length"] == length]
+        row = {"length": length, "ppl_base": base["perplexity"], "ppl": perplexities[length], "tokens": base["tokens"]}
+        row |= {"passkeys": statistics.mean(passkeys)}
+        row |= {"train_seconds": times["train"], "evaluate_seconds": times["evaluate"]}
+        found.append(row | {name: times[name] for name in provenance()})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="what benchmarks.quality.models has filled")
@@ -104,6 +121,7 @@ def main() -> None:
     parser.add_argument("--windows", default="16", help="scored at each length")
     parser.add_argument("--passkeys", default="5", help="tried at each length and depth")
     parser.add_argument("--short", default="4096", help="LongPPL's short context")
+    parser.add_argument("--results", type=Path, default=RESULTS / "example.csv")
     parser.add_argument("options", nargs="*", help="further options of the training, after --")
     args = parser.parse_args()
     folder = args.work / args.model
@@ -120,6 +138,8 @@ def main() -> None:
     times = times | {"base": of_base["perplexity"]["dense"]} | provenance()
     (adapter / TIMES).write_text(json.dumps(times, indent=2) + "\n")
     publish(adapter, args.out / "card")
+    for row in rows(args.out / "card"):
+        append_row(args.results, row)
 
 
 def publish(adapter: Path, folder: Path) -> None:
