@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_longlora import LongLoraConfig, plan_run
+from hf_longlora import LongLoraConfig, S2AttentionConfig, plan_run
 from hf_longlora.planning import LengthPlan, RunSettings, gpu_called
 
 from .provenance import RESULTS, read_rows
@@ -40,8 +40,7 @@ def planned(row: Mapping[str, str]) -> tuple[LengthPlan, float] | None:
         mlp_tile=TILE if "tile" in options else None,
         selective_checkpointing="selective" in options,
         activation_offloading="offload" in options,
-        group_size=group or None,
-        sink_tokens=0,  # the rows are of the time before
+        attention=S2AttentionConfig(group_size=group or None, sink_tokens=0),  # rows are of the time before sinks
         dense_every=0,
         backend="flash" if "flash" in options else "cudnn" if "cudnn" in options else None,
     )

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from .attention.config import AttentionMode, S2AttentionConfig, Sparse
 from .rope import AUTO
-from .values import check_one_of, check_share, check_whole
+from .values import check_one_of, check_whole
 
 __all__ = ["ContextStage", "Schedule"]
 
@@ -19,6 +19,9 @@ StageAttention = Literal["s2attn", "dense"]
 
 SparseOption = Literal["auto", "s2", "windows", "pose"]
 """What a run may say of `Sparse`: "auto" is settled by its data and its model."""
+
+GROUPS = ("group_size", "group_size_ratio", "sink_tokens")
+"""What a run and each of its stages may say of `S2AttentionConfig`."""
 
 DENSE_EVERY = 2
 """Each how many optimizer steps one is dense where nothing says it (why: `LongLoraSFTConfig.dense_every`)."""
@@ -68,24 +71,20 @@ class ContextStage:
 
     def __post_init__(self) -> None:
         check_whole(1, max_length=self.max_length, max_steps=self.max_steps)
-        check_whole(2, none=True, group_size=self.group_size)
-        check_share(group_size_ratio=self.group_size_ratio)
-        check_whole(0, none=True, sink_tokens=self.sink_tokens, dense_every=self.dense_every)
+        check_whole(0, none=True, dense_every=self.dense_every)
+        S2AttentionConfig(**self.groups)  # raises on what can't be
         check_one_of(StageAttention, attention=self.attention)
         check_one_of(Sparse, sparse=self.sparse)
         if self.sparse is not None and self.attention == "dense":
             raise ValueError(f"A stage with attention='dense' has no sparse steps: leave out sparse={self.sparse!r}.")
-        if self.sparse not in (None, "s2") and self.of_groups:
-            raise ValueError(
-                f"A stage with sparse={self.sparse!r} has windows and no groups: leave out "
-                f"{' and '.join(self.of_groups)}."
-            )
+        if self.sparse not in (None, "s2") and self.groups:
+            given = " and ".join(self.groups)
+            raise ValueError(f"A stage with sparse={self.sparse!r} has windows and no groups: leave out {given}.")
 
     @property
-    def of_groups(self) -> list[str]:
-        """The fields of groups that are given."""
-        names = ("group_size", "group_size_ratio", "sink_tokens")
-        return [name for name in names if getattr(self, name) is not None]
+    def groups(self) -> dict[str, Any]:
+        """What it says of groups, by fields of `S2AttentionConfig`."""
+        return {name: value for name in GROUPS if (value := getattr(self, name)) is not None}
 
     @classmethod
     def of(cls, value: "ContextStage | Mapping[str, Any]") -> "ContextStage":
@@ -169,7 +168,7 @@ class Schedule:
     @property
     def says_groups(self) -> bool:
         """Whether the run or a stage says how groups are to be."""
-        return self.attention.says_groups or any(stage.of_groups for stage in self.stages)
+        return self.attention.says_groups or any(stage.groups for stage in self.stages)
 
     @property
     def ends(self) -> list[int]:
@@ -218,14 +217,10 @@ class Schedule:
 
     def attention_config(self, stage: int) -> S2AttentionConfig:
         """Attention of a stage, its group size resolved for the stage's `max_length`."""
-        own, config = self.stages[stage], self.attention
-        if own.group_size is not None:
-            config = replace(config, group_size=own.group_size)
-        elif own.group_size_ratio is not None:
-            config = replace(config, group_size=None, group_size_ratio=own.group_size_ratio)
-        if own.sink_tokens is not None:
-            config = replace(config, sink_tokens=own.sink_tokens)
-        return config.resolved(own.max_length, self.native_window)
+        own = self.stages[stage]
+        # A stage's ratio counts for more than the run's size.
+        given = {"group_size": None, **own.groups} if "group_size_ratio" in own.groups else own.groups
+        return replace(self.attention, **given).resolved(own.max_length, self.native_window)
 
     def pattern(self, stage: int) -> "Pattern":
         """What the tokens of a stage see in the steps that aren't dense."""

@@ -26,7 +26,14 @@ from transformers import (
 
 from benchmarks.planning import compared
 from benchmarks.provenance import RESULTS, read_rows
-from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer, plan_run
+from hf_longlora import (
+    ContextStage,
+    LongLoraConfig,
+    LongLoraSFTConfig,
+    LongLoraSFTTrainer,
+    S2AttentionConfig,
+    plan_run,
+)
 from hf_longlora.cli import main
 from hf_longlora.planning import GIB, GPUS, RunSettings, check_model, find_gpu, gpu_called
 from hf_longlora.planning.shape import Shape
@@ -213,16 +220,20 @@ def test_what_settings_change():
     assert every_weight.gradients == pytest.approx(4 * parameters / GIB)
 
 
+def groups(size=None, **options):
+    return {"attention": S2AttentionConfig(group_size=size, **options)}
+
+
 def test_seconds_follow_the_pattern():
-    rows = {group: of(131072, group_size=group, dense_every=0) for group in (2048, 32768, 131072)}
+    rows = {group: of(131072, **groups(group), dense_every=0) for group in (2048, 32768, 131072)}
     floor = 2 * rows[2048].seconds_sparse - rows[32768].seconds_sparse  # below any attention
     assert floor < rows[2048].seconds < rows[32768].seconds < rows[131072].seconds
     assert rows[131072].seconds == rows[131072].seconds_dense
     # Groups of a quarter have 0.2345 of the dense pairs: half of the heads 4 groups, the others 3 and 2 halves.
-    base = 2 * of(131072, group_size=2048, dense_every=0).seconds - of(131072, group_size=4096, dense_every=0).seconds
+    base = 2 * of(131072, **groups(2048), dense_every=0).seconds - of(131072, **groups(4096), dense_every=0).seconds
     share = (rows[32768].seconds - base) / (rows[131072].seconds - base)
     assert share == pytest.approx(0.2345, abs=0.02)
-    mixed = of(131072, group_size=2048, dense_every=4)
+    mixed = of(131072, **groups(2048), dense_every=4)
     assert mixed.seconds == pytest.approx((3 * mixed.seconds_sparse + mixed.seconds_dense) / 4)
     assert of(backend="flash").seconds_dense > of(backend="cudnn").seconds_dense
 
@@ -279,13 +290,15 @@ def test_the_defaults_are_the_trainer_s():
 
     from hf_longlora import LongLoraSFTConfig
     from hf_longlora.cli import plan
+    from hf_longlora.schedule import GROUPS
 
     commands = argparse.ArgumentParser().add_subparsers()
     plan.add(commands)
     options = commands.choices["plan"].parse_args(["model"])
-    for name in ("sparse", "dense_every", "group_size", "group_size_ratio"):
+    for name in ("sparse", "dense_every", *GROUPS):
         default = LongLoraSFTConfig.__dataclass_fields__[name].default
-        assert getattr(RunSettings(), name) == getattr(options, name) == default, name
+        own = RunSettings().attention if name in GROUPS else RunSettings()
+        assert getattr(own, name) == getattr(options, name) == default, name
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -312,9 +325,6 @@ def test_the_longest_is_the_last_that_fits(gpu):
         ({"activation_offloading": True, "offload_share": 0.0}, "offload_share"),
         ({"batch_size": 0}, "batch_size"),
         ({"mlp_tile": 0}, "mlp_tile"),
-        ({"group_size": 1}, "group_size"),
-        ({"group_size_ratio": 2}, "group_size_ratio"),
-        ({"sink_tokens": -1}, "sink_tokens"),
         ({"gpu": "A100-80GB", "backend": "cudnn"}, "no cudnn attention"),
         ({"dtype": "int8"}, "dtype"),
         ({"sparse": "s3"}, "`sparse` must be one of"),
@@ -358,7 +368,7 @@ def test_cards_and_notes():
     gemma = Gemma3TextConfig(**SHAPE, num_key_value_heads=2, head_dim=16, sliding_window=64)
     notes = plan_run(gemma, [64], gpu="H200").notes
     assert "gemma3_text" in notes[0] and "sliding window" in notes[1]
-    (note,) = plan_run(LLAMA, [32, 64, 65], gpu="H200", group_size=64).notes
+    (note,) = plan_run(LLAMA, [32, 64, 65], gpu="H200", **groups(64)).notes
     assert note.startswith("A group of 64 tokens holds all of a sequence of 64: attention is dense")
 
 
@@ -417,17 +427,17 @@ def test_groups_are_the_trainer_s():
     """By default of the base's native window, at most a quarter of the length."""
     length = 16 * LLAMA.max_position_embeddings
     by_default = plan_run(LLAMA, [length], gpu="H200", sparse="s2").lengths
-    assert by_default == plan_run(LLAMA, [length], gpu="H200", group_size=length // 16).lengths
-    assert by_default != plan_run(LLAMA, [length], gpu="H200", group_size=length // 4).lengths
+    assert by_default == plan_run(LLAMA, [length], gpu="H200", **groups(length // 16)).lengths
+    assert by_default != plan_run(LLAMA, [length], gpu="H200", **groups(length // 4)).lengths
     known = LongLoraConfig(base_length=length // 32)
     assert (
         plan_run(LLAMA, [length], gpu="H200", adapter=known, sparse="s2").lengths
-        == plan_run(LLAMA, [length], gpu="H200", group_size=length // 32).lengths
+        == plan_run(LLAMA, [length], gpu="H200", **groups(length // 32)).lengths
     )
 
 
 @pytest.mark.parametrize(
-    "said", [{}, {"group_size": 32}, {"group_size_ratio": 0.25}, {"sink_tokens": 0}, {"sequence_parallel": 2}]
+    "said", [{}, groups(32), groups(group_size_ratio=0.25), groups(sink_tokens=0), {"sequence_parallel": 2}]
 )
 def test_plain_text_is_planned_in_windows_unless_something_speaks_for_groups(said):
     def of(sparse):
@@ -439,7 +449,7 @@ def test_plain_text_is_planned_in_windows_unless_something_speaks_for_groups(sai
 
 def test_sink_tokens_are_counted():
     """Pairs of them with each token of a later group, and nothing in a dense step."""
-    few, many = (plan_run(LLAMA_8B, [131072], gpu="H200", sink_tokens=n).lengths[0] for n in (0, 2048))
+    few, many = (plan_run(LLAMA_8B, [131072], gpu="H200", **groups(sink_tokens=n)).lengths[0] for n in (0, 2048))
     assert 1.01 * few.seconds_sparse < many.seconds_sparse < 1.2 * few.seconds_sparse
     assert many.seconds_dense == few.seconds_dense and many.total == few.total
 

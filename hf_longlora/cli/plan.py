@@ -115,7 +115,9 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from ..attention import S2AttentionConfig
     from ..planning import RunSettings, local_gpu, plan_run
+    from ..schedule import GROUPS
     from ..tuner import LongLoraConfig
 
     if (options.model is None) == (options.config is None):
@@ -133,7 +135,8 @@ def run(options: argparse.Namespace) -> None:
     )
     named = {field.name: getattr(options, field.name) for field in fields(RunSettings) if field.name in options}
     named["dtype"] = options.dtype or ("float32" if options.no_use_peft else "bfloat16")
-    settings = RunSettings(adapter=None if options.no_use_peft else adapter, **named)
+    attention = S2AttentionConfig(**{name: getattr(options, name) for name in GROUPS})
+    settings = RunSettings(adapter=None if options.no_use_peft else adapter, attention=attention, **named)
     plan = plan_run(options.model, options.lengths, gpu=options.gpu or local_gpu() or "H100", settings=settings)
     if options.json:
         print(json.dumps(plan.to_dict(), indent=2))

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..attention import S2AttentionConfig
 from ..lookup import read_config
 from ..parallel import check_shardable
 from ..schedule import AUTO
@@ -144,10 +145,6 @@ def _notes(config: Any, shape: Shape, settings: RunSettings, gpu: Gpu) -> tuple[
     return tuple(notes)
 
 
-def _group(shape: Shape, settings: RunSettings, length: int) -> int:
-    return settings.attention.resolve_group_size(length, shape.native_window)
-
-
 def _dense_lengths(shape: Shape, settings: RunSettings, lengths: Sequence[int]) -> list[str]:
     """The note on the longest of the lengths that fit into one group, if any does."""
     if settings.sparse != "s2":
@@ -164,7 +161,8 @@ def _window_seconds(shape: Shape, settings: RunSettings, gpu: Gpu, length: int, 
         _, host = bytes_at_peak(shape, own, window)
         return step_seconds(shape, own, gpu, window, None, host)
     # All windows at once: groups of as many tokens, none of them shifted.
-    return step_seconds(shape, replace(settings, sink_tokens=0), gpu, length, shape.native_window, host, shift="none")
+    own = replace(settings, attention=S2AttentionConfig(sink_tokens=0))
+    return step_seconds(shape, own, gpu, length, shape.native_window, host, shift="none")
 
 
 def _plan_length(shape: Shape, settings: RunSettings, gpu: Gpu, length: int) -> LengthPlan:
@@ -175,7 +173,8 @@ def _plan_length(shape: Shape, settings: RunSettings, gpu: Gpu, length: int) -> 
     if settings.sparse != "s2":
         sparse = _window_seconds(shape, settings, gpu, length, whole)
     else:
-        sparse = step_seconds(shape, settings, gpu, length, _group(shape, settings, length), whole)
+        group = settings.attention.resolve_group_size(length, shape.native_window)
+        sparse = step_seconds(shape, settings, gpu, length, group, whole)
     every = settings.dense_every
     seconds = sparse if every == 0 else (sparse * (every - 1) + dense) / every
     tokens = length * settings.batch_size * settings.gradient_accumulation_steps

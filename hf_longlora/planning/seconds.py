@@ -41,7 +41,7 @@ def _attention_seconds(
             seconds += passes * 2 * widths * shape.heads * pairs * (1 + SHORT_SEGMENT / effective) / rate
             continue
         for part in Documents((document,), length).parts(
-            shape.heads, shape.kv_heads, group, shift, settings.sink_tokens
+            shape.heads, shape.kv_heads, group, shift, settings.attention.sink_tokens
         ):
             work = sum(segment.pairs * (1 + SHORT_SEGMENT / (segment.end - segment.start)) for segment in part.rows[0])
             seconds += passes * 2 * widths * len(range(*part.heads)) * work / rate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -40,8 +40,8 @@ class RunSettings:
         activation_offloading: Whether checkpoints wait in the host's memory.
         offload_share: Of the checkpoints, which share then does; the others stay on the card.
         chunked_loss: Whether the loss is computed by tiles (TRL >= 1.16 does) and never has all logits.
-        group_size, group_size_ratio, sink_tokens, dense_every: As the trainer's; by default groups are of the base's
-            native window.
+        attention: Groups and sink tokens; by default groups are of the base's native window.
+        dense_every: As the trainer's.
         sparse: As the trainer's: "s2", or "windows" or "pose" for windows of the base's native window; "auto" is what
             the trainer takes for plain text.
         sequence_parallel: Cards that share a sequence, each with the whole model; what they send each other is not
@@ -61,9 +61,7 @@ class RunSettings:
     activation_offloading: bool = False
     offload_share: float = 1.0
     chunked_loss: bool = True
-    group_size: int | None = None
-    group_size_ratio: float | None = None
-    sink_tokens: int = S2AttentionConfig.sink_tokens
+    attention: S2AttentionConfig = field(default_factory=S2AttentionConfig)
     dense_every: int = DENSE_EVERY
     sparse: SparseOption = "auto"
     sequence_parallel: int = 1
@@ -76,7 +74,6 @@ class RunSettings:
         counts = ("batch_size", "gradient_accumulation_steps", "sequence_parallel")
         check_whole(1, **{name: getattr(self, name) for name in counts})
         check_whole(1, none=True, mlp_tile=self.mlp_tile)
-        self.attention  # noqa: B018 (it checks its values)
         check_whole(0, dense_every=self.dense_every)
         check_share(offload_share=self.offload_share)
         if self.quantization and self.adapter is None:
@@ -111,7 +108,6 @@ class RunSettings:
             dtype: Of the base's weights.
             quantization: Of the base.
         """
-        attention = schedule.attention_config(stage)
         return cls(
             adapter=adapter,
             dtype="float32" if dtype == torch.float32 else "bfloat16",
@@ -119,14 +115,7 @@ class RunSettings:
             batch_size=args.per_device_train_batch_size,
             fused=bool(args.use_liger_kernel or args.compile_layers),
             **{name: getattr(args, name) for name in SHARED},
-            group_size=attention.group_size,
-            sink_tokens=attention.sink_tokens,
+            attention=schedule.attention_config(stage),
             sparse=schedule.sparse_by(stage),
             dense_every=1 if schedule.is_dense(stage) else schedule.dense_each(stage),
-        )
-
-    @property
-    def attention(self) -> S2AttentionConfig:
-        return S2AttentionConfig(
-            group_size=self.group_size, group_size_ratio=self.group_size_ratio, sink_tokens=self.sink_tokens
         )

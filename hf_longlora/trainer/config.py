@@ -12,6 +12,7 @@ from ..schedule import (
     AUTO,
     AUTO_STAGES,
     DENSE_EVERY,
+    GROUPS,
     ContextStage,
     Schedule,
     SparseOption,
@@ -219,12 +220,8 @@ class LongLoraSFTConfig(SFTConfig):
     def schedule(self) -> Schedule:
         """The stages as a function of the step; to be asked for once they are a list."""
         assert isinstance(self.stages, list)
-        attention = S2AttentionConfig(
-            group_size=self.group_size,
-            group_size_ratio=self.group_size_ratio,
-            sink_tokens=self.sink_tokens,
-            kernel=self.attention_kernel,
-        )
+        given: Any = {name: getattr(self, name) for name in GROUPS}
+        attention = S2AttentionConfig(**given, kernel=self.attention_kernel)
         sparse: Any = "s2" if self.sparse == AUTO else self.sparse  # until it is resolved, which lengths don't ask for
         return Schedule(tuple(self.stages), attention, self.dense_every, sparse=sparse)
 
