@@ -153,7 +153,7 @@ class Schedule:
         sparse: Where a stage names none.
 
     Raises:
-        ValueError: if there is no stage, or a stage is shorter than the one before it.
+        ValueError: if there is no stage, a stage is shorter than the one before it, or `dense_every` is below 0.
     """
 
     stages: tuple[ContextStage, ...]
@@ -164,6 +164,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_stages(self.stages)
+        check_whole(0, dense_every=self.dense_every)
 
     @property
     def says_groups(self) -> bool:

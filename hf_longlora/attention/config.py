@@ -1,7 +1,7 @@
 """How shifted sparse attention is configured."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..values import check_share, check_whole
@@ -36,15 +36,10 @@ class S2AttentionConfig:
         ValueError: on a value outside its range.
     """
 
-    group_size: int | None = field(
-        default=None,
-        metadata={"help": "Tokens in a group; None: group_size_ratio, or the model's native window, at most 1/4."},
-    )
-    group_size_ratio: float | None = field(
-        default=None, metadata={"help": "Group size as a share of the longest document."}
-    )
-    sink_tokens: int = field(default=4, metadata={"help": "First tokens of a document that every group sees."})
-    kernel: str = field(default="auto", metadata={"help": "Attention kernel: 'auto' or a kernel's name."})
+    group_size: int | None = None
+    group_size_ratio: float | None = None
+    sink_tokens: int = 4
+    kernel: str = "auto"
 
     def __post_init__(self) -> None:
         check_whole(2, none=True, group_size=self.group_size)

@@ -6,7 +6,7 @@ product of the steps that led there.
 """
 
 from .live import apply_rope, forget_lengths, restore_frequencies, rotary_modules
-from .scale import AUTO, natural_type, only_reading, scaled_rope, vllm_overrides
+from .scale import AUTO, check_rope_type, natural_type, only_reading, scaled_rope, vllm_overrides
 from .state import (
     ABF,
     CARRY_ORIGINAL,
@@ -36,6 +36,7 @@ __all__ = [
     "WITH_HISTORY",
     "RopeScaling",
     "apply_rope",
+    "check_rope_type",
     "current_rope",
     "find_rope",
     "forget_lengths",

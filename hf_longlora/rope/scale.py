@@ -66,6 +66,12 @@ def natural_type(base: RopeScaling) -> str:
     return ABF if base.original_max_position_embeddings is None else "longrope"
 
 
+def check_rope_type(rope_type: str) -> None:
+    """Raise a `ValueError` unless it is "auto" or one of `ROPE_TYPES`."""
+    if rope_type not in (AUTO, *ROPE_TYPES):
+        raise ValueError(f"unknown rope_type {rope_type!r}; supported: {AUTO}, {', '.join(ROPE_TYPES)}.")
+
+
 def scaled_rope(
     config: Any,
     target_length: int | None = None,
@@ -101,10 +107,9 @@ def scaled_rope(
 
     if target_length is None:
         raise ValueError("RoPE scaling needs a target_length, or rope_parameters with a factor.")
+    check_rope_type(rope_type)
     if rope_type == AUTO:
         rope_type = natural_type(base)
-    if rope_type not in ROPE_TYPES:
-        raise ValueError(f"unknown rope_type {rope_type!r}; supported: {AUTO}, {', '.join(ROPE_TYPES)}.")
     if target_length <= reached:
         raise ValueError(
             f"target_length={target_length} is no extension: this base reaches {reached} tokens already "

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,7 +18,6 @@ from ..schedule import (
     Schedule,
     SparseOption,
     auto_stages,
-    check_stages,
 )
 from ..values import check_one_of, check_share, check_whole
 
@@ -29,34 +29,6 @@ class LongLoraSFTConfig(SFTConfig):
     The optimizer's defaults are the paper's recipe (appendix B.1): AdamW with beta2 0.95 and no weight decay, learning
     rate 2e-5, constant after 20 steps of warm-up. `max_steps` and `max_length` follow from the stages.
 
-    Args:
-        stages: The stages, in order; mappings of their fields will do (YAML), and so will a JSON list of those. Or
-            "auto" (a quarter of the target first) or "doubling", which the trainer turns into stages from the model's
-            length to `max_length`, of `max_steps` in all.
-        dense_every: Each how many optimizer steps one runs with dense attention; 0: none.
-        sparse: What the other steps are: "s2", shifted sparse attention over whole rows; "windows", dense attention
-            over windows of the length that the base was trained at, of several rows, at their true positions; "pose",
-            the same, each window two chunks of a document (PoSE). "auto": "windows" for plain text, and "s2" for
-            conversations, completions and given labels, whose answers windows would cut off what they answer; where
-            `group_size`, `group_size_ratio` or `sink_tokens` says how; and where windows can't be had
-            (`sequence_parallel`, a collator of one's own, models without RoPE or with a state).
-        group_size: Tokens in a group of shifted sparse attention.
-        group_size_ratio: Group size as a share of the stage's `max_length`, where `group_size` is not given. With
-            neither, a group is the length that the base was trained at before any scaling, and a quarter of
-            `max_length` at most.
-        sink_tokens: First tokens of a document that every group sees; 0: the paper's pattern.
-        attention_kernel: "auto", or the name of a kernel.
-        compile_layers: Whether to compile each decoder layer (torch.compile) for training.
-        mlp_tile: Tokens that an MLP takes at a time; `None`: all. For sequences whose MLP intermediates don't fit.
-        offload_share: With `activation_offloading`, the share of the saved activations that goes to the host;
-            the rest stays on the card. For hosts whose memory does not hold all of it.
-        sequence_parallel: Processes that share each sequence, a shard of it each. They are started with DeepSpeed
-            (`accelerate launch`), and their number is a multiple of it.
-        shuffle_buffer: Examples of a stream that are read at a time, and shuffled among each other.
-        max_examples: Of the training data, how many are used, the first; `None`: all.
-        max_eval_examples: Of each evaluation dataset, how many are used, the first; a stream needs it.
-        report: Whether a run ends with `report.html` in its output directory.
-
     Raises:
         ValueError: if there is no stage, the stages shrink, or `max_steps` or `max_length` contradict them.
     """
@@ -64,8 +36,9 @@ class LongLoraSFTConfig(SFTConfig):
     stages: list[ContextStage] | str | None = field(
         default=None,
         metadata={
-            "help": "Context stages, each with max_length and max_steps: a list of mappings (YAML, JSON); or 'auto' "
-            "or 'doubling', with max_length and max_steps."
+            "help": "Context stages, each with max_length and max_steps, in order: a list (in YAML and JSON of "
+            "mappings); or, with max_length and max_steps of all, 'auto' (a quarter of the target first) or "
+            "'doubling'."
         },
     )
     # Dense steps spread over the run make sparse training carry over to dense inference. SmolLM2-135M, 8,192 -> 65,536
@@ -79,17 +52,20 @@ class LongLoraSFTConfig(SFTConfig):
     sparse: SparseOption = field(
         default="auto",
         metadata={
-            "help": "What the steps are that aren't dense: s2 (shifted sparse attention), windows (dense attention "
-            "over windows of the length that the base was trained at, at their true positions) or pose (such windows "
-            "of two chunks each); windows of both kinds are for plain text alone. auto: windows for plain text, else "
-            "s2.",
+            "help": "What the steps are that aren't dense: s2 (shifted sparse attention over whole rows), windows "
+            "(dense attention over windows of the length that the base was trained at, of several rows, at their true "
+            "positions) or pose (such windows of two chunks of a document each); windows of both kinds are for plain "
+            "text alone, and would cut off from answers what they answer. auto: windows for plain text; s2 for "
+            "conversations, completions and given labels, where group_size, group_size_ratio or sink_tokens says how, "
+            "and where windows can't be had (sequence_parallel, a collator of one's own, models without RoPE or with "
+            "a state).",
         },
     )
     group_size: int | None = field(
         default=None,
         metadata={
             "help": "Tokens in a group of shifted sparse attention. Default: by group_size_ratio, or the length that "
-            "the base was trained at, at most a quarter of the stage's max_length."
+            "the base was trained at before any scaling, at most a quarter of the stage's max_length."
         },
     )
     group_size_ratio: float | None = field(
@@ -105,10 +81,16 @@ class LongLoraSFTConfig(SFTConfig):
     )
     mlp_tile: int | None = field(
         default=None,
-        metadata={"help": "Tokens that an MLP takes at a time, to save memory at long sequences. Default: all."},
+        metadata={
+            "help": "Tokens that an MLP takes at a time, where a sequence's intermediates don't fit. Default: all."
+        },
     )
     offload_share: float = field(
-        default=1.0, metadata={"help": "Share of the activations that `activation_offloading` sends to the host."}
+        default=1.0,
+        metadata={
+            "help": "Share of the saved activations that activation_offloading sends to the host, whose memory may "
+            "not hold them all; the rest stays on the card."
+        },
     )
     sequence_parallel: int = field(
         default=1,
@@ -134,7 +116,6 @@ class LongLoraSFTConfig(SFTConfig):
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
 
     def __post_init__(self) -> None:
-        check_whole(0, dense_every=self.dense_every)
         check_one_of(SparseOption, sparse=self.sparse)
         check_whole(1, none=True, mlp_tile=self.mlp_tile)
         check_whole(1, sequence_parallel=self.sequence_parallel)
@@ -149,25 +130,21 @@ class LongLoraSFTConfig(SFTConfig):
                 'or eval_strategy="no".'
             )
         if isinstance(self.stages, str) and self.stages not in AUTO_STAGES:
-            try:
+            with suppress(json.JSONDecodeError):
                 self.stages = json.loads(self.stages)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"`stages` must be one of {AUTO_STAGES} or a JSON list of stages, got {self.stages!r}."
-                ) from error
         if getattr(self, "activation_checkpointing", True) is None and self.gradient_checkpointing is True:
             # TRL's default by the name that transformers deprecates since 5.24; the old one alone would be warned of.
             self.activation_checkpointing = True
-        if isinstance(self.stages, str):
-            auto_stages(self.stages, 0, self.max_length or 0, self.max_steps)  # raises, but for the model's length
+        if self.stages in AUTO_STAGES:  # all that is wrong is said now, but for the model's length
+            self._schedule_of(auto_stages(str(self.stages), 0, self.max_length or 0, self.max_steps))
             return super().__post_init__()
         if not isinstance(self.stages, (list, tuple)):
             raise ValueError(
                 "`stages` must be a list of stages, for example [ContextStage(max_length=8192, max_steps=200)], in "
-                f"YAML [{{max_length: 8192, max_steps: 200}}], or one of {AUTO_STAGES}, got {self.stages!r}."
+                f"YAML [{{max_length: 8192, max_steps: 200}}], a JSON list of such, or one of {AUTO_STAGES}, "
+                f"got {self.stages!r}."
             )
         self.stages = [ContextStage.of(stage) for stage in self.stages]
-        check_stages(self.stages)
         schedule = self.schedule
         if self.max_steps > 0 and self.max_steps != schedule.max_steps:
             raise ValueError(
@@ -220,10 +197,13 @@ class LongLoraSFTConfig(SFTConfig):
     def schedule(self) -> Schedule:
         """The stages as a function of the step; to be asked for once they are a list."""
         assert isinstance(self.stages, list)
+        return self._schedule_of(self.stages)
+
+    def _schedule_of(self, stages: list[ContextStage]) -> Schedule:
         given: Any = {name: getattr(self, name) for name in GROUPS}
         attention = S2AttentionConfig(**given, kernel=self.attention_kernel)
         sparse: Any = "s2" if self.sparse == AUTO else self.sparse  # until it is resolved, which lengths don't ask for
-        return Schedule(tuple(self.stages), attention, self.dense_every, sparse=sparse)
+        return Schedule(tuple(stages), attention, self.dense_every, sparse=sparse)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle, and so for `training_args.bin`, which goes to the Hub: without tokens."""

@@ -16,7 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType, TaskTyp
 from safetensors import SafetensorError, safe_open
 
 from ..attention.config import S2AttentionConfig
-from ..rope import AUTO, ROPE_TYPES, RopeScaling
+from ..rope import AUTO, ROPE_TYPES, RopeScaling, check_rope_type
 from ..schedule import Schedule
 from ..values import check_whole
 
@@ -122,8 +122,7 @@ class LongLoraConfig(LoraConfig):
                 "embedding_rank, trainable_token_indices and train_embeddings=False are three ways to save the memory "
                 "of trained embeddings; choose one."
             )
-        if self.rope_type not in (AUTO, *ROPE_TYPES):
-            raise ValueError(f"unknown rope_type {self.rope_type!r}; supported: {AUTO}, {', '.join(ROPE_TYPES)}.")
+        check_rope_type(self.rope_type)
         if self.rope_parameters is not None and not isinstance(self.rope_parameters, dict):
             raise ValueError(f"rope_parameters must be a dict, got {type(self.rope_parameters).__name__}.")
         for name in ("rope", "base_rope"):

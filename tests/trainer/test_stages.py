@@ -146,6 +146,8 @@ def test_groups_that_were_stored_are_as_they_were_by_whatever_rule():
         ({"stages": [ContextStage(64, 3)], "max_steps": 4}, "contradicts the stages.*3 steps"),
         ({"stages": [ContextStage(64, 3)], "max_length": 128}, "contradicts the last stage"),
         ({"stages": [ContextStage(64, 3)], "dense_every": -2}, "dense_every"),
+        ({"stages": "auto", "max_length": 64, "max_steps": 3, "dense_every": -2}, "dense_every"),
+        ({"stages": "auto", "max_length": 64, "max_steps": 3, "group_size": 1}, "group_size"),
         ({"stages": [ContextStage(64, 3)], "group_size": 1}, "group_size"),
         ({"stages": [ContextStage(64, 3)], "group_size_ratio": 0}, "group_size_ratio"),
         ({"stages": [ContextStage(64, 3)], "sink_tokens": -4}, "sink_tokens"),
