@@ -110,9 +110,10 @@ def check_lengths(
         ropes: What `stage_ropes` gave for them.
         longest: Tokens in the longest document that each stage sees.
     """
+    before = start.now or start.base
     known = start.known if any(rope is not None for rope in ropes) else 0
     for number, (stage, rope, tokens) in enumerate(zip(schedule.stages, ropes, longest, strict=True), start=1):
-        stretches = rope is not None and stage.rope_type is not None and stage.max_length > known
+        stretches = rope is not None and rope != before and stage.max_length > known
         if tokens == 0:
             raise ValueError(
                 f"Stage {number} (max_length {stage.max_length:,}) would see nothing to learn from: no example is "
@@ -126,4 +127,4 @@ def check_lengths(
                 'documents, set packing=True and packing_strategy="wrapped" (one stream of text, as in the paper), or '
                 "drop the stage."
             )
-        known = max(known, tokens)
+        before, known = rope or before, max(known, tokens)

@@ -39,6 +39,10 @@ logger = logging.get_logger(__name__)
 HEAD = 16
 """Examples that are looked at before a run starts, at least."""
 
+FILLED = 8
+"""Rows that a block of packed examples fills, at least. Of texts that are short beside a row `shuffle_buffer` of them
+may not fill one, and no sequence would have the stage's length; and windows are of the rows of a block."""
+
 
 class Row(NamedTuple):
     """A row of a run, and what a run that is resumed at it needs.
@@ -124,11 +128,12 @@ class StreamedRows(torch.utils.data.IterableDataset[Row]):
         """The first examples: `HEAD`, or as many as it takes to see one as long as the last stage's."""
         longest = self.schedule.stages[-1].max_length
         found, tokens = [], 0
-        for document in islice(_named(iter(self.documents), 0), max(self.buffer, HEAD)):
+        for document in _named(iter(self.documents), 0):
             found.append(_table(document))
             size = len(document["input_ids"])
             tokens = tokens + size if self.packing == "wrapped" else max(tokens, size)
-            if tokens >= longest and len(found) >= HEAD:
+            enough = tokens >= longest or (self.packing != "wrapped" and len(found) >= self.buffer)
+            if enough and len(found) >= HEAD:
                 break
         return self._checked(found)
 
@@ -212,12 +217,14 @@ class StreamedRows(torch.utils.data.IterableDataset[Row]):
         return _named(_quietly(iter(self.documents)), 0 if mark.stream is None else mark.read)
 
     def _block(self, documents: Iterator[dict[str, Any]], stage: int, left: int, mark: Mark) -> tuple[Dataset, bool]:
-        """The next examples, `buffer` of them or as many as make `left` rows, and whether the stream may go on."""
+        """The next examples, and whether the stream may go on: `buffer` of them and more where these are packed and
+        don't fill `FILLED` rows, or as many as make `left` rows."""
         length = self.schedule.stages[stage].max_length
         found: list[pa.Table] = []
         room = left * length
+        filled = room - (0 if self.packing is None else FILLED * length)
         try:
-            while len(found) < self.buffer and room > 0:
+            while room > 0 and (len(found) < self.buffer or room > filled):
                 document = next(documents)
                 found.append(_table(document))
                 tokens = len(document["input_ids"])

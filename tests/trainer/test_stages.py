@@ -333,6 +333,15 @@ def test_a_stage_that_would_see_nothing_says_why():
         check_lengths(start, plan, [None, None], [64, 0])
 
 
+def test_stages_of_one_length_may_see_documents_shorter_than_it(tiny_llama):
+    start = Start.of(model := tiny_llama(), model.config, None)  # 64 tokens
+    same = schedule(ContextStage(128, 2), ContextStage(128, 2, dense_every=4), ContextStage(128, 2, rope_type=None))
+    check_lengths(start, same, stage_ropes(start, same), [100, 100, 100])
+    longer = schedule(ContextStage(128, 2), ContextStage(128, 2), ContextStage(256, 2))
+    with pytest.raises(ValueError, match=r"Too few tokens for stage 3 .* has 100 tokens, no more than the 100"):
+        check_lengths(start, longer, stage_ropes(start, longer), [100, 100, 100])
+
+
 def test_a_stage_gives_back_what_the_allocators_keep(monkeypatch, tmp_path):
     given = []
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)

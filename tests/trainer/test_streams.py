@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset
 
 from hf_longlora import ContextStage
-from hf_longlora.trainer import last_checkpoint
+from hf_longlora.trainer import last_checkpoint, streams
 from hf_longlora.trainer.data import whole
 
 from .helpers import TEXT, Stop, texts, weights
@@ -63,8 +63,9 @@ def same(trainer, other):
     ],
     ids=["block", "stage", "worker", "unpacked", "passes", "windows", "pose"],
 )
-def test_resumed_as_the_unbroken_run(make, stream, options, stop):
+def test_resumed_as_the_unbroken_run(make, stream, options, stop, monkeypatch):
     """Within a block, at a stage's end (3) and after it, in a later pass: bit by bit, the account of the data too."""
+    monkeypatch.setattr(streams, "FILLED", 1)  # a stage is of several blocks
     whole_run = make(dataset=stream(), output="whole", **options)
     whole_run.train()
     make(dataset=stream(), callbacks=[Stop(stop)], save_strategy="no", **options).train()
@@ -145,6 +146,21 @@ def test_what_is_trained_on_is_that_of_a_dataset(make, stream, packing):
     if packing in ("bfd", "bfd_split"):  # a batch is a row
         once //= 2
     assert 6 <= once <= len(rows[1]) and rows[0][:once] == rows[1][:once]
+
+
+@pytest.mark.parametrize("packing", ["bfd", "bfd_split", "wrapped"])
+def test_short_texts_fill_rows_whatever_the_buffer(make, packing):
+    """Blocks of 2 texts, of some 20 tokens each, would make rows of 40."""
+    data = Dataset.from_dict({"text": [f"{number}: {TEXT[:20]}" for number in range(400)]}).to_iterable_dataset()
+    options = {"packing_strategy": packing, "shuffle_buffer": 2, "sparse": "s2", "per_device_train_batch_size": 1}
+    if packing == "wrapped":
+        stages = [ContextStage(128, 16)]
+    else:  # which keep each text apart, and see no distance that is new
+        stages = [ContextStage(128, 16, rope_type=None)]
+    rows = [
+        batch["input_ids"].numel() for batch in make(dataset=data, stages=stages, **options).get_train_dataloader()
+    ]
+    assert len(rows) == 16 and sum(size > 128 - 40 for size in rows) >= 16 * 8 // 9
 
 
 def test_the_account_is_of_what_was_read(make, stream, tmp_path):
