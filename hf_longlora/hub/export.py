@@ -202,7 +202,7 @@ def _plain_lora(
     plain |= {"peft_type": "LORA", "base_model_name_or_path": str((output_dir / BASE_FOLDER).resolve())}
     weights = load_file(source / WEIGHTS_NAME)
     check_finite(weights, str(source / WEIGHTS_NAME))
-    if plain.get("ensure_weight_tying") and (head := _tied_head(weights, base_config)) is not None:
+    if (head := _tied_head(weights, base_config)) is not None:
         # Told to tie a head, PEFT looks for its weight when it loads, and fails without: it is written twice, untied.
         name, weight = head
         weights[f"{PREFIX}{name}.weight"] = weight
@@ -248,11 +248,11 @@ def _tied_head(weights: dict[str, torch.Tensor], base_config: Any) -> tuple[str,
     """Name and weight of a head that is tied to embeddings trained whole, of which our adapter holds one copy."""
     model = meta_model(base_config)
     names = {module: name for name, module in model.named_modules()}
-    embedding = weights.get(f"{PREFIX}{names[model.get_input_embeddings()]}.weight")
-    head = model.get_output_embeddings()
-    if embedding is None or head is None or f"{PREFIX}{names[head]}.weight" in weights:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weight = weights.get(f"{PREFIX}{names[embedding]}.weight")
+    if weight is None or head is None or head.weight is not embedding.weight:
         return None
-    return names[head], embedding.clone()
+    return names[head], weight.clone()
 
 
 def _tokenizer(source: Path, base_name: str, out: Path, rope: RopeScaling | None, revision: str | None) -> None:

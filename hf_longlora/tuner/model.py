@@ -102,7 +102,7 @@ class LongLoraModel(LoraModel):
             follow(model, scaled=config.rope is not None)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: LongLoraConfig) -> None:
-        if not tie_by_module(model, peft_config, self._get_module_names_tied_with_embedding):
+        if not tie_by_module(model, peft_config):
             super()._check_tied_modules(model, peft_config)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

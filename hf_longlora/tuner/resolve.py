@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 from peft.tuners.tuners_utils import (
@@ -110,19 +109,14 @@ def _target_embeddings(model: nn.Module, config: LongLoraConfig, rank: int) -> N
         )
 
 
-def tie_by_module(model: nn.Module, config: LongLoraConfig, tied_by_name: Callable[[], list[str]]) -> bool:
+def tie_by_module(model: nn.Module, config: LongLoraConfig) -> bool:
     """Write into the config what is tied to the input embedding, where the adapter trains that.
 
     PEFT ties by the names embed_tokens and lm_head only, and finds nothing on a model that has an adapter; this goes
-    by what is the input embedding, which tells at any time.
-
-    Args:
-        model: The base.
-        config: The adapter's.
-        tied_by_name: Gives what transformers declares to be tied.
+    by the weights of the input embedding, which tell at any time.
 
     Returns:
-        Whether the adapter trains the embedding, so that what PEFT would do is done.
+        Whether something is tied to what the adapter trains, so that what PEFT would do is done.
 
     Raises:
         ValueError: the head would have to follow LoRA on the embedding.
@@ -133,17 +127,12 @@ def tie_by_module(model: nn.Module, config: LongLoraConfig, tied_by_name: Callab
     targeted = name is not None and _targeted(config, name)
     if name is None or not (targeted or name.endswith(saved)):
         return False
-    inside = re.compile(r"\.(modules_to_save\.[^.]+|original_module)$")
-    tied = {inside.sub("", n) for n in tied_by_name()}
-    tied |= {n for n, m in walk(model) if m._parameters.get("weight") is embedding.weight}
-    tied.discard(name)
+    tied = {n for n, m in walk(model) if n != name and m._parameters.get("weight") is embedding.weight}
     if tied and targeted:
         # PEFT would warn that a merge changes the head too; `part_from_head` sees to it that it doesn't.
         if config.ensure_weight_tying:
             refuse_head(f"{sorted(tied)[0]} by ensure_weight_tying")
     elif tied:
-        config.ensure_weight_tying = True
         config.modules_to_tie = tied
-        config.target_modules_to_tie = None
         config.modules_to_save = [m for m in saved if not any(t.endswith(m) for t in tied)]
-    return True
+    return bool(tied)

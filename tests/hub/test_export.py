@@ -33,7 +33,7 @@ from tests.vllm_rules import served
 LORA_ONLY = {"train_norms": False, "train_embeddings": False}
 # The model's and the adapter's options, by name.
 CASES = {
-    "all": ({}, {"target_length": 256}),
+    "all": ({}, {"target_length": 256, "ensure_weight_tying": True}),  # what is not tied stays so
     "tied": ({"tied": True}, {"target_length": 256, "rope_type": "linear"}),
     "lora": ({}, {"target_length": 256, "rope_type": "dynamic", **LORA_ONLY}),
     "rslora bf16": ({"dtype": torch.bfloat16}, {"target_length": 256, "rope_type": "llama3", "use_rslora": True}),

@@ -975,9 +975,22 @@ def test_a_tie_that_is_kept_is_no_warning_and_one_that_comes_apart_is():
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         get_peft_model(llama(True), LongLoraConfig())
+        get_peft_model(llama(True), LongLoraConfig(embedding_rank=2))
     assert not [str(each.message) for each in said if "tie" in str(each.message)]
     with pytest.warns(UserWarning, match="a tied layer is part of the adapter"):
         get_peft_model(llama(True), LongLoraConfig(train_embeddings=False, modules_to_save=["lm_head"]))
+
+
+@pytest.mark.parametrize("options", [{}, {"embedding_rank": 2}], ids=str)
+def test_a_tie_that_is_asked_for_where_none_is(options):
+    with pytest.warns(UserWarning, match="requested `ensure_weight_tying`, but no tied modules were found"):
+        get_peft_model(llama(), LongLoraConfig(ensure_weight_tying=True, **options))
+
+
+def test_a_head_with_weights_of_its_own_keeps_them_whatever_the_config_says():
+    base = llama(tied=True)
+    base.lm_head = head = torch.nn.Linear(32, 128, bias=False)
+    assert get_peft_model(base, LongLoraConfig()).get_output_embeddings() is head
 
 
 def test_projections_of_quantized_models_are_found_by_name():
