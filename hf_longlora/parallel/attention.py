@@ -130,11 +130,10 @@ class ShardedSequence:
         sizes = [b - a for _, (a, b), _ in parts]
         keys, values = (([x] * len(parts) if shared else x.split(sizes, dim=1)) for x in (key, value))
         halos = [Halo(self._routes_of(part, query.device), self.group) for part in parts]
-        for halo, k, v in zip(halos, keys, values, strict=True):
-            halo.start(k, v)
+        started = [halo.start(k, v) for halo, k, v in zip(halos, keys, values, strict=True)]
         outs = []
-        for part, halo, q in zip(parts, halos, queries, strict=True):
-            k, v = halo.finish()
+        for part, halo, q, sent in zip(parts, halos, queries, started, strict=True):
+            k, v = halo.finish(*sent)
             own = halo.routes.local.part._replace(heads=(0, q.shape[1]), kv_heads=(0, k.shape[1]))
             outs.append(linked(kernel(q, k, v, (own,), **_of_heads(options, *part.heads)), q, k, v))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)

@@ -89,7 +89,9 @@ def _tokens(spans: Sequence[tuple[int, Span]], device: torch.device) -> Tokens:
 class Halo:
     """One exchange of a layer: `start` sends what others need, `finish` gives the keys and values of the shard.
 
-    What is computed between the two goes on while the tokens are on their way, in the backward as in the forward.
+    What is computed between the two goes on while the tokens are on their way, in the backward as in the forward. The
+    graph holds this object until its backward, so keys and values pass through it and don't stay: a layer that is
+    computed again in the backward would have them in memory until then.
 
     Args:
         routes: Who sends which tokens to whom.
@@ -103,13 +105,13 @@ class Halo:
         self._sent: torch.Tensor
         self._coming: torch.Tensor
 
-    def start(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Send off tokens of `[B, H_kv, S, D]`."""
-        self._started = _Start.apply(self, key, value) if self.routes.moves else (key, value)
+    def start(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Send off tokens of `[B, H_kv, S, D]`; what it gives, `finish` takes."""
+        return _Start.apply(self, key, value) if self.routes.moves else (key, value)
 
-    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def finish(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[B, H_kv, E + S, D]`, the halo's before the shard's own."""
-        return _Finish.apply(self, *self._started) if self.routes.moves else self._started
+        return _Finish.apply(self, key, value) if self.routes.moves else (key, value)
 
     def send(self, tensors: Sequence[torch.Tensor], *, back: bool = False) -> None:
         """Set off tokens of `[B, H, T, D]` tensors, to those who need them or `back`; `receive` waits for theirs."""

@@ -1,5 +1,6 @@
 """Several processes with a shard each are one with the whole rows: outputs and gradients, in fp64."""
 
+import gc
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from hf_longlora import s2_attention
 from hf_longlora.attention import Documents
@@ -240,6 +243,35 @@ def test_only_the_neighbours_tokens_move():
         assert localize(shifted, span).halo == (((0, 2), (span[0] - 4, span[0])) if rank else (),)
         bare = documents.parts(4, 2, 8)
         assert [localize(part, span).keys for part in bare] == [0, 4 if rank else 0]
+
+
+def kept(group: dist.ProcessGroup, group_size: int | None) -> list[int]:
+    """How many queries, keys and values a checkpointed layer has made, and how many live on: forward, backward."""
+    made: list[StorageWeakRef] = []
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        tensors = [x * factor for factor in (2, 3, 4)]
+        made.extend(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
+        return sharded_s2_attention(*tensors, group=group, group_size=group_size)
+
+    def alive() -> int:
+        return sum(not storage.expired() for storage in made)
+
+    gc.collect()
+    gc.disable()  # what only the collector frees, a GPU has run out of memory for
+    try:
+        x = torch.randn(1, 2, 16, 8, requires_grad=True)
+        out = checkpoint(layer, x, use_reentrant=False)
+        found = [len(made), alive()]
+        out.sum().backward()
+        return [*found, len(made), alive()]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("group_size", [8, 16, None])
+def test_a_checkpointed_layer_keeps_nothing(processes, group_size):
+    assert processes.run(2, kept, group_size) == [[3, 0, 6, 0]] * 2
 
 
 def refused(group: dist.ProcessGroup) -> str:
