@@ -120,6 +120,20 @@ def test_a_layer_stays_dense(folder, tmp_path, groups):
     assert groups.count(LENGTH) * 3 == groups.count(64)
 
 
+def test_half_of_the_shift_is_undone(folder, tmp_path, monkeypatch):
+    shifts = []
+    parts = Documents.parts
+
+    def spy(self, heads, kv_heads, group_size, shift, *rest):
+        shifts.append(shift if group_size else "dense")
+        return parts(self, heads, kv_heads, group_size, shift, *rest)
+
+    monkeypatch.setattr(Documents, "parts", spy)
+    run(folder, "s2 native + sinks, half of the shift undone, 4th dense", tmp_path / "rows.csv")
+    assert shifts[:4] == ["none", "half", "none", "half"]
+    assert shifts.count("none") == shifts.count("half") == 3 * shifts.count("dense") // 2
+
+
 def test_groups_grow(folder, tmp_path, groups, monkeypatch):
     monkeypatch.setitem(pretrained.STEPS, LENGTH, 6)
     run(folder, "s2 1/16 to 1/4 + sinks, 4th dense", tmp_path / "rows.csv")

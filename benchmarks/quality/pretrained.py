@@ -55,7 +55,7 @@ from hf_longlora import (
     s2_attention_mode,
 )
 from hf_longlora.attention import get_s2_attention
-from hf_longlora.attention.interface import STATE, Shift
+from hf_longlora.attention.interface import STATE, S2State, Shift
 from hf_longlora.modules import attention_modules
 from hf_longlora.rope import apply_rope, current_rope, scaled_rope
 
@@ -86,6 +86,7 @@ class Method:
         grow: Group sizes as shares of the length, one after the other, each for as many steps.
         hybrid: Each how many layers one is always dense; 0: none.
         shift: What is shifted.
+        undone: Whether the even layers shift nothing: half of the shift undone (SinkLoRA, arXiv 2406.05678).
         rank, learning_rate: Of LoRA, whose alpha is twice the rank; at the peak.
         adapter: Fields of the adapter that differ.
     """
@@ -102,6 +103,7 @@ class Method:
     grow: tuple[float, ...] = ()
     hybrid: int = 0
     shift: Shift = "heads"
+    undone: bool = False
     rank: int = 64
     learning_rate: float = 3e-4
     adapter: dict[str, Any] = field(default_factory=dict)
@@ -139,6 +141,7 @@ for _name in ("native windows", "native windows, 3rd dense", "native windows, 4t
     METHODS[f"{_name}, scattered"] = replace(METHODS[_name], scatter=True)
 for _sinks in (1, 16, 64):
     METHODS[f"s2 native + {_sinks} sinks, 4th dense"] = Method(stage=_s2(4, _sinks))
+METHODS["s2 native + sinks, half of the shift undone, 4th dense"] = Method(stage=_s2(4), undone=True)
 METHODS["s2 native + sinks, 4th layer dense"] = Method(stage=_s2(0), hybrid=4)
 METHODS["s2 1/16 to 1/4 + sinks, 4th dense"] = Method(stage=_s2(4), grow=(1 / 16, 1 / 8, 1 / 4))
 METHODS["dense of equal time"] = Method(stage=DENSE, time_of="windows, 2nd dense")
@@ -231,12 +234,18 @@ class Pattern(TrainerCallback):
 
     def __init__(self, method: Method, length: int, steps: int) -> None:
         self.method, self.length, self.steps = method, length, steps
+        self._even: S2State | None = None  # of the even layers, where they have one of their own
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         shared = get_s2_attention(kwargs["model"])
         shared.shift = self.method.shift
+        if self.method.undone:
+            self._even = replace(shared, shift="none")
+            for _, module in attention_modules(kwargs["model"]):
+                if module.layer_idx % 2 == 0:
+                    setattr(module, STATE, self._even)
         if self.method.hybrid:
             dense = replace(shared, config=replace(shared.config, group_size=self.length), mode="auto")
             for _, module in attention_modules(kwargs["model"]):
@@ -250,6 +259,9 @@ class Pattern(TrainerCallback):
             shared = get_s2_attention(kwargs["model"])
             ratio = self.method.grow[state.global_step * len(self.method.grow) // self.steps]
             shared.config = replace(shared.config, group_size=round(ratio * self.length))
+        if self._even is not None:
+            shared = get_s2_attention(kwargs["model"])
+            self._even.config, self._even.mode = shared.config, shared.mode
 
 
 def steps_of(run: Run, known: Iterable[dict[str, str]]) -> int:

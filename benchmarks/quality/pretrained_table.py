@@ -42,9 +42,10 @@ LINES = {
     },
     f"s2 native, 4th dense{THETA}": "each 4th dense, S2 of the native length, no sink tokens",
     **{
-        f"s2 native + {k} sinks, 4th dense{THETA}": f"each 4th dense, the same with {k} sink tokens"
+        f"s2 native + {k} sinks, 4th dense{THETA}": f"each 4th dense, the same with {k} sink token{'s' * (k > 1)}"
         for k in (1, 16, 64)
     },
+    f"s2 native + sinks, half of the shift undone, 4th dense{THETA}": "each 4th dense, with 4, half unshifted",
     f"s2 1/16 + sinks, 4th dense{THETA}": "each 4th dense, S2 1/16, 4 sink tokens",
     f"s2 1/16 to 1/4 + sinks, 4th dense{THETA}": "each 4th dense, S2 1/16, then 1/8, then 1/4, 4 sink tokens",
     f"native windows, 4th dense{THETA}": "each 4th dense, windows of the step's row alone",
@@ -220,7 +221,7 @@ def retrieval(rows: Sequence[Row]) -> list[str]:
 def _gaps(cell: Cell, corpus: str) -> str:
     """How far the rows lie above their dense ones: over all; over the last 2,048 tokens."""
     gaps = [cell.above(corpus, column) for column in ("ppl", "ppl_last_2048")]
-    return "; ".join(", ".join(f"{gap:+.2f}" for gap in own) for own in gaps if own)
+    return "; ".join(", ".join(f"{gap:+,.{2 if gap < 1000 else 0}f}" for gap in own) for own in gaps if own)
 
 
 def _number(value: float) -> str:
