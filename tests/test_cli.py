@@ -502,6 +502,12 @@ def test_the_very_run_is_planned(run, capsys):
     assert [(stage["step"]["length"], stage["steps"]) for stage in found["stages"]] == [(128, 2), (512, 8)]
     assert found["trainable"] == found["parameters"]
 
+    assert "planned in windows of 64 tokens, as plain text is trained" in printed
+    on_a_card = (run / "run.yaml").read_text().replace("use_cpu: true\nbf16: false\n", "tf32: true\n")
+    (run / "card.yaml").write_text(on_a_card)
+    assert main([*arguments[:2], "card.yaml", *arguments[3:]]) == 0  # on a machine that has none
+    assert capsys.readouterr().out == printed
+
     for wrong in (["plan"], ["plan", "base", "--config", "run.yaml"]):
         assert main(wrong) == 1
         assert "plan takes a model, or a run's file by --config" in capsys.readouterr().err

@@ -149,7 +149,8 @@ def _run_of(options: argparse.Namespace) -> None:
     from ..planning import find_gpu, local_gpu
     from .train import cards, config_of, in_all, parse, plan_of
 
-    _, model, args = parse(["--config", options.config])
+    # What the card of this machine can't do (bf16, TF32), the one that is planned for can.
+    _, model, args = parse(["--config", options.config, "--use_cpu", "true", "--tf32", "false"])
     gpu = find_gpu(options.gpu or local_gpu() or "H100")
     plan, stages = plan_of(model, args, config_of(model, args), gpu, options.gpus)
     if options.json:

@@ -105,10 +105,7 @@ def plan_run(
         known = shape.native_window is not None and shape.cuttable and not settings.attention.says_groups
         settings = replace(settings, sparse="windows" if known and settings.sequence_parallel == 1 else "s2")
         if settings.sparse == "windows" and max(lengths) > (shape.native_window or 0):
-            notes.append(
-                f"Steps that aren't dense are planned in windows of {shape.native_window:,} tokens, as plain text is "
-                'trained; conversations and completions have sparse="s2".'
-            )
+            notes.append(as_plain_text(shape.native_window))
     if shape.native_window is None and settings.sparse != "s2":
         raise ValueError(f"Steps in windows can't be planned: {UNKNOWN}")
     rows = tuple(_plan_length(shape, settings, card, length) for length in lengths)
@@ -121,6 +118,14 @@ def plan_run(
         lengths=rows,
         longest=longest(shape, settings, card),
         notes=(*notes, *_dense_lengths(shape, settings, lengths)),
+    )
+
+
+def as_plain_text(window: int | None) -> str:
+    """The note on steps that are planned in windows of so many tokens, while the data are not known."""
+    return (
+        f"Steps that aren't dense are planned in windows of {window:,} tokens, as plain text is trained; "
+        'conversations and completions have sparse="s2".'
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from peft import PeftConfig
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from ..planning import Gpu, LengthPlan, RunPlan, RunSettings, plan_run
+from ..planning.plan import as_plain_text
 from ..planning.settings import Quantization
+from ..rope import AUTO
 from .config import LongLoraSFTConfig
 from .guards import settled
 
@@ -63,6 +65,7 @@ def plan_stages(
         gpu: The card.
         adapter, dtype, quantization: As for `RunSettings.of`.
         columns: The dataset's: conversations and completions are not cut into windows (`LongLoraSFTConfig.sparse`).
+            Without any it is planned for plain text, and a note says so.
         gpus: Cards, each with the model, and with sequences of its own or a share in others' (`sequence_parallel`).
 
     Returns:
@@ -71,7 +74,7 @@ def plan_stages(
     Raises:
         ValueError: if it can't be planned.
     """
-    args = copy.copy(args)
+    unsettled, args = args.sparse == AUTO and not columns, copy.copy(args)
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     _, schedule = settled("", args, config, model_class, adapter, columns)
     if gpus % args.sequence_parallel > 0:
@@ -82,4 +85,7 @@ def plan_stages(
         settings = RunSettings.of(args, schedule, number, adapter=adapter, dtype=dtype, quantization=quantization)
         plans.append(plan_run(config, [stage.max_length], gpu=gpu, settings=settings))
         stages.append(StagePlan(plans[-1].lengths[0], stage.max_steps, stage.max_steps * sequences))
-    return plans[-1], stages
+    plan = plans[-1]
+    if unsettled and schedule.any_windows:
+        plan = replace(plan, notes=(as_plain_text(schedule.native_window), *plan.notes))
+    return plan, stages
