@@ -101,7 +101,6 @@ def adapter_card(
         if training
         else "",
         base_model=base_model or "the base",
-        tokenizer=base_model or name,
         revision=f', revision="{config.revision}"' if config.revision and base_model else "",
         max_length=None if config.scaling is None else config.scaling.length,
         dynamic=config.scaling is not None and config.scaling.rope_type == "dynamic",
