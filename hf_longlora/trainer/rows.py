@@ -25,6 +25,10 @@ from .sparse import check_unmasked
 from .streams import StreamCollator, StreamedRows
 from .windows import Served
 
+SAID = "sequence-length-is-longer-than-the-specified-maximum"
+"""Tokenizers warn once that a text is longer than the base took and "will result in indexing errors": here it is meant
+to be, and they are told that they have said it."""
+
 
 class RowsTrainer(SFTTrainer):
     """TRL's trainer, whose training data are what each stage sees of them, in order."""
@@ -52,6 +56,8 @@ class RowsTrainer(SFTTrainer):
     ) -> Any:
         """The training dataset as each stage will see it, one stage after the other. Other datasets: as TRL does."""
         prepare = super()._prepare_dataset
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        getattr(tokenizer, "deprecation_warnings", {})[SAID] = True
         if dataset is not self._train_source:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         self._train_source = None  # the first that TRL prepares; an evaluation set may be the same object

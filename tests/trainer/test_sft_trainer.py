@@ -890,3 +890,13 @@ def test_no_surprising_warnings(make):
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         make().train()
+
+
+def test_a_text_longer_than_the_base_took_is_no_warning(make, tiny_tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tiny_tokenizer.model_max_length = 64
+    make()
+    assert "indexing errors" not in caplog.text
+    tiny_tokenizer.deprecation_warnings.clear()
+    tiny_tokenizer(TEXT * 99)
+    assert "indexing errors" in caplog.text
