@@ -1,9 +1,14 @@
-"""The pictures of a context extension: perplexity by length, loss by position, retrieval by length and depth."""
+"""The pictures of a context extension: perplexity by length, loss by position, retrieval by length and depth.
+
+Each function draws one into a file, whose format follows its suffix and whose folder is made, and returns its path.
+Without matplotlib they raise the `ImportError` that says what to install.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,21 +25,9 @@ MARKERS = "osD^vPX"
 DASHES = ("--", ":", "-.")
 
 
-def require_matplotlib() -> None:
-    """Raise the `ImportError` that says what to install: before a long run, and not after it."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'hf-longlora[plot]'") from error
-
-
 def no_plots() -> str | None:
     """Why there are none; `None` if there can be. For what is worth having without them, said before it starts."""
-    try:
-        require_matplotlib()
-    except ImportError as error:
-        return str(error)
-    return None
+    return None if find_spec("matplotlib") else "plots need matplotlib: pip install 'hf-longlora[plot]'"
 
 
 def plot_perplexity(
@@ -52,19 +45,15 @@ def plot_perplexity(
 
     Args:
         records_by_name: what `perplexity_by_length` returned, by the name to show, in drawing order.
-        path: the file to write; the format follows its suffix. Folders are created.
+        path: the file to write.
         base_length: the base model's own context length in tokens: a dashed vertical line.
         train_length: the length of the extension's training: another.
         title: above the axes.
 
-    Returns:
-        `path`.
-
     Raises:
-        ImportError: matplotlib is missing (`pip install hf-longlora[plot]`).
         ValueError: there is nothing to draw.
     """
-    require_matplotlib()
+    figure, axes = _figure(*SIZE)
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     curves = {
@@ -79,7 +68,6 @@ def plot_perplexity(
     ceiling = min(max(finite), CLIP * min(finite))
     log_scale = max(finite) > EXPLODES * min(finite)
 
-    figure, axes = _figure(*SIZE)
     axes.set_xscale("log", base=2)
     if log_scale:
         axes.set_yscale("log")
@@ -153,14 +141,9 @@ def plot_retrieval(records: Sequence[Mapping[str, Any]], path: str | Path, *, ti
         records: what `passkey_accuracy` or `multi_needle_accuracy` returned: a record for each length and each depth.
         path, title: as in `plot_perplexity`.
 
-    Returns:
-        `path`.
-
     Raises:
-        ImportError: matplotlib is missing (`pip install hf-longlora[plot]`).
         ValueError: there is nothing to draw, or a length lacks a depth that another has.
     """
-    require_matplotlib()
     lengths = sorted({record["length"] for record in records})
     depths = sorted({record["depth"] for record in records})
     accuracy = {(record["depth"], record["length"]): record["accuracy"] for record in records}
@@ -194,14 +177,9 @@ def plot_positions(
         records_by_name: what `loss_by_position` returned, by the name to show, in drawing order.
         path, title: as in `plot_perplexity`.
 
-    Returns:
-        `path`.
-
     Raises:
-        ImportError: matplotlib is missing (`pip install hf-longlora[plot]`).
         ValueError: there is nothing to draw.
     """
-    require_matplotlib()
     if not any(records_by_name.values()):
         raise ValueError("nothing to draw: no record")
     figure, axes = _figure(*SIZE)
@@ -228,24 +206,16 @@ def plot_history(
     ylabel: str,
     evaluated: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]] | None = None,
     from_zero: bool = False,
-    title: str | None = None,
 ) -> Path:
     """Draw what a run logged by optimizer step, one line per name, and save it.
 
     Args:
         curves: (step, value) pairs by the name to show, in drawing order.
-        path, title: as in `plot_perplexity`.
+        path: as in `plot_perplexity`.
         ylabel: what the values are, and their unit.
         evaluated: the same of evaluations, by what was evaluated: dashed, in the colour of the curve of that name.
         from_zero: begin the y axis at 0, so that heights compare.
-
-    Returns:
-        `path`.
-
-    Raises:
-        ImportError: matplotlib is missing (`pip install hf-longlora[plot]`).
     """
-    require_matplotlib()
     figure, axes = _figure(*SIZE)
     for index, (name, points) in enumerate(curves.items()):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
@@ -264,13 +234,14 @@ def plot_history(
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     _style(axes, "optimizer step", ylabel)
-    _title(axes, title)
     axes.legend(fontsize=8.5, frameon=False)
     return _save(figure, path)
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     """A figure (in inches) and its axes, on a canvas of its own: pyplot's state and backend stay as they are."""
+    if (missing := no_plots()) is not None:
+        raise ImportError(missing)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -12,7 +12,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ..evaluation.plots import plot_history, require_matplotlib
+from ..evaluation.plots import no_plots, plot_history
 from ..evaluation.tables import sections
 from ..hub.card import read_evaluation
 from ..hub.run import evaluation_losses, read_facts, training_seconds
@@ -69,11 +69,9 @@ def write_report(
     rows = [_stage_row(number, logged, evaluated, schedule) for number in range(len(schedule.stages))]
     head = (*HEAD, *evaluated, "tokens/s", "peak GiB")
     body = [f"<h1>{html.escape(title)}</h1>", _table(head, rows)]
-    try:
-        require_matplotlib()
-    except ImportError as error:
-        logger.warning(f"{folder / 'report.html'} has no pictures: {error}")
-        body.append(f"<p>No pictures: {html.escape(str(error))}.</p>")
+    if (missing := no_plots()) is not None:
+        logger.warning(f"{folder / 'report.html'} has no pictures: {missing}")
+        body.append(f"<p>No pictures: {html.escape(missing)}.</p>")
     else:
         for name, (heading, key, label) in CURVES.items():
             curves: dict[str, Any] = {}

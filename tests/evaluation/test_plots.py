@@ -1,5 +1,5 @@
-import builtins
 import math
+import sys
 
 import pytest
 
@@ -36,14 +36,7 @@ def test_nothing_to_draw(tmp_path):
 
 
 def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
-    real_import = builtins.__import__
-
-    def no_matplotlib(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", no_matplotlib)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"hf-longlora\[plot\]"):
         plot_perplexity({"base": records(9.0)}, tmp_path / "plot.png")
 
