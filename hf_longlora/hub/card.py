@@ -95,16 +95,16 @@ def adapter_card(
         about=about.strip(),
         summary=_summary(config, base_model),
         schedule=_schedule(config.trained),
-        pose="pose" in _kinds(config.trained),
+        kinds=_kinds(config.trained),
         measured=measured,
-        training="\n".join(["## Training", "", *(f"- {what}: {value}" for what, value in training.items())])
-        if training
-        else "",
+        perplexity=perplexity,
+        retrieval=retrieval,
+        ruler=ruler,
+        training=training,
         base_model=base_model or "the base",
         revision=f', revision="{config.revision}"' if config.revision and base_model else "",
         max_length=None if config.scaling is None else config.scaling.length,
         dynamic=config.scaling is not None and config.scaling.rope_type == "dynamic",
-        limits=_limits(perplexity, retrieval, ruler),
     )
     return ModelCard(str(text).rstrip() + "\n")
 
@@ -268,16 +268,6 @@ def _schedule(schedule: Schedule | None) -> str:
         else:
             cells[1] = f"windows of {size:,}"
         lines.append(f"| {number + 1} | {stage.max_length:,} | {stage.max_steps} | {' | '.join(cells)} |")
-    if kinds := _kinds(schedule):
-        lines += [
-            "",
-            "Steps in windows, where they aren't dense: attention is dense within windows of the length that the base "
-            "was trained at, which are of several rows and keep their tokens' positions.",
-        ]
-    if "pose" in kinds:
-        lines[-1] += (
-            " In PoSE ([arXiv 2309.10400](https://arxiv.org/abs/2309.10400)) each is two chunks of a document."
-        )
     return "\n".join(lines)
 
 
@@ -293,21 +283,3 @@ def _section(section: Section) -> str:
     lines += [f"| {' | '.join(row)} |" for row in rows]
     note = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", section.note)
     return "\n".join([*lines, *(["", note] if note else [])])
-
-
-def _limits(
-    perplexity: Mapping[str, Mapping[str, Records]], retrieval: Mapping[str, Records] | None, ruler: Records
-) -> str:
-    if not perplexity and not retrieval and not ruler:
-        return "This adapter has not been evaluated: measure it on text like yours (`hf-longlora evaluate`)."
-    parts = []
-    if perplexity:
-        parts.append(
-            "Perplexity is measured on the texts named above, up to the lengths shown, with the last tokens of "
-            "sliding windows scored. It says little about retrieval, reasoning over long texts, or other domains."
-        )
-    if retrieval:
-        parts.append("A passkey is the easiest thing to find in a text that repeats itself: it is no test of reading.")
-    if ruler:
-        parts.append("RULER's texts are made up: what is asked for stands there word for word.")
-    return " ".join(parts)
