@@ -119,13 +119,7 @@ def _splits(folder: Path) -> dict[str, list[str]]:
 
 
 def _read(shown: Path, splits: Mapping[str, Sequence[str]], streaming: bool) -> Any:
-    """Files of one kind, by `datasets`.
-
-    Args:
-        shown: What is named where no single file is to blame.
-        splits: The files.
-        streaming: Whether they are read as they are used.
-    """
+    """Files of one kind, by `datasets`; `shown` is named where no single file is to blame."""
     from datasets import load_dataset
 
     files = [file for part in splits.values() for file in part]

@@ -25,9 +25,7 @@ VERSIONS = ("hf-longlora", "torch", "transformers", "peft", "trl")
 def run_facts(args: Any, state: TrainerState) -> dict[str, str]:
     """Facts of a run so far, in the order of the card: steps, tokens, rate, loss, hardware, time, energy, versions.
 
-    Args:
-        args: The trainer's arguments.
-        state: The trainer's state. What its log history doesn't tell is left out.
+    What the log history of `state` doesn't tell is left out.
     """
     logged = [entry for entry in state.log_history if "loss" in entry]
     facts = {}

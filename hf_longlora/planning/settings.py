@@ -98,16 +98,7 @@ class RunSettings:
         dtype: torch.dtype,
         quantization: Quantization | None,
     ) -> RunSettings:
-        """The settings of one stage of a run.
-
-        Args:
-            args: The trainer's, a `LongLoraSFTConfig`.
-            schedule: The stages.
-            stage: Its number, from 0.
-            adapter: That is trained; `None` for all weights.
-            dtype: Of the base's weights.
-            quantization: Of the base.
-        """
+        """The settings of one stage (from 0) of a run; `args` are the trainer's."""
         return cls(
             adapter=adapter,
             dtype="float32" if dtype == torch.float32 else "bfloat16",

@@ -20,11 +20,8 @@ class ContextStageCallback(TrainerCallback):
     """Sets RoPE, group size and attention mode from `state.global_step` at the start of each optimizer step.
 
     Keeps nothing between steps: a run resumed anywhere is in the state that an unbroken one would be in. Ends each
-    stage with a log, and with a checkpoint unless saving is off.
-
-    Args:
-        schedule: The stages.
-        ropes: The RoPE of each stage; `None` where it is the one the model comes with.
+    stage with a log, and with a checkpoint unless saving is off. `ropes` has `None` for the RoPE that the model comes
+    with.
     """
 
     def __init__(self, schedule: Schedule, ropes: Sequence[RopeScaling | None]) -> None:
@@ -88,11 +85,7 @@ def _release_memory() -> None:
 
 
 class StageProgressCallback(ProgressCallback):
-    """One line a stage: progress, loss, tokens a second, memory, and the time left to the end of all stages.
-
-    Args:
-        schedule: The stages.
-    """
+    """One line a stage: progress, loss, tokens a second, memory, and the time left to the end of all stages."""
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()

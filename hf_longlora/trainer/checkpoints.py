@@ -57,9 +57,7 @@ def last_checkpoint(directory: str | Path) -> str | None:
 def begin_checkpoint(folder: Path, signature: Mapping[str, Any]) -> None:
     """Make a checkpoint's folder, not whole until the trainer's state is written.
 
-    Args:
-        folder: The checkpoint's.
-        signature: What makes the run this run, and `tokens`, trained on so far: TRL counts from 0 in a resumed run.
+    `signature` is what makes the run this run, and `tokens`, trained on so far: TRL counts from 0 in a resumed run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # not whole any more, if it was
@@ -130,11 +128,6 @@ def refuse_others(directory: str | Path, signature: Mapping[str, Any], limited: 
 
     It could take another's for its own when it is resumed; and where their number is limited, Trainer deletes the
     oldest of all folders of that name, or those with the lowest number.
-
-    Args:
-        directory: The run's output directory.
-        signature: The run's.
-        limited: Whether there is a `save_total_limit`.
     """
     what = "Use another output_dir, or move it away."
     for path in whole_checkpoints(directory):
@@ -151,11 +144,7 @@ def refuse_others(directory: str | Path, signature: Mapping[str, Any], limited: 
 def check_complete(path: str, processes: int, scaled: bool, streamed: bool = False) -> None:
     """Raise a `ValueError` unless a checkpoint has all that a run is resumed from; Trainer would go on without.
 
-    Args:
-        path: The checkpoint's folder.
-        processes: Of the run.
-        scaled: Whether it scales its losses (fp16).
-        streamed: Whether its data are.
+    `scaled` is a run that scales its losses (fp16), `streamed` one whose data are a stream.
     """
     folder = Path(path)
     parts = {"the trainer's state": TRAINER_STATE_NAME, "the optimizer's state": "optimizer*"}

@@ -56,11 +56,6 @@ class Run:
     ) -> "Run":
         """The run of a trainer with these arguments, the model untouched; in `args` "auto" is settled.
 
-        Args:
-            model, args, peft_config: The trainer's.
-            dataset: To train on.
-            others: The remaining arguments of TRL's trainer.
-
         Raises:
             ValueError, TypeError: if it can't be, or would not do what its arguments say.
         """
@@ -88,10 +83,7 @@ def settled(
     columns: Collection[str] = (),
     own_collator: bool = False,
 ) -> tuple[Start, Schedule]:
-    """The RoPE that a run starts from and its schedule; in `args`, too, stages and steps take the place of "auto".
-
-    The arguments are those of `settle_sparse`.
-    """
+    """The RoPE that a run starts from and its schedule; in `args`, too, stages and steps take the place of "auto"."""
     start = Start.of(model, config, peft_config)
     if isinstance(args.stages, str):
         args.resolve_stages(start.known)

@@ -42,13 +42,7 @@ def adapter_settings(config: PeftConfig) -> dict[str, Any]:
 
 
 def optimizer_settings(args: Any, optimizer: Any, scheduler: Any, cls_and_kwargs: Any) -> dict[str, Any]:
-    """How a run optimizes, JSON-able.
-
-    Args:
-        args: The trainer's arguments.
-        optimizer, scheduler: Those that the caller gave in their place, or `None`.
-        cls_and_kwargs: The class and arguments that he gave, or `None`.
-    """
+    """How a run optimizes, JSON-able: by the trainer's arguments, or by what the caller gave in their place."""
     values = {name: getattr(args, name) for name in OPTIMIZATION if hasattr(args, name)}
     if optimizer is not None:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]

@@ -103,18 +103,10 @@ def pieces(ends: Sequence[int], most: int, count: int = 1) -> list[Span]:
 
 
 def piece(inputs: Mapping[str, Any], ends: Sequence[int], of: Span) -> dict[str, Any]:
-    """Some of the windows of a packed row, as a row of their own.
-
-    Args:
-        inputs: What `WindowCollator` gave.
-        ends: Where its windows end.
-        of: The windows, half-open.
-    """
+    """The windows `of` (half-open) of a row of `WindowCollator`'s, as a row of their own; `ends` is where all end."""
     start, end = ends[of[0]], ends[of[1]]
     row = {name: inputs[name][:, start:end] for name in ("input_ids", "labels", "position_ids")}
-    device = inputs["cu_seq_lens_q"].device
-    told = boundaries([at - start for at in ends[of[0] : of[1] + 1]])
-    return row | {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in told.items()}
+    return row | boundaries([at - start for at in ends[of[0] : of[1] + 1]], inputs["cu_seq_lens_q"].device)
 
 
 def filler(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,5 +114,4 @@ def filler(inputs: Mapping[str, Any]) -> dict[str, Any]:
     row = {name: inputs[name][:, :1].expand(-1, FILLER) for name in ("input_ids", "labels")}
     row["labels"] = torch.full_like(row["labels"], -100)
     row["position_ids"] = torch.arange(FILLER, device=row["labels"].device)[None]
-    device = inputs["cu_seq_lens_q"].device
-    return row | {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in boundaries([0, FILLER]).items()}
+    return row | boundaries([0, FILLER], inputs["cu_seq_lens_q"].device)

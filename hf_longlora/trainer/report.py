@@ -49,14 +49,9 @@ def write_report(
     Without matplotlib the report has its tables and says how to get the pictures.
 
     Args:
-        folder: The output directory.
         history: The trainer's `state.log_history`.
-        schedule: The stages.
         evaluation: What `hf-longlora evaluate` has found since, its pictures in the same folder. None of a run that
             has just ended: what lies there is of the run before.
-
-    Returns:
-        The file.
     """
     logged = [entry for entry in history if "loss" in entry and "stage" in entry]
     evaluated: Evaluated = {}
@@ -101,12 +96,6 @@ def write_report(
 
 def update_report(folder: Path) -> Path:
     """Write the report of a run that has ended once more, with what `hf-longlora evaluate` has left in its folder.
-
-    Args:
-        folder: The run's output directory.
-
-    Returns:
-        The file.
 
     Raises:
         FileNotFoundError: if no run has ended there.

@@ -104,11 +104,7 @@ def check_lengths(
 ) -> None:
     """Refuse a stage that stretches RoPE and would train no distance that is new to the model.
 
-    Args:
-        start: Of the run.
-        schedule: The stages.
-        ropes: What `stage_ropes` gave for them.
-        longest: Tokens in the longest document that each stage sees.
+    `longest` are the tokens in the longest document that each stage sees.
     """
     before = start.now or start.base
     known = start.known if any(rope is not None for rope in ropes) else 0

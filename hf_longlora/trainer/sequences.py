@@ -38,14 +38,7 @@ def check_sequences(
 ) -> None:
     """Refuse `sequence_parallel` where it can't be, before anything is loaded.
 
-    Args:
-        args: The trainer's.
-        schedule: The stages.
-        ropes: The RoPE of each stage; `None` where it is the model's.
-        config: The model's.
-        model_class: The model's, if it is known.
-        spread: Whether `device_map` spreads the model over the GPUs of one process.
-        others: The remaining arguments of TRL's trainer.
+    `spread` says whether `device_map` spreads the model over the GPUs of one process.
     """
     size = args.sequence_parallel
     if size == 1:

@@ -143,8 +143,7 @@ class LongLoraSFTTrainer(RowsTrainer, SavingTrainer, WatchedTrainer, PiecewiseTr
     def _adopt_adapter(self, revision: str | None) -> None:
         """Make a LONGLORA adapter ready for the run, and let its config say how it is trained.
 
-        Args:
-            revision: Of the base, if it was loaded by its name.
+        `revision` is the base's, if it was loaded by its name.
         """
         check_saving(self.accelerator)
         tuner: Any = longlora_tuner(self.model)

@@ -38,13 +38,7 @@ def settle_sparse(
 ) -> Schedule:
     """The schedule with what `sparse="auto"` stands for, in `args`, too: "windows" for plain text that can be cut.
 
-    Args:
-        args: The trainer's.
-        schedule: The stages.
-        config: The model's.
-        model_class: The model's, if it is known.
-        columns: The training dataset's.
-        own_collator: Whether the trainer is given a collator.
+    `columns` are the training dataset's; `own_collator` says whether the trainer is given a collator.
 
     Raises:
         ValueError: if steps in windows are asked for and can't be had.

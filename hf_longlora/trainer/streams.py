@@ -94,8 +94,6 @@ class StreamedRows(torch.utils.data.IterableDataset[Row]):
 
     Args:
         documents: Tokenized, not cut; `COLUMNS` alone.
-        args: The trainer's.
-        schedule: The stages.
         masked: Whether there are tokens that are not to be learned.
         vocabulary: The tokens that the model has.
     """
@@ -116,12 +114,7 @@ class StreamedRows(torch.utils.data.IterableDataset[Row]):
         return self._ends[-1]
 
     def resume(self, state: str, done: int) -> None:
-        """Begin with the rows after the first `done`, for which nothing is read twice but a block.
-
-        Args:
-            state: Of any row before.
-            done: Rows.
-        """
+        """Begin with the rows after the first `done`, by the state of any before: only a block is read twice."""
         self._state, self._done = state, done
 
     def head(self) -> Dataset:

@@ -33,12 +33,7 @@ def beginnings(inputs: Mapping[str, Any], tokenizer: Any, documents: int = 4, to
 
 
 def has_diverged(losses: Sequence[float], vocabulary: int) -> bool:
-    """Whether a model that had learned something is now worse than a uniform guess, in the last two logs.
-
-    Args:
-        losses: Those logged, in order.
-        vocabulary: Tokens that the model chooses from.
-    """
+    """Whether a model that had learned something is now worse than a uniform guess, in the last two logs."""
     guess = math.log(vocabulary)
     return len(losses) > 2 and min(losses[-2:]) > guess and min(losses) < guess - 1
 
@@ -56,14 +51,7 @@ def diverged(
 
 
 def out_of_memory(args: Any, schedule: Schedule, global_step: int, model: Any) -> str:
-    """What to say of the step after `global_step` steps, or of the evaluation then.
-
-    Args:
-        args: The trainer's.
-        schedule: The stages.
-        global_step: Steps that are done.
-        model: What is trained.
-    """
+    """What to say of the step after `global_step` steps, or of the evaluation then."""
     if not model.training:
         batch, longest = args.per_device_eval_batch_size, schedule.stages[-1].max_length
         return (

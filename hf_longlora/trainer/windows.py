@@ -143,15 +143,11 @@ class WindowCollator:
         return row | boundaries(list(accumulate(chain(*lengths), initial=0)))
 
 
-def boundaries(ends: Sequence[int]) -> dict[str, Any]:
-    cu_seq_lens = torch.tensor(ends, dtype=torch.int32)
+def boundaries(ends: Sequence[int], device: torch.device | None = None) -> dict[str, Any]:
+    """What TRL's padding-free collator says of documents in a row, by their `ends`."""
+    cu_seq_lens = torch.tensor(ends, dtype=torch.int32, device=device)
     longest = max(b - a for a, b in pairwise(ends))
-    return {
-        "cu_seq_lens_q": cu_seq_lens,
-        "cu_seq_lens_k": cu_seq_lens,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    return dict(cu_seq_lens_q=cu_seq_lens, cu_seq_lens_k=cu_seq_lens, max_length_q=longest, max_length_k=longest)
 
 
 class Served(Dataset[dict[str, Any] | Windows]):
