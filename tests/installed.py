@@ -44,7 +44,7 @@ def check_files() -> None:
     assert set(about.get_all("Provides-Extra")) >= {"flash", "quantization", "plot", "dev"}
     assert about["Description-Content-Type"] == "text/markdown" and "LongLoRA" in about.get_payload()
     files = {str(file) for file in installed.files or ()}
-    assert {"hf_longlora/py.typed", "hf_longlora/hub/card.md"} <= files
+    assert {"hf_longlora/py.typed", "hf_longlora/hub/card.md", "hf_longlora/hub/plain_lora.md"} <= files
     assert any(file.endswith("licenses/LICENSE") for file in files)
     places = {file.partition("/")[0] for file in files if not file.startswith("..")} - {"__pycache__"}
     assert places == {"hf_longlora", "hf_longlora_command.py", f"hf_longlora-{installed.version}.dist-info"}, places

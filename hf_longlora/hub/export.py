@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import ModelCardData, snapshot_download
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
@@ -41,7 +42,6 @@ from .card import on_hub
 logger = logging.get_logger(__name__)
 
 ExportForm = Literal["merged", "lora"]
-CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 BASE_FOLDER = "base"
 PREFIX = "base_model.model."
 """Before each module's name in an adapter's weights."""
@@ -200,8 +200,8 @@ def _plain_lora(
     known = {field.name for field in fields(LoraConfig)}
     plain = {key: value for key, value in json.loads((source / CONFIG_NAME).read_text()).items() if key in known}
     plain |= {"peft_type": "LORA", "base_model_name_or_path": str((output_dir / BASE_FOLDER).resolve())}
-    weights = load_file(source / WEIGHTS_NAME)
-    check_finite(weights, str(source / WEIGHTS_NAME))
+    weights = load_file(source / SAFETENSORS_WEIGHTS_NAME)
+    check_finite(weights, str(source / SAFETENSORS_WEIGHTS_NAME))
     if (head := _tied_head(weights, base_config)) is not None:
         # Told to tie a head, PEFT looks for its weight when it loads, and fails without: it is written twice, untied.
         name, weight = head
@@ -215,12 +215,11 @@ def _plain_lora(
         write_rope(base_config, rope)
     base_config.save_pretrained(out / BASE_FOLDER)
     (out / CONFIG_NAME).write_text(json.dumps(plain, indent=2))
-    save_file(weights, out / WEIGHTS_NAME, metadata={"format": "pt"})
-    data = ModelCardData(library_name="peft", base_model=base_name if on_hub(base_name) else None)
+    save_file(weights, out / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     trained = trained_vocabulary(meta_model(base_config), config, _tokens(source))
     tokens = None if trained is None else trained[0]
-    text = _how_to_load(plain, config, weights, base_name, output_dir.name, overrides, revision, tokens, generated)
-    (out / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}")
+    shown = {"name": output_dir.name, "overrides": overrides, "revision": revision, "generated": generated}
+    _how_to_load(plain, config, weights, base_name, tokens, **shown).save(out / "README.md")
 
 
 def _overrides(base_config: Any, rope: RopeScaling | None) -> str:
@@ -273,54 +272,26 @@ def _how_to_load(
     config: LongLoraConfig,
     weights: dict[str, torch.Tensor],
     base_name: str,
-    name: str,
-    overrides: str,
-    revision: str | None,
     tokens: int | None,
-    generated: int | None,
-) -> str:
+    **rest: Any,
+) -> ModelCard:
     """How to load a plain LoRA, with and without what vLLM refuses, or takes in some cases only."""
-    pinned = f', revision="{revision}"' if revision else ""
-    lines = "" if tokens is None else f"\nbase.resize_token_embeddings({tokens})  # as in training"
-    if generated is not None:
-        lines += f"\nbase.generation_config.max_length = {generated}"
-    served = f"{base_name} --revision {revision}" if revision else base_name
     refused = [key for key in NOT_SERVED if plain.get(key)]
     if tokens is not None:
         refused.append("tokens that its base has not")
     rank = max(config.r, *(plain.get("rank_pattern") or {"": 0}).values())
     if rank > SERVED_RANKS[-1]:
         refused.append(f"a rank above {SERVED_RANKS[-1]}")
-    rank = min((step for step in SERVED_RANKS if step >= rank), default=rank)
-    serving = (
-        f"vLLM does not take it: it has {', '.join(refused)}. Export the merged model for that."
-        if refused
-        else f"""For vLLM:
-
-```
-vllm serve {served} --hf-config-path {name}/{BASE_FOLDER}{overrides} \\
-    --enable-lora --max-lora-rank {rank} --lora-modules long={name}
-```"""
-    )
-    if any("lora_embedding_" in key for key in weights) and not refused:
-        serving += "\n\nIt has LoRA on embeddings, which vLLM takes for some families only (Llama among them)."
     # embedding_rank's patterns leave the scaling as it is: an older vLLM is right without reading them
-    patterns = [key for key in ("rank_pattern", "alpha_pattern") if plain.get(key)]
-    if patterns and config.embedding_rank is None and not refused:
-        serving += f"\n\nIt has {' and '.join(patterns)}, which vLLM 0.32 serves right; older ones may pass over them."
-    return f"""# A plain LoRA for `{base_name}` with a scaled RoPE
-
-The LoRA does not carry the RoPE scaling that it was trained with; `{BASE_FOLDER}/config.json` does. On `{base_name}`
-as it is, the adapter runs and is wrong. Load it so:
-
-```python
-from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM
-
-config = AutoConfig.from_pretrained("{name}/{BASE_FOLDER}")
-base = AutoModelForCausalLM.from_pretrained("{base_name}", config=config{pinned}){lines}
-model = PeftModel.from_pretrained(base, "{name}")
-```
-
-{serving}
-"""
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if plain.get(key) and config.embedding_rank is None]
+    return ModelCard.from_template(
+        ModelCardData(library_name="peft", base_model=base_name if on_hub(base_name) else None),
+        template_path=str(Path(__file__).with_name("plain_lora.md")),
+        base=base_name,
+        tokens=tokens,
+        refused=refused,
+        rank=min((step for step in SERVED_RANKS if step >= rank), default=rank),
+        on_embeddings=any("lora_embedding_" in key for key in weights),
+        patterns=patterns,
+        **rest,
+    )
