@@ -8,13 +8,11 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -27,6 +25,7 @@ from .evaluation import perplexity_by_length
 from .evaluation.plots import no_plots, plot_perplexity
 from .rope import apply_rope, scaled_rope
 from .trainer import ContextStage, LongLoraSFTConfig, LongLoraSFTTrainer, last_checkpoint
+from .trainer.data import without_bars
 from .tuner import LongLoraConfig
 
 BASE_LENGTH, TARGET_LENGTH = 256, 2048
@@ -118,7 +117,8 @@ def run_demo(
         raise ValueError(f"minutes must be more than 0, got {minutes}")
     threads = torch.get_num_threads()
     try:
-        with _quiet():
+        with without_bars(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the libraries, for each other
             return _run(Console(), Path(output_dir), seed, minutes, full)
     finally:
         torch.set_num_threads(threads)
@@ -269,20 +269,6 @@ def _base(folder: Path, config: LlamaConfig, documents: list[list[int]], steps: 
         model.save_pretrained(folder)
         checkpoint.unlink(missing_ok=True)
     return str(folder)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' own bars and notices of deprecation: the training bar is enough here."""
-    bars = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        if not bars:
-            datasets.enable_progress_bars()
 
 
 def _extend(folder: Path, base: str, dataset: Dataset, tokenizer: Any, stages: list[ContextStage], seed: int) -> None:

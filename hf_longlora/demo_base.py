@@ -21,6 +21,8 @@ EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
 EXCLUDED_FOLDERS = frozenset({"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages"})
 TEST_PERCENT = 10
+MUON_RATE, ADAMW_RATE = 0.03, 0.01
+"""Learning rates at their peaks."""
 
 
 def stdlib_documents() -> tuple[dict[str, str], dict[str, str]]:
@@ -61,26 +63,16 @@ def stdlib_documents() -> tuple[dict[str, str], dict[str, str]]:
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer: any text round-trips, no unknown token.
 
-    Args:
-        texts: the documents to learn from (give it the training set only).
-        vocab_size: entries, the 256 bytes and the two special tokens (`<|endoftext|>` = 0, `<|pad|>` = 1) included.
-
-    Raises:
-        ValueError: `vocab_size` leaves no room for the bytes and the special tokens.
+    Its `vocab_size` entries count the 256 bytes and the special tokens (`<|endoftext|>` = 0, `<|pad|>` = 1).
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    special = [EOS_TOKEN, PAD_TOKEN]
-    if vocab_size < 256 + len(special):
-        raise ValueError(
-            f"vocab_size={vocab_size} is below the {256 + len(special)} that bytes and special tokens need"
-        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=special,
+        special_tokens=[EOS_TOKEN, PAD_TOKEN],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -116,8 +108,6 @@ def pretrain(
     *,
     steps: int = 1000,
     batch_size: int = 8,
-    muon_lr: float = 0.03,
-    adamw_lr: float = 0.01,
     seed: int = 0,
     checkpoint: Path | None = None,
     progress: bool = True,
@@ -125,30 +115,24 @@ def pretrain(
     """Train a model from random weights at its `max_position_embeddings`.
 
     The matrices are trained with Muon, the embeddings and norms with AdamW: in two minutes of two CPU cores, AdamW
-    alone gets nowhere near.
+    alone gets nowhere near. Learning rates rise over 20 steps, and fall to zero over the last 3/4.
 
     Args:
         config: the model to make; its `max_position_embeddings` is the context in tokens.
         token_ids: one sequence of ids for each document. They are joined in a shuffled order and cut into rows of one
             context.
         steps: optimizer steps of `batch_size` rows each; the data is repeated where it is too short.
-        muon_lr, adamw_lr: peak learning rates: 20 steps of warm-up, and down to zero over the last 3/4.
         seed: of the weights and of the order of the data.
         checkpoint: a file to keep the state in while training, and to go on from if it is there.
         progress: show a progress bar with the loss.
 
     Returns:
         The model, in eval mode.
-
-    Raises:
-        ValueError: the documents hold fewer tokens than one row.
     """
     context = config.max_position_embeddings
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(token_ids), generator=generator).tolist()
     stream = torch.tensor(list(chain.from_iterable(token_ids[index] for index in order)))
-    if len(stream) < context:
-        raise ValueError(f"the documents hold {len(stream)} tokens, fewer than one row of {context}")
     rows_NS = stream[: len(stream) // context * context].view(-1, context)
     rows_NS = rows_NS[torch.randperm(len(rows_NS), generator=generator)]
 
@@ -161,8 +145,8 @@ def pretrain(
     matrices = [p for p in model.parameters() if p.dim() == 2 and p not in embeddings]
     others = [p for p in model.parameters() if p.dim() != 2 or p in embeddings]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=ADAMW_RATE, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     parts: list[Any] = [model, *optimizers]
     first = 0
@@ -179,7 +163,7 @@ def pretrain(
                 torch.save(state, checkpoint.with_suffix(".new"))
                 checkpoint.with_suffix(".new").replace(checkpoint)  # whole or not at all
             scale = min(1.0, (step + 1) / 20, 1.3 * (1 - step / steps))
-            for optimizer, peak in zip(optimizers, (muon_lr, adamw_lr), strict=True):
+            for optimizer, peak in zip(optimizers, (MUON_RATE, ADAMW_RATE), strict=True):
                 optimizer.param_groups[0]["lr"] = peak * scale
             input_ids_BS = rows_NS[torch.arange(step * batch_size, (step + 1) * batch_size) % len(rows_NS)]
             input_ids_BS = input_ids_BS.to(model.device)

@@ -19,6 +19,7 @@ def add(commands: Any) -> None:
     check.add_argument("--target-length", type=int, metavar="N", help="tokens to extend the context to")
     check.add_argument(
         "--rope-type",
+        default="auto",
         metavar="TYPE",
         help="linear, dynamic, yarn, llama3, longrope or abf (default: as the base is scaled, else abf)",
     )
@@ -50,14 +51,13 @@ def run(options: argparse.Namespace) -> None:
 
     given = {name: getattr(options, name) for name in ("group_size", "sink_tokens")}
     given = {name: value for name, value in given.items() if value is not None}
-    rope_type = {} if options.rope_type is None else {"rope_type": options.rope_type}
     found = check_model(
         options.model,
         target_length=options.target_length,
+        rope_type=options.rope_type,
         base_length=options.base_length,
         attention=S2AttentionConfig(**given) if given else None,
         trust_remote_code=options.trust_remote_code,
-        **rope_type,
     )
     print(in_words(found))
     if found.refused:

@@ -139,7 +139,7 @@ def run(options: argparse.Namespace) -> None:
     settings = RunSettings(adapter=None if options.no_use_peft else adapter, attention=attention, **named)
     plan = plan_run(options.model, options.lengths, gpu=options.gpu or local_gpu() or "H100", settings=settings)
     if options.json:
-        print(json.dumps(plan.to_dict(), indent=2))
+        print(json.dumps(asdict(plan), indent=2))
     else:
         _show(plan, options)
 
@@ -155,7 +155,7 @@ def _run_of(options: argparse.Namespace) -> None:
     plan, stages = plan_of(model, args, config_of(model, args), gpu, options.gpus)
     if options.json:
         rows = [{**asdict(stage), "hours": stage.hours} for stage in stages]
-        print(json.dumps({**plan.to_dict(), "model": model.model_name_or_path, "stages": rows}, indent=2))
+        print(json.dumps({**asdict(plan), "model": model.model_name_or_path, "stages": rows}, indent=2))
         return
     print(
         f"{model.model_name_or_path}: {plan.parameters / 1e9:,.2f} B parameters, {plan.trainable / 1e6:,.1f} M "

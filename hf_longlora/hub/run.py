@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from transformers import TrainerState
 
+from .. import __version__
+
 RUN_NAME = "run.json"
 """The facts, beside the adapter."""
 EMISSIONS_NAME = "emissions.csv"
 """Where codecarbon (`report_to="codecarbon"`) writes the energy it has measured."""
-VERSIONS = ("hf-longlora", "torch", "transformers", "peft", "trl")
+LIBRARIES = ("torch", "transformers", "peft", "trl")
 
 
 def run_facts(args: Any, state: TrainerState) -> dict[str, str]:
@@ -57,7 +59,8 @@ def run_facts(args: Any, state: TrainerState) -> dict[str, str]:
     energy = energy_used(Path(args.output_dir))
     if energy is not None:
         facts["energy"] = f"{energy:.3g} kWh, by codecarbon"
-    facts["versions"] = ", ".join(f"{name} {version}" for name in VERSIONS if (version := _version(name)))
+    versions = {"hf-longlora": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     facts["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return facts
 
@@ -121,10 +124,3 @@ def energy_used(folder: Path) -> float | None:
         return None
     with file.open(newline="") as lines:
         return sum(float(row["energy_consumed"]) for row in csv.DictReader(lines))
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
-        return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -60,9 +60,6 @@ class RunPlan:
     """`None` where length takes no memory: of windows without dense steps."""
     notes: tuple[str, ...]
     """What makes it less certain than it looks."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def plan_run(

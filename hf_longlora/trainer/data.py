@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import (
+    Dataset,
+    IterableDataset,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from transformers.utils import logging
 
 from .config import LongLoraSFTConfig
@@ -22,6 +29,18 @@ COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
 """The columns of a prepared dataset that have a value for each token."""
 FILE_FORMATS = ("arrow", "csv", "generator", "json", "pandas", "parquet", "spark", "sql", "text", "webdataset", "xml")
 """What datasets calls a dataset that was loaded from files."""
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, `datasets` shows no progress."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def with_length(args: LongLoraSFTConfig, max_length: int | None) -> LongLoraSFTConfig:

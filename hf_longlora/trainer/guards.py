@@ -109,18 +109,11 @@ def check_arguments(args: LongLoraSFTConfig) -> None:
     accelerator: Any = args.accelerator_config
     if accelerator.split_batches and args.world_size > 1:
         raise ValueError("`split_batches` would change how many examples a stage sees; leave it out.")
-    parallel: Any = args.parallelism_config
-    of_launch = int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1"))
-    if of_launch > 1 or (parallel is not None and getattr(parallel, "sp_size", 1) > 1):
+    shared = [getattr(args.parallelism_config, f"{kind}_size", 1) for kind in ("sp", "cp", "tp")]
+    if max(*shared, int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1"))) > 1:
         raise ValueError(
             "Say how many processes share a sequence by `sequence_parallel`, not by accelerate's "
-            "`parallelism_config`, which knows no sparse attention."
-        )
-    if parallel is not None and parallel.tp_size * parallel.cp_size > 1:
-        raise ValueError(
-            "tp and cp in `parallelism_config` are not supported: torch's context parallelism deals the tokens of a "
-            "sequence out in turns and knows dense attention alone. For sequences over several processes set "
-            "`sequence_parallel`; FSDP2 and ZeRO-3 spread weights."
+            "`parallelism_config`, which knows dense attention alone; FSDP2 and ZeRO-3 spread weights, not its tp."
         )
     if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
         raise ValueError("`skip_prepare_dataset` leaves no way to cut sequences to each stage's length.")

@@ -13,14 +13,13 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
-from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import Dataset
 from datasets import IterableDataset as Stream
 from datasets.utils import logging as datasets_logging
 from transformers.utils import logging
@@ -29,7 +28,7 @@ from trl import pack_dataset
 from ..schedule import Schedule
 from .columns import check_tokens
 from .config import LongLoraSFTConfig
-from .data import COLUMNS, StageData, order
+from .data import COLUMNS, StageData, order, without_bars
 from .identity import data_fingerprint
 from .sparse import check_unmasked
 from .windows import Served
@@ -133,7 +132,7 @@ class StreamedRows(torch.utils.data.IterableDataset[Row]):
     def view(self, documents: Dataset, stage: int) -> tuple[Dataset, StageData]:
         """Examples cut or packed to a stage's length, as TRL does it, and what that leaves of them."""
         length = self.schedule.stages[stage].max_length
-        with _no_progress():
+        with without_bars():
             if self.packing is not None:
                 view = pack_dataset(documents, length, self.packing)
             else:
@@ -245,19 +244,6 @@ def _table(document: Mapping[str, Any]) -> pa.Table:
 
 def _dataset(tables: Sequence[pa.Table]) -> Dataset:
     return Dataset(pa.concat_tables(tables)) if tables else Dataset.from_dict({})
-
-
-@contextmanager
-def _no_progress() -> Iterator[None]:
-    """No bar of `datasets` for each block."""
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 def _named(documents: Iterator[dict[str, Any]], read: int) -> Iterator[dict[str, Any]]:

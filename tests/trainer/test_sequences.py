@@ -214,10 +214,9 @@ def test_nothing_is_loaded_before_it_is_refused(tiny_tokenizer, tmp_path, launch
 
 @pytest.mark.skipif(not SHARES, reason="needs accelerate>=1.12")
 def test_accelerates_own_key_is_refused(tiny_tokenizer, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="by `sequence_parallel`, not by accelerate's"):
-        refused(tiny_tokenizer, tmp_path, parallelism_config=ParallelismConfig(sp_size=2))
-    with pytest.raises(ValueError, match="torch's context parallelism deals the tokens"):
-        refused(tiny_tokenizer, tmp_path, parallelism_config=ParallelismConfig(cp_size=2))
+    for kind in ("sp", "cp", "tp"):
+        with pytest.raises(ValueError, match="by `sequence_parallel`, not by accelerate's"):
+            refused(tiny_tokenizer, tmp_path, parallelism_config=ParallelismConfig(**{f"{kind}_size": 2}))
     monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
     with pytest.raises(ValueError, match="by `sequence_parallel`, not by accelerate's"):
         refused(tiny_tokenizer, tmp_path)
