@@ -167,7 +167,7 @@ class LongLoraConfig(LoraConfig):
             vars(config)["_weights_due"] = True
             if config.inference_mode:  # their shapes are compared with the model when the adapter is put on it
                 download_kwargs, _, _ = cls._split_kwargs(kwargs)
-                vars(config)["_stored_shapes"] = read_shapes(name, subfolder, download_kwargs)
+                vars(config)["_stored_shapes"] = read_shapes(name, subfolder, **download_kwargs)
         return config
 
     @classmethod
@@ -223,9 +223,7 @@ def refuse_head(name: str) -> None:
     )
 
 
-def read_shapes(
-    model_id: str, subfolder: str | None = None, download_kwargs: dict[str, Any] | None = None
-) -> StoredShapes:
+def read_shapes(model_id: str, subfolder: str | None = None, **download_kwargs: Any) -> StoredShapes:
     """The shapes of an adapter's weights in `model_id`, a folder or a Hub id. No weight is read.
 
     Raises:
@@ -244,7 +242,7 @@ def read_shapes(
             raise FileNotFoundError(f"{path} is missing: the adapter's folder holds no weights.")
     else:
         try:
-            path = hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **(download_kwargs or {}))
+            path = hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **download_kwargs)
         except Exception as error:
             raise FileNotFoundError(f"{SAFETENSORS_WEIGHTS_NAME} can't be had from {model_id}: {error}") from error
     try:

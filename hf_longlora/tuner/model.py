@@ -140,7 +140,7 @@ class LongLoraModel(LoraModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """As PEFT's, but weights that don't fit are refused before any is loaded (torch loads what it can)."""
-        if vars(config).pop("_weights_due", None) is None:
+        if not vars(config).pop("_weights_due", False):
             refuse_foreign_rope(model, config, adapter_name)
         state: Any = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         own = model.state_dict()

@@ -10,7 +10,14 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter as pefts_hotswap_adapter
@@ -486,6 +493,25 @@ def test_an_adapter_loaded_over_itself_is_itself(tmp_path, rope_type):
     model.save_pretrained(tmp_path)
     model.load_adapter(tmp_path, "default", is_trainable=True)
     assert torch.equal(logits(model.eval()), before)
+
+
+def test_an_adapter_of_another_method_is_not_loaded_over_ours(tmp_path):
+    get_peft_model(llama(), VeraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model = get_peft_model(llama(), LongLoraConfig(train_norms=False, train_embeddings=False))
+    with pytest.raises(ValueError, match="a VeraConfig adapter, not a LONGLORA one"):
+        model.load_adapter(tmp_path, "default")
+
+
+def test_the_first_weights_for_a_config_of_a_file_are_its_own(tmp_path):
+    """Whoever puts config and weights on a model by hand, once."""
+    model = perturbed(llama())
+    model.save_pretrained(tmp_path)
+    loaded = get_peft_model(llama(), LongLoraConfig.from_pretrained(tmp_path)).eval()
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    set_peft_model_state_dict(loaded, weights)
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ValueError, match="has weights already"):
+        set_peft_model_state_dict(loaded, weights)
 
 
 def test_a_trainer_of_transformers_resumes_under_the_same_rope_alone(tmp_path, caplog, monkeypatch):
