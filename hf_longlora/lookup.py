@@ -39,9 +39,8 @@ def refuse_adapter(name: str) -> None:
     """Raise a `ValueError` if the name or path of a model to be trained is an adapter's."""
     if adapter_values(name) is not None:
         raise ValueError(
-            f"{name} is an adapter, and training starts from a model. Merge it (hf-longlora merge) and name the "
-            "merged model, or go on with the adapter in Python: LongLoraSFTTrainer takes a PeftModel "
-            "(PeftModel.from_pretrained(base, adapter, is_trainable=True))."
+            f"{name} is an adapter, and training starts from a model. Merge it (hf-longlora merge), or go on with it "
+            "in Python: LongLoraSFTTrainer takes PeftModel.from_pretrained(base, adapter, is_trainable=True)."
         )
 
 

@@ -97,16 +97,10 @@ class ContextStage:
             return value
         if not isinstance(value, Mapping):
             raise ValueError(f"A stage must be a ContextStage or a mapping of its fields, got {value!r}.")
-        known = {field.name for field in fields(cls)}
-        unknown, missing = set(value) - known, {"max_length", "max_steps"} - set(value)
+        known = sorted(field.name for field in fields(cls))
+        unknown, missing = sorted(set(value) - set(known)), sorted({"max_length", "max_steps"} - set(value))
         if unknown or missing:
-            raise ValueError(
-                f"Stage {dict(value)}: "
-                + "; ".join(
-                    f"{word} {sorted(keys)}" for word, keys in (("unknown", unknown), ("missing", missing)) if keys
-                )
-                + f". A stage has the fields {sorted(known)}."
-            )
+            raise ValueError(f"Stage {dict(value)}: unknown {unknown}, missing {missing}. Its fields are {known}.")
         return cls(**value)
 
 
@@ -214,7 +208,7 @@ class Schedule:
 
     def has_windows(self, stage: int) -> bool:
         """Whether there are steps in windows in a stage."""
-        return self.sparse_by(stage) != "s2" and not self.is_dense(stage) and self.dense_each(stage) != 1
+        return self.pattern(stage).kind in ("windows", "pose")
 
     def attention_config(self, stage: int) -> S2AttentionConfig:
         """Attention of a stage, its group size resolved for the stage's `max_length`."""
@@ -240,7 +234,7 @@ class Schedule:
 
     def window(self, stage: int) -> int | None:
         """Tokens in a window of a stage; `None` where it has none."""
-        return self.native_window if self.has_windows(stage) else None
+        return self.pattern(stage).tokens if self.has_windows(stage) else None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, for checkpoints and cards."""

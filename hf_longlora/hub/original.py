@@ -82,8 +82,7 @@ def import_original(
     if others:
         raise ValueError(
             f"{folder} holds {', '.join(others[:3])}{' and more' if others[3:] else ''} whole, which in {name} is "
-            "neither a norm nor an embedding: give the base it was trained on (base). An adapter of ours can't hold "
-            "other weights."
+            "neither a norm nor an embedding, and an adapter can't hold: give the base it was trained on (base)."
         )
     known = {field.name for field in fields(LoraConfig)} - set(OURS)
     rope = _rope(base_config, target_length)

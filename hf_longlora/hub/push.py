@@ -88,9 +88,7 @@ class PushAdapterCallback(TrainerCallback):
         self._last_step = -1  # the step of the last adapter that was saved to be pushed
         self._pusher: _Pusher | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model = kwargs["model"]
         if not isinstance(model, PeftModel):
             raise ValueError(
@@ -107,18 +105,14 @@ class PushAdapterCallback(TrainerCallback):
         if state.is_world_process_zero:
             self._pusher = _Pusher(self, self._token or getattr(args, "hub_token", None))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = state.global_step
         if step == state.max_steps:  # at the end, when it has been logged
             return
         if step % self.every_n_steps == 0 if self.every_n_steps else step in self._stage_ends:
             self._submit(args, state, **kwargs)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The best model of all has been loaded by now, if that was asked for, and is another than the last step's.
         if state.global_step != self._last_step or args.load_best_model_at_end:
             self._submit(args, state, **kwargs)

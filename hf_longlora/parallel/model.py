@@ -33,8 +33,7 @@ def check_shardable(model_class: type, config: PreTrainedConfig) -> None:
     if kinds:
         raise ValueError(
             f"{model_class.__name__} has layers with {', '.join(sorted(kinds))}, which see no further than a shard of "
-            "the sequence: sequence parallelism is for causal attention over the whole length. Train without it; to "
-            "hold a large model FSDP2 or ZeRO-3 spread the weights."
+            "the sequence. Train it without sequence parallelism; FSDP2 and ZeRO-3 spread a large model's weights."
         )
 
 

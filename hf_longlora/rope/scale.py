@@ -173,9 +173,8 @@ def _check_type(config: Any, base: RopeScaling, rope_type: str) -> None:
     """Raise a `ValueError` for what no RoPE type extends, and for a type that vLLM would serve as another one."""
     if base.rope_type not in ("default", *ROPE_TYPES):
         raise ValueError(
-            f"this base has RoPE of type {base.rope_type!r}, which none of {', '.join(ROPE_TYPES)} extends: they "
-            "would replace the frequencies it was trained with. Leave target_length unset to train without a RoPE "
-            "change."
+            f"this base has RoPE of type {base.rope_type!r}, whose frequencies each of {', '.join(ROPE_TYPES)} would "
+            "replace. Leave target_length unset to train without a RoPE change."
         )
     if base.parameters.get("alpha") is not None:
         raise ValueError(

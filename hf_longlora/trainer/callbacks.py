@@ -45,30 +45,22 @@ class ContextStageCallback(TrainerCallback):
         attention = get_s2_attention(model)  # one state, which all layers read: no walk over them
         attention.config, attention.mode = self.schedule.attention_config(step.stage), step.mode
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         set_s2_attention(kwargs["model"])  # all layers there are by now, copies that an adapter trains too
         # Resumed after the last step, nothing is trained any more, but what is saved has the last stage's RoPE.
         step = min(state.global_step, self.schedule.max_steps - 1)
         self.apply(kwargs["model"], step, kwargs.get("processing_class"))
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.apply(kwargs["model"], state.global_step, kwargs.get("processing_class"))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.schedule.step(state.global_step - 1).last_of_stage:
             control.should_log = True
             control.should_save = control.should_save or args.save_strategy != "no"
             _release_memory()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         set_attention_mode(kwargs["model"], "auto")  # sparse in training, dense elsewhere; RoPE stays the last stage's
 
 
@@ -92,14 +84,10 @@ class StageProgressCallback(ProgressCallback):
         self.schedule = schedule
         self._stage = -1  # the stage that the bar shows
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.training_bar = None
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         number, stages = self.schedule.step(state.global_step).stage, self.schedule.stages
@@ -116,9 +104,7 @@ class StageProgressCallback(ProgressCallback):
             dynamic_ncols=True,
         )
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.training_bar is not None:
             self.training_bar.update(1)
 
@@ -143,9 +129,7 @@ class StageProgressCallback(ProgressCallback):
         for what, loss in evaluation_losses(logs).items():
             self.training_bar.write(f"step {state.global_step}: {what} {loss:.3f}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._close()
 
     def _close(self) -> None:

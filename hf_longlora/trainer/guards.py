@@ -139,11 +139,8 @@ def check_trainable(model: Any, peft_config: PeftConfig | None) -> None:
         return
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            "Nothing would be trained: the adapter was loaded for inference. Load it by "
-            "PeftModel.from_pretrained(base, adapter, is_trainable=True), or AutoPeftModelForCausalLM's."
-            if isinstance(model, PeftModel)
-            else f"Nothing would be trained: no weight of {type(model).__name__} has requires_grad. Set it where it "
-            "is meant, or give an adapter (peft_config)."
+            f"Nothing would be trained: no weight of {type(model).__name__} has requires_grad. Load an adapter by "
+            "PeftModel.from_pretrained(base, adapter, is_trainable=True), or give one (peft_config)."
         )
     tuner = longlora_tuner(model)
     frozen = tuner.frozen_parts() if tuner is not None else []
@@ -195,9 +192,8 @@ def check_replicas(args: LongLoraSFTConfig) -> None:
     """
     if args.n_gpu > 1:
         raise ValueError(
-            f"{args.n_gpu} GPUs in one process: Trainer would wrap the model in torch.nn.DataParallel, which is not "
-            "supported. Start the script by `accelerate launch` or `torchrun`, or show it one GPU "
-            "(CUDA_VISIBLE_DEVICES=0)."
+            f"{args.n_gpu} GPUs in one process: Trainer would wrap the model in torch.nn.DataParallel. Start the "
+            "script by `accelerate launch` or `torchrun`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
         )
 
 
@@ -206,9 +202,8 @@ def check_saving(accelerator: Any) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.state_dict_type.name != "FULL_STATE_DICT":
         raise ValueError(
-            f"FSDP would save no adapter: fsdp_state_dict_type is {plugin.state_dict_type.name}, with which Trainer "
-            "writes each process's part of the weights and no file of the adapter. Set fsdp_state_dict_type: "
-            "FULL_STATE_DICT in accelerate's config (--fsdp_state_dict_type FULL_STATE_DICT)."
+            f"FSDP would save no adapter, but parts of the weights: fsdp_state_dict_type is "
+            f"{plugin.state_dict_type.name}. Set it to FULL_STATE_DICT in accelerate's config."
         )
 
 

@@ -113,8 +113,8 @@ def check_lengths(
         if tokens == 0:
             raise ValueError(
                 f"Stage {number} (max_length {stage.max_length:,}) would see nothing to learn from: no example is "
-                "left that has a token to learn once it is cut to that length (with assistant_only_loss or "
-                "completion_only_loss: longer prompts). Give shorter examples, or a longer stage."
+                "left that has a token to learn once it is cut to that length. Give shorter examples or prompts, or a "
+                "longer stage."
             )
         if stretches and tokens <= known:
             raise ValueError(

@@ -473,7 +473,7 @@ def test_the_model_may_be_a_path(make, tiny_llama, tiny_tokenizer, given, tmp_pa
 
 def test_an_adapter_s_folder_is_no_model_s(make, tmp_path):
     make().save_model()
-    with pytest.raises(ValueError, match=r"is an adapter, and training starts from a model.*takes a PeftModel"):
+    with pytest.raises(ValueError, match=r"is an adapter, and training starts from a model.*takes PeftModel"):
         make(model=str(tmp_path / "out"), output="other")
 
 
