@@ -1,7 +1,7 @@
 """Context extension in stages, by TRL's trainer.
 
 config          arguments
-sft_trainer     the trainer: what happens when, in the terms of the files below
+sft_trainer     the trainer: what happens when, in the terms of the files below (`staged`: what they share)
 guards          what a run is refused for; of its data `columns`, of its RoPE `ropes`, of windows `sparse`
 callbacks       a step puts its stage on the model
 rows            the data of all stages as one dataset: `data`, `windows`, `streams`

@@ -7,22 +7,18 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from trl import SFTTrainer
 
 from ..attention.segments import Span
 from ..rope import WITH_HISTORY, find_rope
-from ..schedule import Schedule
+from .staged import StagedTrainer
 from .windows import boundaries
 
 FILLER = 2
 """Tokens in a `filler`."""
 
 
-class PiecewiseTrainer(SFTTrainer):
-    """TRL's trainer, whose steps in windows may be of several forwards."""
-
-    model: Any
-    schedule: Schedule
+class PiecewiseTrainer(StagedTrainer):
+    """A trainer whose steps in windows may be of several forwards."""
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None, *args: Any, **kwargs: Any

@@ -10,18 +10,15 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import SFTTrainer
 
-from ..rope import RopeScaling
-from ..schedule import Schedule
 from .checkpoints import STREAM_NAME
 from .columns import check_rows, check_tokens, read_columns
-from .config import LongLoraSFTConfig
 from .data import COLUMNS, StageData, column_names, longest_document, order, say_data, with_length
 from .identity import data_fingerprint
-from .ropes import Start, check_lengths
+from .ropes import check_lengths
 from .sequences import InShards, ShardableCollator
 from .sparse import check_unmasked
+from .staged import StagedTrainer
 from .streams import StreamCollator, StreamedRows
 from .windows import Served
 
@@ -30,20 +27,8 @@ SAID = "sequence-length-is-longer-than-the-specified-maximum"
 to be, and they are told that they have said it."""
 
 
-class RowsTrainer(SFTTrainer):
-    """TRL's trainer, whose training data are what each stage sees of them, in order."""
-
-    args: LongLoraSFTConfig
-    schedule: Schedule
-    _start: Start
-    _ropes: list[RopeScaling | None]
-    _columns: set[str]
-    _train_source: Dataset | IterableDataset | None
-    _stage_examples: list[int]
-    _stage_data: dict[int, StageData]
-    _data_fingerprint: str
-    _steps_done: int
-    _stream_state: str
+class RowsTrainer(StagedTrainer):
+    """A trainer whose training data are what each stage sees of them, in order."""
 
     def _prepare_dataset(
         self,

@@ -13,13 +13,11 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
-from trl import SFTTrainer
 
 from ..hub.card import base_name, folder_card
 from ..hub.run import RUN_NAME, read_facts, run_facts, write_facts
 from ..modules import base_model
-from ..rope import RopeScaling, find_rope
-from ..schedule import Schedule
+from ..rope import find_rope
 from ..tuner.config import read_shapes
 from ..tuner.stored import rope_seen_to
 from .callbacks import ContextStageCallback, longlora_tuner
@@ -32,32 +30,20 @@ from .checkpoints import (
     optimizer_states,
     write_signature,
 )
-from .config import LongLoraSFTConfig
-from .data import StageData
 from .identity import adapter_settings, optimizer_settings, weights_fingerprint
 from .report import write_report
-from .ropes import Start
+from .staged import StagedTrainer
 from .streams import StreamedRows, stage_data
 
 logger = logging.get_logger(__name__)
 
 
-class SavingTrainer(SFTTrainer):
+class SavingTrainer(StagedTrainer):
     """What `LongLoraSFTTrainer` saves of a run, where TRL's trainer saves it too."""
 
-    args: LongLoraSFTConfig
-    model: Any
-    schedule: Schedule
-    _start: Start
-    _ropes: list[RopeScaling | None]
     _stage_callback: ContextStageCallback
-    _stage_examples: list[int]
-    _stage_data: dict[int, StageData]
-    _stream_state: str
     _data: str
-    _data_fingerprint: str
     _identity: dict[str, Any]
-    _last_log: tuple[float, int] | None
 
     @property
     def _base(self) -> str | None:

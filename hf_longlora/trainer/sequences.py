@@ -17,12 +17,12 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig  # type: ignore[import-untyped]
 from torch.utils.data import Sampler
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
-from trl import SFTTrainer
 
 from ..parallel import check_rope, check_shardable, sequence_group, shard_sequences
 from ..rope import RopeScaling
 from ..schedule import Schedule
 from .config import LongLoraSFTConfig
+from .staged import StagedTrainer
 
 LAUNCH = "accelerate launch --config_file examples/accelerate_configs/zero2.yaml (or zero3.yaml) --num_processes GPUS"
 
@@ -188,11 +188,8 @@ class ShardedLoss(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class ShardedTrainer(SFTTrainer):
-    """TRL's trainer, whose evaluations go through rows in shards, too."""
-
-    args: LongLoraSFTConfig
-    model: Any
+class ShardedTrainer(StagedTrainer):
+    """A trainer whose evaluations go through rows in shards, too."""
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         with own_attention(self.model, self.args.sequence_parallel):

@@ -24,7 +24,7 @@ from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tun
 from .checkpoints import refuse_others
 from .compiling import compiled_layers
 from .config import LongLoraSFTConfig
-from .data import StageData, describe, limited, whole
+from .data import describe, limited, whole
 from .guards import Run, check_replicas, check_saving
 from .offload import PartialOffload
 from .pieces import PiecewiseTrainer
@@ -76,9 +76,6 @@ class LongLoraSFTTrainer(RowsTrainer, SavingTrainer, WatchedTrainer, PiecewiseTr
         ),
     }
 
-    args: LongLoraSFTConfig
-    model: Any
-
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -108,13 +105,8 @@ class LongLoraSFTTrainer(RowsTrainer, SavingTrainer, WatchedTrainer, PiecewiseTr
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), "swiglu": False, "geglu": False}
         if args.sequence_parallel > 1:
             args.parallelism_config = parallelism_config(args.sequence_parallel, args.world_size)
-        self._train_source: Dataset | IterableDataset | None = train_dataset
-        self._stage_examples: list[int] = []
-        self._stage_data: dict[int, StageData] = {}
-        self._stream_state = ""  # where the stream stood at the last batch
-        self._steps_done = 0  # micro-steps of a run that is resumed in shards
-        self._last_log: tuple[float, int] | None = None
-        self._last_batch: dict[str, Any] = {}
+        self._train_source, self._stage_examples, self._stage_data = train_dataset, [], {}
+        self._stream_state, self._steps_done, self._last_log, self._last_batch = "", 0, None, {}
         set_seed(args.seed)  # TRL before 1.16 leaves the adapter's random start unseeded
         super().__init__(
             model=model,

@@ -10,12 +10,11 @@ from typing import Any, NoReturn
 
 import psutil
 import torch
-from trl import SFTTrainer
 
 from ..modules import base_model
 from ..schedule import Schedule
 from .checkpoints import last_checkpoint
-from .config import LongLoraSFTConfig
+from .staged import StagedTrainer
 
 LAST_GOOD_NAME = "last-good"
 GOES_ON = "A run that has saved a checkpoint goes on from it (resume_from_checkpoint=True)."
@@ -107,13 +106,8 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-class WatchedTrainer(SFTTrainer):
-    """TRL's trainer, which stops where the loss or a gradient is not finite, or the loss worse than a guess."""
-
-    args: LongLoraSFTConfig
-    model: Any
-    schedule: Schedule
-    _last_batch: dict[str, Any]
+class WatchedTrainer(StagedTrainer):
+    """A trainer that stops where the loss or a gradient is not finite, or the loss worse than a guess."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
