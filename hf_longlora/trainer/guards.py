@@ -202,8 +202,8 @@ def check_saving(accelerator: Any) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.state_dict_type.name != "FULL_STATE_DICT":
         raise ValueError(
-            f"FSDP would save no adapter, but parts of the weights: fsdp_state_dict_type is "
-            f"{plugin.state_dict_type.name}. Set it to FULL_STATE_DICT in accelerate's config."
+            f"FSDP would save no adapter: fsdp_state_dict_type is {plugin.state_dict_type.name}, with which Trainer "
+            "writes parts of the weights. Set it to FULL_STATE_DICT in accelerate's config."
         )
 
 
