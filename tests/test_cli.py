@@ -26,6 +26,7 @@ from hf_longlora.attention import get_s2_attention
 from hf_longlora.attention.interface import S2State
 from hf_longlora.cli import main
 from hf_longlora.cli.data import load_documents, texts_of
+from hf_longlora.cli.evaluate import _pattern
 from hf_longlora.evaluation import compare
 from hf_longlora.evaluation.compare import compare_attention
 from hf_longlora.hub import refresh_card
@@ -72,6 +73,7 @@ def test_evaluate(adapter, tiny_tokenizer, capsys):
     with s2_attention_mode(model, "s2"):
         assert results["perplexity"]["as trained"] == perplexity_by_length(model, documents, [64, 256], **options)
     assert results["perplexity"]["dense"] != results["perplexity"]["as trained"]
+    assert results["documents"] == ["documents.jsonl.gz", "one.txt"]
     assert [row["end"] for row in results["positions"]] == [4, 8, 16, 32, 64, 128, 256]
     assert (folder / "out" / "positions.png").stat().st_size > 5_000
     printed = capsys.readouterr().out
@@ -98,6 +100,16 @@ def test_evaluate_long_ppl(adapter, tiny_tokenizer, capsys):
         assert main([*arguments, *wrong]) == 1 and "--long-ppl" in capsys.readouterr().err
 
 
+def test_only_the_pattern_of_training_is_called_that(adapter, tiny_llama):
+    model, _ = adapter
+    names = [
+        _pattern(S2AttentionConfig(group_size=size, sink_tokens=sinks), on)
+        for size, sinks, on in ((32, 0, model), (16, 0, model), (32, 4, model), (32, 0, tiny_llama()))
+    ]
+    others = ["groups of 16, 0 sink tokens", "groups of 32, 4 sink tokens", "groups of 32, 0 sink tokens"]
+    assert names == ["as trained", *others]
+
+
 def test_an_adapter_trained_in_windows_is_evaluated_densely(adapter, capsys):
     """Unless groups are asked for: within its windows, attention was dense."""
     model, folder = adapter
@@ -105,7 +117,7 @@ def test_an_adapter_trained_in_windows_is_evaluated_densely(adapter, capsys):
     model.active_peft_config.schedule = schedule.to_dict()
     model.save_pretrained(folder / "adapter")
     arguments = ["evaluate", str(folder / "adapter"), "--documents", str(folder / "one.txt"), "--lengths", "256"]
-    for options, columns in (([], ["dense"]), (["--group-size", "32"], ["dense", "as trained"])):
+    for options, columns in (([], ["dense"]), (["--group-size", "32"], ["dense", "groups of 32, 4 sink tokens"])):
         assert main([*arguments, *options, "--output-dir", str(folder / "out"), "--device", "cpu"]) == 0
         assert list(json.loads((folder / "out" / "evaluation.json").read_text())["perplexity"]) == columns
         said = "was trained in windows of 64 tokens: dense is as it was trained"

@@ -156,6 +156,8 @@ def run(options: argparse.Namespace) -> None:
         ruler_accuracy(model, tokenizer, min(options.lengths), tasks, trials=1, progress=False, **how)
     results: dict[str, Any] = {"model": base_name(options.model), "adapter_sha256": measured}
     if documents is not None:
+        # Of this machine's files the names alone: a card is published.
+        results["documents"] = [Path(name).name if Path(name).exists() else name for name in options.documents]
         results |= _on_documents(model, tokenizer, documents, options)
         if options.long_ppl is not None:
             evaluator = load(options.evaluator, options.dtype, options.device)[0] if options.evaluator else None
@@ -196,12 +198,22 @@ def _on_documents(model: Any, tokenizer: Any, documents: list[str], options: arg
             attention = replace(attention, group_size=options.group_size)
         if options.sink_tokens is not None:
             attention = replace(attention, sink_tokens=options.sink_tokens)
-        records = compare_attention(
-            model, documents, options.lengths, attention=attention, stride=options.stride, **windows
-        )
+        how = {"attention": attention, "name": _pattern(attention, model), "stride": options.stride}
+        records = compare_attention(model, documents, options.lengths, **how, **windows)
     longest = max(options.lengths)
     positions = loss_by_position(model, documents, longest, buckets=_doubling(longest), **windows)
     return {"perplexity": records, "positions": positions, "far_context": far_context(positions)}
+
+
+def _pattern(asked: Any, model: Any) -> str:
+    """What to call a pattern that was asked for: "as trained" if it is that."""
+    from ..evaluation.compare import AS_TRAINED, trained_attention, trained_window
+
+    trained = trained_attention(model)
+    same = trained is not None and trained_window(model) is None
+    if same and all(getattr(asked, name) == getattr(trained, name) for name in ("group_size", "sink_tokens")):
+        return AS_TRAINED
+    return f"groups of {asked.group_size:,}, {asked.sink_tokens} sink tokens"
 
 
 def _doubling(length: int) -> list[int]:
@@ -227,7 +239,7 @@ def _report(results: dict[str, Any], out: Path, extension: dict[str, int], plots
     from transformers.trainer import TRAINER_STATE_NAME
 
     from ..evaluation import plot_perplexity, plot_positions, plot_retrieval
-    from ..evaluation.tables import RETRIEVAL, sections
+    from ..evaluation.tables import RETRIEVAL, perplexity_of, sections
     from ..hub import refresh_card
     from ..hub.card import EVALUATION_NAME
     from ..trainer import update_report
@@ -240,8 +252,7 @@ def _report(results: dict[str, Any], out: Path, extension: dict[str, int], plots
     file.write_text(json.dumps(earlier | results, indent=2))  # what else was measured of the same weights stays
     written = [file]
     console = Console()
-    perplexity = {"the documents": results["perplexity"]} if "perplexity" in results else {}
-    for section in sections(perplexity, results):
+    for section in sections(perplexity_of(results), results):
         head, rows = section.table
         shown = Table(*head)
         for row in rows:
@@ -252,7 +263,7 @@ def _report(results: dict[str, Any], out: Path, extension: dict[str, int], plots
             print(section.note)
     if "far_context" in results:
         print(results["far_context"])
-    if plots and perplexity:
+    if plots and "perplexity" in results:
         records, title = results["perplexity"], f"{name}: perplexity by context length"
         written.append(plot_perplexity(records, out / "perplexity.png", title=title, **extension))
         records, title = {"dense": results["positions"]}, f"{name}: loss by position"

@@ -16,6 +16,7 @@ from .perplexity import perplexity_by_length
 
 logger = logging.get_logger(__name__)
 
+AS_TRAINED = "as trained"
 WORSE = 1.01
 """A warning is due where dense perplexity is this many times the perplexity by the training's pattern."""
 
@@ -26,6 +27,7 @@ def compare_attention(
     lengths: int | Sequence[int],
     *,
     attention: S2AttentionConfig | None = None,
+    name: str = AS_TRAINED,
     **options: Any,
 ) -> dict[str, list[dict[str, Any]]]:
     """Perplexity by length with dense attention and with the pattern of training (the two columns of Table 6).
@@ -42,9 +44,10 @@ def compare_attention(
         attention: the pattern of training. Default: what the model's LONGLORA adapter was trained with, else what is
             set on the model. Its group size, of the longest length where it gives none, holds at every length, as it
             does for the trained model.
+        name: what to call it, if it is not the pattern of training: dense attention is then not held against it.
 
     Returns:
-        `perplexity_by_length`'s records as `"dense"` and, unless that is the same, `"as trained"`.
+        `perplexity_by_length`'s records as `"dense"` and, unless that is the same, `name`.
 
     Raises:
         ValueError: as `perplexity_by_length`, or if the model can't use shifted sparse attention.
@@ -60,11 +63,11 @@ def compare_attention(
         state.config = attention = attention.resolved(longest, state.native_window)
         records = {"dense": perplexity_by_length(model, documents, lengths, **options)}
         with s2_attention_mode(model, "s2"):
-            records["as trained"] = perplexity_by_length(model, documents, lengths, **options)
+            records[name] = perplexity_by_length(model, documents, lengths, **options)
     worse = [
         f"{dense['perplexity']:.2f} against {sparse['perplexity']:.2f} at {dense['length']:,}"
-        for dense, sparse in zip(records["dense"], records["as trained"], strict=True)
-        if dense["perplexity"] > WORSE * sparse["perplexity"]
+        for dense, sparse in zip(records["dense"], records[name], strict=True)
+        if name == AS_TRAINED and dense["perplexity"] > WORSE * sparse["perplexity"]
     ]
     if worse:
         logger.warning(

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 Records = Sequence[Mapping[str, Any]]
 Table = tuple[list[str], list[list[str]]]
 """The head and the rows."""
+NAMED = 4
+"""Documents that a heading names, at most."""
 RETRIEVAL = {"passkey": "Passkeys found", "needles": "Passkeys found among several"}
 
 
@@ -25,6 +27,13 @@ class Section(NamedTuple):
     table: Table
     note: str
     picture: str | None = None
+
+
+def perplexity_of(results: Mapping[str, Any]) -> dict[str, Mapping[str, Records]]:
+    """The perplexities among `hf-longlora evaluate`'s results, by the documents that they are of."""
+    records, names = results.get("perplexity"), results.get("documents") or ["documents"]
+    more = [f"{len(names) - NAMED:,} more"] if len(names) > NAMED else []
+    return {", ".join([*names[:NAMED], *more]): records} if records else {}
 
 
 def sections(perplexity: Mapping[str, Mapping[str, Records]], results: Mapping[str, Any]) -> Iterator[Section]:

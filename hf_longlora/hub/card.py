@@ -13,7 +13,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.utils import cached_file, logging
 
-from ..evaluation.tables import RETRIEVAL, Records, Section, sections
+from ..evaluation.tables import RETRIEVAL, Records, Section, perplexity_of, sections
 from ..rope import ABF, reach, rope_factor, type_over
 from ..schedule import Schedule
 from ..tuner import LongLoraConfig
@@ -131,7 +131,7 @@ def folder_card(
         config,
         name=name or folder.absolute().name,
         base_model=base_model or base_name(config.base_model_name_or_path),
-        perplexity={"held-out documents": records} if records else None,
+        perplexity=perplexity_of(evaluation),
         retrieval={kind: evaluation[kind] for kind in RETRIEVAL if evaluation.get(kind)},
         ruler=evaluation.get("ruler", ()),
         long_ppl=evaluation.get("long_ppl", ()),

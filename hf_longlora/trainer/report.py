@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..evaluation.plots import no_plots, plot_history
-from ..evaluation.tables import sections
+from ..evaluation.tables import perplexity_of, sections
 from ..hub.card import read_evaluation
 from ..hub.run import evaluation_losses, read_facts, training_seconds
 from ..schedule import Schedule
@@ -142,9 +142,8 @@ def _stage_row(
 def _evaluation(folder: Path, results: Mapping[str, Any]) -> list[str]:
     """What `hf-longlora evaluate` has found."""
     parts = []
-    perplexity = {"held-out documents": results["perplexity"]} if results.get("perplexity") else {}
-    for section in sections(perplexity, results):
-        parts += [f"<h2>{section.title}</h2>", _table(*section.table)]
+    for section in sections(perplexity_of(results), results):
+        parts += [f"<h2>{html.escape(section.title)}</h2>", _table(*section.table)]
         parts += [f"<p>{html.escape(section.note)}</p>"] if section.note else []
         parts += _picture(folder / section.picture) if section.picture else []
     if "far_context" in results:

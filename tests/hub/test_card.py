@@ -204,11 +204,13 @@ def test_an_evaluation_and_measured_energy_come_into_the_card(make, tmp_path):
     (out / run.EMISSIONS_NAME).write_text("run_id,energy_consumed\na,0.25\nb,0.5\n")
     trainer.save_model()
     evaluation = {"adapter_sha256": weights_sha256(out), "perplexity": RECORDS["books"], "passkey": PASSKEY}
+    evaluation["documents"] = [f"{number}.txt" for number in range(6)]
     (out / "evaluation.json").write_text(json.dumps(evaluation))
     (out / "perplexity.png").write_bytes(b"PNG")
     trainer.save_model()
     text = (out / "README.md").read_text()
     assert "- energy: 0.75 kWh, by codecarbon" in text
+    assert "## Perplexity on 0.txt, 1.txt, 2.txt, 3.txt, 2 more\n" in text  # which may have been trained on
     assert "| dense | 12.50 | 11.25 |" in text and "| 256 | 50% | 100% |" in text and "(perplexity.png)" in text
     assert len(front(text)["model-index"][0]["results"]) == 2
     trainer.train()  # on, to other weights
