@@ -50,6 +50,7 @@ SHAPE = {
     "pad_token_id": 0,
 }
 LLAMA = LlamaConfig(**SHAPE, num_key_value_heads=2)
+WINDOWED = MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=256)
 LLAMA_8B = LlamaConfig(
     vocab_size=128256,
     hidden_size=4096,
@@ -138,8 +139,13 @@ def peak_of_a_step(config, tokens, adapter, tokenizer, folder, **options):
         (Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16), LongLoraConfig(), {}, 0.03),
         (GPTNeoXConfig(**SHAPE), LongLoraConfig(), {}, 0.06),
         (MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4), LongLoraConfig(), {}, 0.06),
+        (WINDOWED, LongLoraConfig(), {}, 0.01),
+        (WINDOWED, LongLoraConfig(), {"gradient_checkpointing": False}, 0.01),
     ],
-    ids=["llama", "not checkpointed", "tiled", "lora only", "all-linear", "qwen3", "gpt_neox", "mixtral"],
+    ids=[
+        *("llama", "not checkpointed", "tiled", "lora only", "all-linear", "qwen3", "gpt_neox", "mixtral"),
+        *("windows", "windows, not checkpointed"),
+    ],
 )
 def test_bytes_a_token_are_those_that_torch_holds(
     config, adapter, options, tolerance, tiny_tokenizer, tmp_path, monkeypatch
@@ -366,8 +372,7 @@ def test_cards_and_notes():
     assert plan_run(LLAMA, [64], gpu="H200").notes == ()
     assert "data sheet" in plan_run(LLAMA, [64], gpu="L40S").notes[0]
     gemma = Gemma3TextConfig(**SHAPE, num_key_value_heads=2, head_dim=16, sliding_window=64)
-    notes = plan_run(gemma, [64], gpu="H200").notes
-    assert "gemma3_text" in notes[0] and "sliding window" in notes[1]
+    assert "gemma3_text" in plan_run(gemma, [64], gpu="H200").notes[0]
     (note,) = plan_run(LLAMA, [32, 64, 65], gpu="H200", **groups(64)).notes
     assert note.startswith("A group of 64 tokens holds all of a sequence of 64: attention is dense")
 

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..families import find_family
 from ..rope import native_window
+from .blocks import attend_in_blocks
 from .config import AttentionMode, S2AttentionConfig
 from .eager import eager_attention
 from .kernels import select_kernel
@@ -105,22 +106,23 @@ def s2_attention_forward(
     elif skipping:
         refuse_untold(module, attention_mask, causal, alone is not None, kwargs)
     if state.find_sequence is None and (alone is not None or not sparse):
+
+        def attend(*tensors: Any) -> torch.Tensor:
+            return dense_attention(module, *tensors, causal=causal, dropout=dropout, scaling=scaling, **kwargs)
+
+        blocks: torch.Tensor | None = None
         if isinstance(attention_mask, S2Mask):
             attention_mask.check_keys(module, key)
-            dense: torch.Tensor | None
             if skipping:
-                dense = attention_mask.by_position(kwargs["cu_seq_lens_q"], kwargs["position_ids"])
-            else:
-                dense = attention_mask.dense()
-        else:
-            dense = attention_mask
-        if dense is not None:  # a model spread over devices shares one S2Mask
-            dense = dense.to(query.device)
-        options = dict(kwargs, dropout=dropout, scaling=scaling)
-        if softcap is None and learned_sinks is None:
-            return sdpa_attention_forward(module, query, key, value, dense, is_causal=is_causal, **options)
-        # As in sdpa: a single query without a mask sees every key.
-        return eager_attention(module, query, key, value, dense, causal=causal and query.shape[2] > 1, **options), None
+                blocks = attention_mask.by_position(kwargs["cu_seq_lens_q"], kwargs["position_ids"])
+            elif kwargs.get("position_bias") is None and query.shape[2] == key.shape[2]:
+                told = (kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")) if sparse else ()
+                blocks = attention_mask.in_blocks(*told)
+        if blocks is not None:
+            return attend_in_blocks(attend, query, key, value, blocks.to(query.device)), None
+        dense = attention_mask.dense() if isinstance(attention_mask, S2Mask) else attention_mask
+        # a model spread over devices shares one S2Mask
+        return attend(query, key, value, None if dense is None else dense.to(query.device)), None
 
     refuse_sparse(module, kwargs)
     sequence = None
@@ -145,6 +147,23 @@ def s2_attention_forward(
     else:
         out = kernel(query, key, value, documents.parts(query.shape[1], key.shape[1], *pattern), **options)
     return out.contiguous(), None
+
+
+def dense_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    causal: bool,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Attention by sdpa, or by the family's own function if the layer asks for what sdpa lacks: `[B, S, H, D_v]`."""
+    if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+        return sdpa_attention_forward(module, query, key, value, mask, is_causal=causal, **kwargs)[0]
+    # As in sdpa: a single query without a mask sees every key.
+    return eager_attention(module, query, key, value, mask, causal=causal and query.shape[2] > 1, **kwargs)
 
 
 def tell_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -198,7 +217,8 @@ def refuse_untold(
 ) -> None:
     """Raise a `ValueError` if a layer can't know what to see where positions skip."""
     name = type(module).__name__
-    if not causal or not isinstance(mask, S2Mask):
+    own = not isinstance(mask, S2Mask) or (window and not mask.within_span and not torch.compiler.is_compiling())
+    if not causal or own:
         raise ValueError(
             f"{name} is not causal or has a mask of its own, which knows nothing of windows and of skips inside "
             'them. Train it with sparse="s2".'

@@ -10,18 +10,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    find_packed_sequence_indices,
+    packed_sequence_mask_function,
+    padding_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
 
+from .blocks import MaskFunction, by_position, documents_of, seen_in_blocks, within_span
 from .segments import Documents
 
 READS_MASK = (
     "This family works on the attention mask itself, and s2attn makes none (memory n^2): it is not supported. Use the "
     "model with another attention implementation"
 )
-
-
-ROWS = 1024
-"""Rows of a mask that are made at a time."""
 
 
 class S2Mask:
@@ -38,6 +43,7 @@ class S2Mask:
         self._found: Any = None  # `Documents`, or what has them
         self._packed = False
         self._dense: tuple[torch.Tensor | None] | None = None
+        self._in_blocks: tuple[torch.Tensor | None] | None = None
         self._by_position: torch.Tensor | None = None
 
     @property
@@ -82,15 +88,49 @@ class S2Mask:
             self._dense = (sdpa_mask(**self.arguments),)
         return self._dense[0]
 
-    def by_position(self, cu_seqlens: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """The mask of a layer with a sliding window where positions skip: `[1, 1, S, S]`.
+    @property
+    def within_span(self) -> bool:
+        """Whether a token sees but the `window` tokens up to its own, or fewer.
 
-        What a token sees follows from positions within its document, as it does without skips: of the tokens before
-        one, those fewer than `window` positions away. (transformers would hide all that stands before a skip.)
+        Compiled, nothing can be said of it: mask functions don't show there what they are made of.
+        """
+        known = self.window is not None and not torch.compiler.is_compiling()
+        return known and within_span(self.arguments["mask_function"])
+
+    def in_blocks(
+        self, cu_seqlens: torch.Tensor | None = None, position_ids: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """What each block of a layer with a window or chunks sees, as `seen_in_blocks` says it.
+
+        `None` where the whole mask is no larger, or not known to leave out what is farther.
 
         Args:
-            cu_seqlens: `[documents + 1]`, ends of the documents packed into the one row.
-            position_ids: `[1, S]`, rising within each document.
+            cu_seqlens: As `Documents.find` takes it, if documents are to be kept apart that the mask knows nothing of:
+                gpt-oss makes its masks without positions.
+            position_ids: The same.
+        """
+        if self._in_blocks is None:
+            self._in_blocks = (self._find_blocks(cu_seqlens, position_ids) if self.within_span else None,)
+        return self._in_blocks[0]
+
+    def _find_blocks(self, cu_seqlens: torch.Tensor | None, position_ids: torch.Tensor | None) -> torch.Tensor | None:
+        function, length = self.arguments["mask_function"], self.arguments["q_length"]
+        padding = prepare_padding_mask(self.padding, length, 0)
+        documents = None
+        if cu_seqlens is not None:
+            documents = documents_of(cu_seqlens, length)[None]
+        elif position_ids is not None and position_ids.ndim == 2:
+            documents = find_packed_sequence_indices(position_ids.expand(self.arguments["batch_size"], -1))
+        if documents is None and length <= self.window:
+            return None
+        if documents is not None:
+            function = and_masks(function, packed_sequence_mask_function(documents))
+        if padding is not None:
+            function = and_masks(function, padding_mask_function(padding))
+        return self._blocks_of(function)
+
+    def by_position(self, cu_seqlens: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """What each block of a layer with a sliding window sees where positions skip (`blocks.by_position`).
 
         Raises:
             ValueError: if the layer has no window.
@@ -98,17 +138,13 @@ class S2Mask:
         if self.window is None:
             raise ValueError("Positions that skip need layers with as many keys as queries.")
         if self._by_position is None:
-            position, length = position_ids[0].int(), position_ids.shape[1]
-            index = torch.arange(length, device=position.device)
-            owner = torch.searchsorted(cu_seqlens[1:], index, right=True, out_int32=True)
-            seen = torch.empty(length, length, dtype=torch.bool, device=position.device)
-            for at in range(0, length, ROWS):  # beside the mask itself, which takes a byte a pair
-                rows = slice(at, at + ROWS)
-                distance = position[rows, None] - position[None, :]
-                torch.eq(owner[rows, None], owner[None, :], out=seen[rows])
-                seen[rows] &= (distance >= 0) & (distance < self.window)
-            self._by_position = seen[None, None]
+            self._by_position = self._blocks_of(by_position(self.window, cu_seqlens, position_ids))
         return self._by_position
+
+    def _blocks_of(self, function: MaskFunction) -> torch.Tensor:
+        of = self.arguments
+        assert self.window is not None
+        return seen_in_blocks(function, of["batch_size"], of["q_length"], self.window, of["device"])
 
     def find(
         self, find: Callable[..., Any], cu_seqlens: torch.Tensor | None, position_ids: torch.Tensor | None

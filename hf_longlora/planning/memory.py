@@ -53,11 +53,22 @@ def kept_of_the_mlp(shape: Shape, settings: RunSettings) -> float:
     return (2 if settings.fused else 3) * shape.mlp
 
 
+def kept_of_a_window(shape: Shape, window: int) -> float:
+    """Bytes a token more that autograd keeps of the attention of a layer with a sliding window (`attention.blocks`).
+
+    A bf16 mask, of a window and half of one for each query; where query heads share more than one key/value head, keys
+    and values of so many tokens for each half a window and query head.
+    """
+    copied = 3 * 4 * shape.query - 2 * shape.keys_values if 1 < shape.kv_heads < shape.heads else 0
+    return 3 * window + copied
+
+
 def bytes_at_peak(shape: Shape, settings: RunSettings, length: int) -> tuple[dict[str, float], float]:
     """Bytes on the card at the peak of a step, by what they are for, and those in the host's memory."""
     tokens, h = settings.batch_size * length / settings.sequence_parallel, shape.hidden
     stream = 4 if settings.dtype == "float32" else 2  # bytes of a number of the hidden states
     outside, inside = kept_outside_the_mlp(shape, settings), kept_of_the_mlp(shape, settings)
+    windows = [window for window in shape.windows if window is not None and window < length]
     whole = inside + 2 * shape.lora_mlp
     if settings.adapter is None:
         whole += shape.mlp  # what the way out of the MLP is multiplied with
@@ -71,12 +82,14 @@ def bytes_at_peak(shape: Shape, settings: RunSettings, length: int) -> tuple[dic
         if settings.activation_offloading:
             sent = settings.offload_share * shape.layers
             on_card += min(STASHED, sent) - sent
-        saved = on_card * checkpoint
+        saved = on_card * checkpoint + 1.5 * max(windows, default=0) * tokens  # and the mask that layers share
         if settings.selective_checkpointing:  # the output, and a fp32 number a head
             saved += shape.layers * tokens * (2 * shape.query + 4 * shape.heads)
         host = (shape.layers - on_card) * checkpoint
     else:
-        saved = shape.layers * tokens * (outside + whole)
+        saved = tokens * (
+            shape.layers * (outside + whole) + sum(kept_of_a_window(shape, window) for window in windows)
+        )
     saved += tokens * TOKEN_BYTES
 
     # Backward of a layer, beside its own activations: in the MLP the gradients of its three inner tensors (fused, of
@@ -87,7 +100,7 @@ def bytes_at_peak(shape: Shape, settings: RunSettings, length: int) -> tuple[dic
     of_norm = tokens * (NORM_BACKWARD_FUSED if settings.fused else NORM_BACKWARD) * h
     again = 0.0
     if settings.gradient_checkpointing:
-        again = tokens * outside
+        again = tokens * (outside + max((kept_of_a_window(shape, window) for window in windows), default=0))
         of_mlp += tokens * inside
     working = again + max(of_mlp, of_norm) + 2.0 * shape.largest_matrix
     if settings.chunked_loss:

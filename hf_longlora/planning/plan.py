@@ -138,8 +138,6 @@ def _notes(config: Any, shape: Shape, settings: RunSettings, gpu: Gpu) -> tuple[
             f"The activations of {config.model_type} have not been compared with a real step's: they may be up to "
             "twice what is planned."
         )
-    if any(window is not None for window in shape.windows):
-        notes.append("Layers with a sliding window are planned without their masks, a byte for each pair of tokens.")
     if shape.native_window is None:
         notes.append(f"Groups without a size or a ratio are a quarter of the length: {UNKNOWN}")
     if not gpu.measured:

@@ -37,7 +37,7 @@ def _attention_seconds(
     seconds = 0.0
     for window in shape.windows:
         if window is not None and window < length:
-            pairs, effective = window * (length - window / 2), window
+            pairs, effective = 1.5 * window * length, window  # of blocks of half a window, those that are hidden, too
             seconds += passes * 2 * widths * shape.heads * pairs * (1 + SHORT_SEGMENT / effective) / rate
             continue
         for part in Documents((document,), length).parts(
