@@ -281,21 +281,15 @@ def _report(results: dict[str, Any], out: Path, extension: dict[str, int], plots
 def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     """A model, or an adapter on its base, on its device, and its tokenizer."""
     import torch
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import cached_file
 
-    from ..hub.export import check_task
-    from ..lookup import adapter_values, reason
-    from ..tuner import LongLoraConfig
+    from ..hub.export import causal_adapter
+    from ..lookup import reason
     from ..tuner.stored import fit_vocabulary
 
-    # No adapter: a model, or a name that loading will refuse.
-    adapter = None if adapter_values(name) is None else PeftConfig.from_pretrained(name)
-    if adapter is not None:
-        check_task(adapter, name)
-    if isinstance(adapter, LongLoraConfig):
-        adapter = LongLoraConfig.from_pretrained(name)  # with the shapes of its weights
+    adapter = causal_adapter(name)  # none of a model, or a name that loading will refuse
     base = name if adapter is None else adapter.base_model_name_or_path
     revision = None if adapter is None else adapter.revision  # the base's
     if base is None:

@@ -82,7 +82,10 @@ def export_adapter(
     if dtype != "auto" and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
         raise ValueError(f'dtype must be "auto", a torch.dtype or the name of one, such as "bfloat16", got {dtype!r}')
     source = adapter_folder(adapter)
-    config = _config(source)
+    config = causal_adapter(str(source))
+    if not isinstance(config, LongLoraConfig):
+        kind = getattr(config and config.peft_type, "value", None)
+        raise ValueError(f"{adapter} is an adapter of type {kind}, not LONGLORA: PEFT merges it, and it has no RoPE")
     base_name = str(base or config.base_model_name_or_path or "")
     if not base_name:
         raise ValueError(f"the adapter {adapter} doesn't name its base model: pass base")
@@ -135,20 +138,15 @@ def adapter_folder(adapter: str | Path, files: list[str] | None = None, model: s
     return folder
 
 
-def _config(folder: Path) -> LongLoraConfig:
-    adapter_values(str(folder))  # refuses the original LongLoRA's
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, LongLoraConfig):
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        raise ValueError(
-            f"{folder} is an adapter of type {kind}, not LONGLORA: PEFT merges it, and it carries no RoPE"
-        )
-    check_task(config, folder)
-    return LongLoraConfig.from_pretrained(str(folder))  # with the shapes of its weights
+def causal_adapter(name: str) -> PeftConfig | None:
+    """The config of an adapter of any type, a LONGLORA one's with the shapes of its weights; `None` if it is none.
 
-
-def check_task(config: PeftConfig, name: str | Path) -> None:
-    """Raise a `ValueError` if an adapter is for another task than to go on with a text."""
+    Raises:
+        ValueError: if it is for another task than to go on with a text, damaged, or the original LongLoRA's.
+    """
+    if adapter_values(name) is None:
+        return None
+    config = PeftConfig.from_pretrained(name)
     task = getattr(config.task_type, "value", config.task_type)
     if task not in (None, "CAUSAL_LM"):
         auto = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task)
@@ -157,6 +155,7 @@ def check_task(config: PeftConfig, name: str | Path) -> None:
             f"{name} is an adapter for the task {task}, and merge, export and evaluate are for causal language models "
             f"(CAUSAL_LM): load it by {other}, and merge it by merge_and_unload()"
         )
+    return LongLoraConfig.from_pretrained(name) if isinstance(config, LongLoraConfig) else config
 
 
 @contextmanager

@@ -216,18 +216,13 @@ def s2_attention(
     backward. For many layers make a `ShardedSequence` once and call its `attend`.
 
     Args:
-        query: `[B, H, S, D]`, the r-th shard on rank r, contiguous; shards may differ in length.
-        key: `[B, H_kv, S, D]`, `H` a multiple of `H_kv`.
-        value: `[B, H_kv, S, D_v]`.
+        query, key, value: As there, of the r-th shard on rank r, contiguous; shards may differ in length.
         group: The processes.
-        group_size: Tokens in a group, at least 2; `None` for dense causal attention within the documents.
-        sink_tokens: First tokens of a document that every group sees beside its own; 0 is the paper's pattern.
+        group_size, sink_tokens, scale, kernel: As there.
         cu_seqlens: `[documents + 1]`, ends of the documents packed into the one whole row (`B` is 1).
         attention_mask: `[B, S]`, the shard's, 0 where a token is padding.
         position_ids: `[B or 1, S]`, the shard's, counted from the document's beginning; a document starts where they
             don't go up by one.
-        scale: Factor of the scores; `D ** -0.5` if `None`.
-        kernel: Name of a kernel, or `"auto"`.
 
     Returns:
         `[B, H, S, D_v]`, of the shard; 0 where the query is padding.

@@ -227,9 +227,10 @@ class StreamedRows(torch.utils.data.IterableDataset[Row]):
         return self._checked(found), more
 
     def _checked(self, found: Sequence[pa.Table]) -> Dataset:
-        documents = _dataset(found)
-        if found:
-            check_tokens(documents, self.vocabulary)
+        if not found:
+            return Dataset.from_dict({})
+        documents = Dataset(pa.concat_tables(found))
+        check_tokens(documents, self.vocabulary)
         return documents
 
 
@@ -240,10 +241,6 @@ def stage_data(state: str) -> dict[int, StageData]:
 
 def _table(document: Mapping[str, Any]) -> pa.Table:
     return pa.table({name: pa.array([document[name]], pa.list_(pa.int64())) for name in COLUMNS if name in document})
-
-
-def _dataset(tables: Sequence[pa.Table]) -> Dataset:
-    return Dataset(pa.concat_tables(tables)) if tables else Dataset.from_dict({})
 
 
 def _named(documents: Iterator[dict[str, Any]], read: int) -> Iterator[dict[str, Any]]:
