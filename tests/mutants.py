@@ -1,21 +1,28 @@
 """Mutants: small changes of a source file, each of which some test should notice.
 
-    python -m tests.mutants hf_longlora/rope/scale.py[:FIRST-LAST] tests/test_rope.py [-k ramp]
+    python -m tests.mutants hf_longlora/rope/scale.py[:FIRST-LAST][%3] tests/test_rope.py [-k ramp]
 
-With lines only what stands in them is changed. The tests are collected once. Each mutant is a fork in which the code
-of one function is another, and ends at the first test that fails; what no test noticed is printed. Code outside of
-functions, defaults of arguments, and texts (of errors) are left out. `tests/mutants.md` says what was found.
+With lines only what stands in them is changed, with `%3` every third of it. The tests are collected once. Each mutant
+is a fork in which the code of one function is another. There the tests run that run the changed statement, the
+quickest of them first, until one fails; what none has noticed is printed, with how many there were. Code outside of
+functions, defaults of arguments, and texts (of errors) are left out. What a test does in other threads and processes
+is not seen to run a statement. `tests/mutants.md` says what was found.
 """
 
 import ast
 import copy
 import gc
 import os
+import pickle
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FrameType, FunctionType
+from typing import Any
 
 import pytest
 
@@ -89,6 +96,17 @@ def mutants(source: str) -> Iterator[tuple[int, str, tuple[str, int], ast.Module
                 yield line, name, (function.name, first), ast.fix_missing_locations(changed)
 
 
+def statements(source: str) -> dict[int, range]:
+    """For each line the lines of its statement; without those of the statements within it."""
+    found: dict[int, range] = {}
+    for node in ast.walk(ast.parse(source)):  # outer ones first
+        if isinstance(node, ast.stmt):
+            body = getattr(node, "body", None)
+            own = range(node.lineno, max(node.lineno, body[0].lineno - 1 if body else node.end_lineno) + 1)
+            found |= dict.fromkeys(range(node.lineno, node.end_lineno + 1), own)
+    return found
+
+
 def outside_texts(node: ast.AST) -> Iterator[ast.AST]:
     """A node and all within it, but for texts, docstrings, what an error says, and a function's own annotations."""
     if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
@@ -122,29 +140,28 @@ def codes(code: CodeType) -> Iterator[CodeType]:
 
 
 class Mutants:
-    """A plugin of pytest in the place of its run of the tests."""
+    """A plugin of pytest in the place of its run of the tests.
 
-    def __init__(self, file: Path, lines: range) -> None:
-        self.file, self.lines, self.failed = file.resolve(), lines, False
+    Args:
+        file: What is changed.
+        lines: Those in which it is.
+        every: Of the changes there, each so many-th.
+    """
+
+    def __init__(self, file: Path, lines: range, every: int) -> None:
+        self.file, self.lines, self.every, self.failed = file.resolve(), lines, every, False
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.failed |= report.failed
 
-    def fork(
-        self, session: pytest.Session, functions: list[FunctionType], code: CodeType | None, limit: float
-    ) -> bool:
-        """Whether a test noticed that functions have another code."""
+    def fork(self, run: Callable[[], None], limit: float) -> bool:
+        """Whether a test fails in what is run by a process of its own, or that takes longer than `limit`, in s."""
         child = os.fork()
         if child == 0:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
             os.dup2(null, 2)
-            for function in functions:
-                function.__code__ = code
-            for item in session.items:
-                item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
-                if self.failed:
-                    break
+            run()
             os._exit(self.failed)
         end = time.monotonic() + limit
         while time.monotonic() < end:
@@ -156,33 +173,72 @@ class Mutants:
         os.waitpid(child, 0)
         return True
 
+    def run(self, items: Iterable[pytest.Item]) -> None:
+        for item in items:
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
+            if self.failed:
+                break
+
+    def look(self, items: list[pytest.Item], written: Path) -> None:
+        """Run tests, and write the time that each takes, in s, and the lines that it runs."""
+        seen: set[int] = set()
+
+        def line(frame: FrameType, event: str, arg: Any) -> Any:
+            seen.add(frame.f_lineno)
+            return line
+
+        def call(frame: FrameType, event: str, arg: Any) -> Any:
+            return line if frame.f_code.co_filename == str(self.file) else None
+
+        found = []
+        for item in items:
+            seen.clear()
+            began = time.monotonic()
+            sys.settrace(call)
+            self.run([item])
+            sys.settrace(None)
+            found.append((time.monotonic() - began, set(seen)))
+        written.write_bytes(pickle.dumps(found))
+
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        began = time.monotonic()
-        if self.fork(session, [], None, 3600):
-            raise pytest.UsageError("the tests fail without a mutant, too")
-        limit = PATIENCE + 3 * (time.monotonic() - began)
+        with tempfile.TemporaryDirectory() as folder:
+            written = Path(folder, "tests")
+            if self.fork(lambda: self.look(session.items, written), 3600):
+                raise pytest.UsageError("the tests fail without a mutant, too")
+            times = pickle.loads(written.read_bytes())
+        tests = sorted(zip(times, session.items, strict=True), key=lambda test: test[0][0])
         gc.unfreeze()  # what conftest.py has put out of the collector's sight
         living = [f for f in gc.get_objects() if type(f) is FunctionType and f.__code__.co_filename == str(self.file)]
         source, total, missed = self.file.read_text(), 0, 0
-        for line, name, (function, first), tree in mutants(source):
-            if line not in self.lines:
-                continue
+        statement = statements(source)
+        inside = (mutant for mutant in mutants(source) if mutant[0] in self.lines)
+        for line, name, (function, first), tree in islice(inside, 0, None, self.every):
             targets = [f for f in living if (f.__code__.co_name, f.__code__.co_firstlineno) == (function, first)]
             found = [c for c in codes(compile(tree, str(self.file), "exec")) if c.co_name == function]
             code = next(c for c in found if c.co_firstlineno == first)
             if not targets or len(targets[0].__code__.co_freevars) != len(code.co_freevars):
                 continue
             total += 1
-            if not self.fork(session, targets, code, limit):
+            concerned = [(spent, item) for (spent, ran), item in tests if not ran.isdisjoint(statement[line])]
+
+            def mutant(functions: list[FunctionType], code: CodeType, items: list[pytest.Item]) -> None:
+                for each in functions:
+                    each.__code__ = code
+                self.run(items)
+
+            run = partial(mutant, targets, code, [item for _, item in concerned])
+            if not self.fork(run, PATIENCE + 3 * sum(spent for spent, _ in concerned)):
                 missed += 1
-                print(f"{self.file.name}:{line}: {name} | {source.splitlines()[line - 1].strip()}", flush=True)
+                text = source.splitlines()[line - 1].strip()
+                print(f"{self.file.name}:{line}: {name} | {text} ({len(concerned)} tests)", flush=True)
         print(f"{missed} of {total} were not noticed", flush=True)
         return True
 
 
 if __name__ == "__main__":
-    name, _, span = sys.argv[1].partition(":")
+    name, _, every = sys.argv[1].partition("%")
+    name, _, span = name.partition(":")
     first, last = map(int, span.split("-")) if span else (1, 10**6)
-    plugin = Mutants(Path(name), range(first, last + 1))
+    plugin = Mutants(Path(name), range(first, last + 1), int(every or 1))
     sys.exit(pytest.main(["-q", "-s", "-p", "no:cacheprovider", *sys.argv[2:]], [plugin]))

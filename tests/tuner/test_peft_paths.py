@@ -417,6 +417,15 @@ def test_a_merge_in_place_is_of_the_active_adapter(pair):
     assert (logits(model) - expected["b"]).abs().max() <= 5e-5
 
 
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_weights_that_bitsandbytes_has_repacked_are_not_merged(merge):
+    model = get_peft_model(llama(), LongLoraConfig())
+    weight = model.base_model.model.model.layers[1].self_attn.o_proj.base_layer.weight
+    weight.quant_state = SimpleNamespace(packing_format_for_cpu=True)
+    with pytest.raises(RuntimeError, match="without quantization"):
+        getattr(model, merge)()
+
+
 def test_adapters_of_lora_alone_are_merged_together_as_pefts():
     config = dict(target_length=TARGET, rope_type="yarn", train_norms=False, train_embeddings=False)
     model = perturbed(llama(), LongLoraConfig(**config))
