@@ -18,6 +18,9 @@ from transformers import masking_utils as transformers_masks
 ALIGNMENT = 16
 """Blocks, and what stands before them, are multiples of so many tokens: kernels copy a mask of other widths."""
 
+PER_WINDOW = 2
+"""Blocks in a window. Of fewer, more pairs are computed and hidden; of more, keys and values are read more often."""
+
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 """Of transformers' kind: whether, in a row of the batch and a head, a query sees a key; indices, which broadcast."""
 
@@ -92,7 +95,7 @@ def seen_in_blocks(
     Args:
         function: Causal; shows a query no more than the `window` tokens up to its own.
     """
-    size, before = _aligned(window / 2), _aligned(window - 1)
+    size, before = _aligned(window / PER_WINDOW), _aligned(window - 1)
     if length <= window:
         size, before = length, 0
     start = torch.arange(-(-length // size), device=device)[:, None] * size
