@@ -109,8 +109,11 @@ def gradients_repeated(size: int, deepspeed: Mapping[str, Any]) -> int:
 
 def processes_of_a_sequence(size: int) -> dist.ProcessGroup:
     """The group of `size` processes that this one belongs to: DeepSpeed's, which its engine reads, made once."""
+    from deepspeed import comm  # type: ignore[import-not-found]
     from deepspeed.runtime.sequence_parallel import parallel_state_sp as state  # type: ignore[import-not-found]
 
+    if not comm.is_initialized():  # accelerate starts it on accelerators alone
+        comm.init_distributed(dist_backend=dist.get_backend())
     if state._SEQUENCE_PARALLEL_GROUP is None:
         state.initialize_sequence_parallel(size)
     if state.get_sequence_parallel_world_size() != size:

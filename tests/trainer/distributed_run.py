@@ -98,10 +98,6 @@ def main(output: str, batch_size: int, *options: str) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
         # accelerate looks at FSDP's settings on accelerators alone, and takes the CPU for DDP.
         PartialState().distributed_type = DistributedType.MULTI_GPU
-    if processes > 1 and "shards" in options and not torch.cuda.is_available():
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo")  # accelerate does it on accelerators alone
     trainer = LongLoraSFTTrainer(
         model,
         args,
