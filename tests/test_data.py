@@ -7,13 +7,15 @@ import lzma
 import re
 import shutil
 
+import datasets
 import pytest
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
 from trl import SFTTrainer
 
 from hf_longlora import LongLoraSFTConfig, LongLoraSFTTrainer
 from hf_longlora.cli import main
 from hf_longlora.cli.data import ALPACA, as_trl_reads, load_data, load_documents, texts_of
+from hf_longlora.trainer.columns import check_columns, check_rows, check_tokens
 
 QUESTION, ANSWER = "What color is the sky?", "It is blue."
 CHAT = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
@@ -119,6 +121,32 @@ def test_what_can_not_be_read_is_said(folder, capsys, row, message):
     assert message in printed and printed.count("hf-longlora: error:") == 1
     assert main(["evaluate", "base", "--documents", "rows.jsonl", "--lengths", "64", "--device", "cpu"]) == 1
     assert f"rows.jsonl: {message}" in capsys.readouterr().err or message in printed
+
+
+def as_stream(rows):
+    return check_rows(Dataset.from_list(rows).to_iterable_dataset(), ["messages"])
+
+
+def as_dataset(rows):
+    dataset = Dataset.from_list(rows)
+    check_columns(dataset, "text")
+    return dataset
+
+
+def as_json(rows):
+    feature = getattr(datasets, "Json", None) or pytest.skip("this datasets has no Json")
+    dataset = Dataset.from_list(rows, features=Features({"messages": List(feature())}))
+    check_columns(dataset, "text")
+    return dataset
+
+
+@pytest.mark.parametrize("held", [as_stream, as_dataset, as_json])
+def test_messages_say_something(held):
+    for turn in SHAREGPT[0], SHAREGPT[0] | {"weight": 1.0}, CHAT[0] | {"value": ""}, CHAT[0] | {"content": ""}:
+        assert list(held([{"messages": [turn]}])) == [{"messages": [turn]}]
+    for nothing in None, [], [SHAREGPT[0], {"from": "gpt", "value": None}]:
+        with pytest.raises(ValueError, match=r"\b1\b.*Leave"):
+            list(held([{"messages": SHAREGPT}, {"messages": nothing}]))
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations"])
@@ -389,6 +417,10 @@ def test_token_ids_that_the_model_does_not_have(folder, capsys, streaming, token
     assert (
         f"token ids from {min(token, 0)} to {max(token, 126)}, and the model's are 0 to 127" in capsys.readouterr().err
     )
+
+
+def test_rows_without_a_token_have_none_that_the_model_does_not_have():
+    check_tokens(Dataset.from_dict({"input_ids": [[]]}, features=Features({"input_ids": List(Value("int64"))})), 128)
 
 
 def test_a_stream_says_where_it_can_not_be_read_on(folder, capsys):

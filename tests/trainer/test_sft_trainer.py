@@ -503,7 +503,7 @@ def test_the_vocabulary_is_not_resized(make):
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"train_sampling_strategy": "group_by_length"}, "mix the stages"),
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "skip_prepare_dataset"),
-        ({"dataset": Dataset.from_dict({"text": ["a"], "image": [1]})}, "images"),
+        ({"dataset": Dataset.from_dict({"text": ["a"], "image": [1]})}, "images are not supported"),
         ({"padding_free": True, "packing": False}, "set packing=True as well"),
         (
             {"gradient_accumulation_steps": 0},

@@ -238,6 +238,7 @@ def test_an_evaluation_of_a_stream_is_of_the_same_text_each_time(make, stream):
         ([{"body": TEXT}], {}, r"no text: its columns are \['body'\]"),
         ([{"text": TEXT}], {"packing": False}, "the longest sequence it would see"),
         ([{"text": TEXT * 9}], {"dataloader_num_workers": 2}, "read in order"),
+        ([{"text": TEXT * 9}], {"sequence_parallel": 2}, "doesn't take streams"),
     ],
 )
 def test_what_is_refused(make, rows, options, message):
