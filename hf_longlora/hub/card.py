@@ -236,8 +236,6 @@ def _results(perplexity: Mapping[str, Mapping[str, Records]], others: Mapping[st
 
 
 def _summary(config: LongLoraConfig, base_model: str | None) -> str:
-    trained = [f"LoRA (r = {config.r}, alpha = {config.lora_alpha}) on the attention projections"]
-    trained += [what for what, on in (("norms", config.train_norms), ("embeddings", config.train_embeddings)) if on]
     of = f" for `{base_model}`" if base_model else ""
     lines = [f"A [LongLoRA](https://arxiv.org/abs/2309.12307) adapter{of}."]
     scaling, base = config.scaling, config.base_scaling
@@ -249,8 +247,27 @@ def _summary(config: LongLoraConfig, base_model: str | None) -> str:
             f"RoPE type `{kind}`{theta}, factor {factor:g} over the length the base was first trained at. "
             "The scaling is part of the adapter and comes back when it is loaded."
         )
-    lines.append(f"Trained: {', '.join(trained)}.")
+    lines.append(f"Trained: {', '.join(_trained(config))}.")
     return " ".join(lines)
+
+
+def _trained(config: LongLoraConfig) -> list[str]:
+    targets, ranks = config.target_modules or config.target_parameters or (), config.rank_pattern or {}
+    if isinstance(targets, str):
+        names = [f"`{targets}`"]
+    else:
+        targets = [name for name in targets if config.embedding_rank is None or name not in ranks]
+        names = [f"`{name}`" for name in sorted({name.rpartition(".")[2] for name in targets})]
+    kind = "DoRA" if config.use_dora else "LoRA"
+    trained = [f"{kind} (r = {config.r}, alpha = {config.lora_alpha}) on {', '.join(names)}"]
+    if config.train_norms:
+        trained.append("norms")
+    if config.trainable_token_indices is not None:
+        trained.append("embeddings of some tokens")
+    elif config.train_embeddings:
+        rank = config.embedding_rank
+        trained.append("embeddings" if rank is None else f"embeddings by LoRA (r = {rank})")
+    return trained
 
 
 def _schedule(schedule: Schedule | None) -> str:

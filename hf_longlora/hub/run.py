@@ -39,7 +39,10 @@ def run_facts(args: Any, state: TrainerState) -> dict[str, str]:
     if logged and "num_tokens" in logged[-1]:
         facts["tokens"] = f"{int(logged[-1]['num_tokens']):,}"
     kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    warmup = args.get_warmup_steps(state.max_steps)
     facts["learning rate"] = f"{args.learning_rate:g}, {kind}"
+    if warmup:
+        facts["learning rate"] += f", warmed up over {warmup:,} {'step' if warmup == 1 else 'steps'}"
     if logged:
         facts["loss"] = f"{float(logged[0]['loss']):.3f} at first, {float(logged[-1]['loss']):.3f} at last"
     evaluated: dict[str, list[float]] = {}

@@ -132,6 +132,33 @@ def test_a_base_that_is_a_folder_is_no_metadata(config, tmp_path):
     assert "# adapter" in card.text
 
 
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        ({}, "LoRA (r = 8, alpha = 16) on `k_proj`, `o_proj`, `q_proj`, `v_proj`, norms, embeddings"),
+        (
+            {"target_modules": ["q_proj", "up_proj"], "train_norms": False, "use_dora": True},
+            "DoRA (r = 8, alpha = 16) on `q_proj`, `up_proj`, embeddings",
+        ),
+        (
+            {"target_modules": r".*\.1\..*_proj", "r": 2, "train_embeddings": False},
+            r"LoRA (r = 2, alpha = 16) on `.*\.1\..*_proj`, norms",
+        ),
+        (
+            {"target_modules": ["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"], "embedding_rank": 4},
+            "LoRA (r = 8, alpha = 16) on `up_proj`, norms, embeddings by LoRA (r = 4)",
+        ),
+        (
+            {"target_modules": ["q_proj"], "trainable_token_indices": [3]},
+            "LoRA (r = 8, alpha = 16) on `q_proj`, norms, embeddings of some tokens",
+        ),
+    ],
+)
+def test_the_card_says_what_was_trained(tiny_llama, options, trained):
+    model = get_peft_model(tiny_llama(), LongLoraConfig(**options))
+    assert f"Trained: {trained}.\n" in adapter_card(model.active_peft_config, name="a", base_model="b").text
+
+
 def test_the_card_loads_the_revision_of_the_base_that_was_trained(config):
     config.revision = "v1"
     text = adapter_card(config, name="user/long", base_model="user/llama").text
@@ -187,7 +214,7 @@ def test_a_run_leaves_the_card_of_what_happened(make, tmp_path):
         "| 2 | 256 | 3 | shifted sparse | 64 | 4 | 2 |",
         "- data: 12 examples, packed (wrapped)",
         f"- tokens: {tokens:,}",
-        "- learning rate: 0.0003, constant_with_warmup",
+        "- learning rate: 0.0003, constant_with_warmup, warmed up over 1 step",
         "RoPE type `yarn`, factor 4",
     ):
         assert line in text, line

@@ -588,7 +588,7 @@ def test_parts_of_an_adapter_that_are_let_be_are_said_to_be(make, tiny_llama, tm
     trainer = make(model=model, peft_config=None)
     trainer.train()
     trainer.save_model()
-    assert "on the attention projections.\n" in (tmp_path / "out" / "README.md").read_text()
+    assert " on `k_proj`, `o_proj`, `q_proj`, `v_proj`.\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_lm_head_is_refused(make):
