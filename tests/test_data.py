@@ -15,7 +15,7 @@ from trl import SFTTrainer
 from hf_longlora import LongLoraSFTConfig, LongLoraSFTTrainer
 from hf_longlora.cli import main
 from hf_longlora.cli.data import ALPACA, as_trl_reads, load_data, load_documents, texts_of
-from hf_longlora.trainer.columns import check_columns, check_rows, check_tokens
+from hf_longlora.trainer.columns import check_columns, check_rows, check_tokens, read_columns
 
 QUESTION, ANSWER = "What color is the sky?", "It is blue."
 CHAT = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
@@ -78,7 +78,7 @@ def test_instructions_with_an_input_and_without_a_template():
 def test_a_text_field_that_is_named_comes_first():
     rows = Dataset.from_list([{"messages": CHAT, "story": LONG, "text": QUESTION}])
     assert as_trl_reads(rows, "story").column_names == ["story"]
-    assert as_trl_reads(rows).column_names == ["messages"]  # as TRL
+    assert as_trl_reads(rows).column_names == read_columns(rows.column_names, "text") == ["messages"]  # as TRL
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,7 @@ def test_a_text_field_that_is_named_comes_first():
         ({"instruction": QUESTION, "output": [ANSWER]}, "Row 0 has no text in 'output' but"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "url": "a.png"}]}]}, "other parts than text"),
         ({"input_ids": "5 6 7"}, "'input_ids' of the dataset holds Value('string'), not lists of token ids"),
+        ({"input_ids": [5.0]}, "not lists of token ids"),
         ({LONG: 1}, f"the columns are '{LONG[:40]}...', and"),
     ],
 )
@@ -142,9 +143,10 @@ def as_json(rows):
 
 @pytest.mark.parametrize("held", [as_stream, as_dataset, as_json])
 def test_messages_say_something(held):
-    for turn in SHAREGPT[0], SHAREGPT[0] | {"weight": 1.0}, CHAT[0] | {"value": ""}, CHAT[0] | {"content": ""}:
+    called = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+    for turn in SHAREGPT[0], SHAREGPT[0] | {"weight": 1.0}, CHAT[0] | {"content": ""}, called:
         assert list(held([{"messages": [turn]}])) == [{"messages": [turn]}]
-    for nothing in None, [], [SHAREGPT[0], {"from": "gpt", "value": None}]:
+    for nothing in None, [], [SHAREGPT[0], {"from": "gpt", "value": None}], [SHAREGPT[0], None]:
         with pytest.raises(ValueError, match=r"\b1\b.*Leave"):
             list(held([{"messages": SHAREGPT}, {"messages": nothing}]))
 
@@ -419,8 +421,9 @@ def test_token_ids_that_the_model_does_not_have(folder, capsys, streaming, token
     )
 
 
-def test_rows_without_a_token_have_none_that_the_model_does_not_have():
-    check_tokens(Dataset.from_dict({"input_ids": [[]]}, features=Features({"input_ids": List(Value("int64"))})), 128)
+@pytest.mark.parametrize("ids", [[], [0]])
+def test_the_least_token_ids_that_a_model_may_have(ids):
+    check_tokens(Dataset.from_dict({"input_ids": [ids]}, features=Features({"input_ids": List(Value("int64"))})), 1)
 
 
 def test_a_stream_says_where_it_can_not_be_read_on(folder, capsys):

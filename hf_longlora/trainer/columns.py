@@ -109,11 +109,10 @@ def says_nothing(value: Any) -> bool:
     """Whether there is no text or no message, or a message has no content, of which chat templates make "None"."""
     if not isinstance(value, list):
         return value is None
+    told = ("tool_calls", "thinking", "reasoning_content")
     return not value or any(
-        isinstance(message, Mapping)
-        and message.get("content") is None
-        and message.get("value") is None
-        and not any(message.get(key) for key in ("tool_calls", "thinking", "reasoning_content"))
+        not isinstance(message, Mapping)
+        or (message.get("content") is None and message.get("value") is None and not any(map(message.get, told)))
         for message in value
     )
 

@@ -497,6 +497,8 @@ def test_the_vocabulary_is_not_resized(make):
         ({"peft_config": LongLoraConfig(r=4, rope_type="linear")}, "contradict the stages"),
         ({"peft_config": LongLoraConfig(r=4, rope_parameters={"rope_type": "yarn"})}, "contradict the stages"),
         ({"dataset": Dataset.from_dict({"content": ["a"]})}, "no text.*content"),
+        ({"dataset": Dataset.from_dict({"messages": [["a"]]})}, "not a list of messages"),
+        ({"dataset": Dataset.from_dict({"text": [1]})}, "not text alone"),
         ({"dataset": Dataset.from_dict({"text": []})}, "empty"),
         ({"dataset": Dataset.from_dict({"text": ["short"] * 9}), "packing": False}, "Too few tokens for stage 1"),
         ({"dataset": texts(1, repeat=2), "packing_strategy": "bfd"}, "Too few tokens for stage 2 .*wrapped"),

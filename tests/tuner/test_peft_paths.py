@@ -489,6 +489,9 @@ def test_load_adapter_over_a_taken_name_keeps_no_wrong_rope(tmp_path, caplog, mo
     if trainable:
         set_peft_model_state_dict(model, weights)
         assert "'default', whose RoPE stays as it is" in caplog.text
+        with pytest.raises(ValueError, match="don't fit the adapter 'default': .* has shape"):
+            set_peft_model_state_dict(model, {name: torch.cat([weight] * 2) for name, weight in weights.items()})
+        assert torch.equal(logits(model), logits(other))
     else:
         with pytest.raises(ValueError, match=r"nothing says under which RoPE.*hotswap_adapter"):
             set_peft_model_state_dict(model, weights)
