@@ -175,21 +175,14 @@ class LongLoraModel(LoraModel):
         """Put on the model what its active adapters need: theirs, or the base's without any."""
         put_rope(self.model, self.peft_config, [] if self._adapters_off else self.active_adapters)
 
-    def set_rope(
-        self,
-        scaling: RopeScaling | dict[str, Any] | None = None,
-        adapter_name: str | None = None,
-        *,
-        target_length: int | None = None,
-        rope_type: str = rope.AUTO,
-        rope_parameters: dict[str, Any] | None = None,
-        base_length: int | None = None,
-    ) -> RopeScaling:
-        """Give an adapter another RoPE, on the live model and in its config, and return it resolved.
+    def set_rope(self, scaling: RopeScaling | dict[str, Any] | None = None, adapter_name: str | None = None) -> None:
+        """Give an adapter (the active one by default) another RoPE, on the live model and in its config.
 
-        Either a resolved `scaling`, or what `LongLoraConfig` takes; neither means the base's. Always computed from the
-        base, so that calling it twice is calling it once. RoPE types whose modules remember the lengths they have seen
-        are re-initialised even if nothing changes: what a step computes then depends on that step alone.
+        `None` is the base's. RoPE types whose modules remember the lengths they have seen are re-initialised even if
+        nothing changes: what a step computes then depends on that step alone.
+
+        Raises:
+            ValueError: the model doesn't take it, or another adapter on it has another one. Nothing has changed then.
         """
         name = adapter_name or self.active_adapters[0]
         config: Any = self.peft_config[name]
@@ -198,21 +191,16 @@ class LongLoraModel(LoraModel):
             scaling = RopeScaling.from_dict(scaling)
         if scaling is None:
             scaling = base
-            if target_length is not None or rope_parameters is not None:
-                scaling = rope.scaled_rope(
-                    self.model.config, target_length, rope_type, rope_parameters, base_length, base=base
-                )
         stored = None if scaling == base else scaling.to_dict()
         refuse_other_rope(self.peft_config, stored, name)
         before = rope.current_rope(self.model.config)
-        previous = config.rope, config.base_rope, config.base_length
+        previous = config.rope, config.base_rope
         config.rope, config.base_rope = stored, base.to_dict()
-        config.base_length = base_length or config.base_length
         remember(self.model, config.base_length)
         try:
             self._sync_rope()
         except Exception:
-            config.rope, config.base_rope, config.base_length = previous
+            config.rope, config.base_rope = previous
             raise
         # What a person reads in adapter_config.json says the same.
         config.target_length = None if stored is None else scaling.length
@@ -221,7 +209,6 @@ class LongLoraModel(LoraModel):
             config.rope_type = named
         if rope.current_rope(self.model.config) == before:
             rope.forget_lengths(self.model)
-        return scaling
 
     # -- switching and taking off ----------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """`sequence_parallel`: who reads which row, what a batch is, and what is refused before anything is loaded."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,9 +26,11 @@ from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLor
 from hf_longlora.trainer.sequences import (
     InShards,
     ShardableCollator,
+    check_sequences,
     gradients_repeated,
     parallelism_config,
     shards_in_turn,
+    started_with_deepspeed,
 )
 
 SHARES = hasattr(ParallelismConfig, "sp_enabled")
@@ -190,6 +193,30 @@ def test_what_cannot_be_in_shards_is_refused(tiny_tokenizer, tmp_path, launched,
     spread.hf_device_map = {"": 0}
     with pytest.raises(ValueError, match="`device_map` has one process"):
         refused(tiny_tokenizer, tmp_path, spread)
+
+
+def test_what_a_config_says_is_enough(tmp_path, launched):
+    """Of code that comes with a model there is no class yet."""
+    args = LongLoraSFTConfig(
+        output_dir=str(tmp_path), stages=[ContextStage(128, 2)], sequence_parallel=2, use_cpu=True, bf16=False
+    )
+
+    def check(config):
+        check_sequences(args, args.schedule, [], config, None, False, {})
+
+    with pytest.raises(ValueError, match="MistralConfig has layers with a window"):
+        check(MistralConfig(**LLAMA, sliding_window=16))
+    args.router_aux_loss_coef = 0.5
+    check(LlamaConfig(**LLAMA))  # has no experts
+    args.router_aux_loss_coef = 0.0
+    check(MixtralConfig(**LLAMA))
+
+
+def test_a_run_is_deepspeeds_by_its_arguments_or_by_its_launch(monkeypatch):
+    for environment, deepspeed, found in (None, None, False), (None, "zero2.json", True), ("true", None, True):
+        if environment is not None:
+            monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", environment)
+        assert started_with_deepspeed(SimpleNamespace(deepspeed=deepspeed)) is found
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -660,7 +661,7 @@ def test_what_is_kept_of_a_base_while_it_carries_an_adapter_and_no_longer():
     model = llama()
     tuner = LongLoraModel(model, {"default": LongLoraConfig(target_length=TARGET, rope_type="abf")}, "default")
     assert native_window(model) == native_window(llama()) == LENGTH and len(model._forward_pre_hooks) == 1
-    tuner.set_rope(target_length=2 * TARGET, rope_type="abf")
+    tuner.set_rope(stretched(tuner, 2 * TARGET, "abf"))
     assert native_window(model) == LENGTH and current_rope(model.config).max_position_embeddings == 2 * TARGET
     assert tuner.train() is tuner
     base = tuner.unload()
@@ -749,31 +750,37 @@ def test_a_stored_rope_goes_before_what_is_asked_for_and_needs_no_bases():
 # -- stages ----
 
 
+def stretched(tuner, length, rope_type="auto"):
+    return scaled_rope(tuner.model.config, length, rope_type, base=tuner.base_rope)
+
+
 def test_set_rope_follows_stages(tmp_path):
     model = perturbed(llama())
     tuner = model.base_model
     assert isinstance(tuner, LongLoraModel)
     base = tuner.base_rope
-    scaling = tuner.set_rope(target_length=1024, rope_type="yarn")
-    assert scaling == scaled_rope(model.config, 1024, "yarn", base=base)
+    scaling = stretched(tuner, 1024, "linear")
+    tuner.set_rope(scaling)
     assert current_rope(model.config) == scaling
-    assert model.peft_config["default"].rope == scaling.to_dict()
+    config = model.peft_config["default"]
+    assert (config.rope, config.target_length, config.rope_type) == (scaling.to_dict(), 1024, "linear")
     adapted = logits(model)
     model.save_pretrained(tmp_path)
     assert (logits(PeftModel.from_pretrained(llama(), tmp_path).eval()) - adapted).abs().max() <= 1e-6
     buffer = model.get_submodule("base_model.model.model.rotary_emb").inv_freq
     tuner.set_rope(scaling)  # unchanged: nothing is built
     assert model.get_submodule("base_model.model.model.rotary_emb").inv_freq is buffer
-    assert tuner.set_rope() == base
-    assert model.peft_config["default"].rope is None
-    assert tuner.base_rope == base
+    tuner.set_rope()
+    assert config.rope is config.target_length is None
+    assert tuner.base_rope == current_rope(model.config) == base
     tuner.set_rope(scaling.to_dict())
     assert torch.equal(logits(model), adapted)
     with model.disable_adapter():
         assert current_rope(model.config) == base
-    with pytest.raises(ValueError, match="reaches"):
-        tuner.set_rope(target_length=LENGTH)
-    assert current_rope(model.config) == scaling
+    before = copy.deepcopy(vars(config))
+    with pytest.raises(ValueError, match="can't be put on LlamaForCausalLM"):
+        tuner.set_rope(replace(scaling, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}))
+    assert current_rope(model.config) == scaling and vars(config) == before
 
 
 def test_set_rope_makes_dynamic_forget():
@@ -782,7 +789,7 @@ def test_set_rope_makes_dynamic_forget():
     first = logits(model, short)
     logits(model)  # longer: the frequencies grow and stay grown for what is shorter but beyond the original
     assert not torch.equal(logits(model, short), first)
-    model.base_model.set_rope(target_length=TARGET, rope_type="dynamic")
+    model.base_model.set_rope(stretched(model.base_model, TARGET, "dynamic"))
     assert torch.equal(logits(model, short), first)
 
 
@@ -790,7 +797,7 @@ def test_set_rope_starts_from_an_adapter_without():
     base = llama()
     plain = logits(base)
     model = perturbed(base, LongLoraConfig())
-    model.base_model.set_rope(target_length=TARGET, rope_type="yarn")
+    model.base_model.set_rope(stretched(model.base_model, TARGET, "yarn"))
     assert model.config.rope_parameters["factor"] == 4.0
     assert torch.equal(logits(model.unload()), plain)
 
@@ -800,9 +807,9 @@ def test_generation_stops_where_the_model_ends_and_no_sooner(tmp_path):
     base = llama()
     base.generation_config.max_length = LENGTH
     model = perturbed(base)
-    model.base_model.set_rope(target_length=2 * TARGET)
+    model.base_model.set_rope(stretched(model.base_model, 2 * TARGET))
     assert model.generation_config.max_length == 2 * TARGET
-    model.base_model.set_rope(target_length=TARGET)
+    model.base_model.set_rope(stretched(model.base_model, TARGET))
     out = model.generate(ids(LENGTH + 20), do_sample=False, eos_token_id=None, max_new_tokens=4)
     assert out.shape == (1, LENGTH + 24)
     with model.disable_adapter():

@@ -283,6 +283,8 @@ def test_adapters_of_one_rope_switch_freely(tmp_path):
         assert (logits(model) - expected[name]).abs().max() <= 1e-6
         with model.disable_adapter():
             assert torch.equal(logits(model), logits(llama()))
+    with pytest.raises(ValueError, match="adapter 'a' has another RoPE than 'b'"):
+        model.base_model.set_rope(None, "a")  # which is not the active one
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -489,7 +491,7 @@ def test_load_adapter_over_a_taken_name_keeps_no_wrong_rope(tmp_path, caplog, mo
     if trainable:
         set_peft_model_state_dict(model, weights)
         assert "'default', whose RoPE stays as it is" in caplog.text
-        with pytest.raises(ValueError, match="don't fit the adapter 'default': .* has shape"):
+        with pytest.raises(ValueError, match=r"don't fit the adapter 'default': .* has shape"):
             set_peft_model_state_dict(model, {name: torch.cat([weight] * 2) for name, weight in weights.items()})
         assert torch.equal(logits(model), logits(other))
     else:
