@@ -8,8 +8,13 @@ from hf_longlora import demo, demo_base
 from hf_longlora.evaluation import perplexity_by_length
 
 
-def test_stdlib_documents_are_split_by_file():
-    train, test = demo.stdlib_documents()
+@pytest.fixture(scope="module")
+def documents():
+    return demo.stdlib_documents()
+
+
+def test_stdlib_documents_are_split_by_file(documents):
+    train, test = documents
     assert not train.keys() & test.keys()
     assert len(test) > 20
     assert 0.03 < len(test) / len(train) < 0.25
@@ -47,9 +52,9 @@ def test_pretrain_learns_and_is_reproducible():
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(documents, monkeypatch):
     """The demo with its numbers cut down; every line of it runs."""
-    train, test = demo.stdlib_documents()
+    train, test = documents
     few = dict(list(train.items())[:12]), dict(sorted(test.items(), key=lambda item: -len(item[1]))[:3])
     config = demo.demo_model_config(300)
     config.update({"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "max_position_embeddings": 32})

@@ -341,8 +341,15 @@ def test_what_can_not_be_planned(arguments, message):
         plan_run(LLAMA, **{"lengths": [1024], **arguments})
 
 
-def test_the_plan_is_near_what_was_measured():
+def test_the_plan_is_near_what_was_measured(monkeypatch):
     """All rows of our trainer: memory within 10%, time within 20%."""
+    shapes = {}  # of two models, with quantized bases and without
+
+    def of(config, settings, shape_of=Shape.of):
+        key = config.hidden_size, config.num_hidden_layers, settings.quantization
+        return shapes[key] if key in shapes else shapes.setdefault(key, shape_of(config, settings))
+
+    monkeypatch.setattr(Shape, "of", of)
     lines = list(compared(read_rows(RESULTS / "train_step.csv")))
     timed = [line for line in lines if line["s_error"] is not None]
     assert len({line["length"] for line in timed}) > 3
