@@ -431,7 +431,7 @@ def test_attention_weights_are_not_given_and_it_is_said(models, monkeypatch, tra
     said = []
     monkeypatch.setattr(interface.logger, "warning_once", said.append)
     assert not models[0].train(training)(ids(), output_attentions=True).attentions
-    assert said and all("`s2attn` attention does not support `output_attentions=True`" in words for words in said)
+    assert said and all("`output_attentions=True`" in words for words in said)
 
 
 def test_what_no_kernel_honours_is_refused(models):

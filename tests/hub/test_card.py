@@ -59,7 +59,7 @@ def test_the_card_says_what_happened(config, tmp_path):
         license="apache-2.0",
     )
     text = str(card)
-    assert "from 64 to 256 tokens: RoPE type `abf` (`rope_theta` 80000), factor 4 over" in text
+    assert "from 64 to 256 tokens" in text and "`abf` (`rope_theta` 80000), factor 4" in text
     assert "| 1 | 128 | 2 | shifted sparse | 32 | 4 | 4 |" in text
     assert "| 2 | 256 | 3 | dense | - | - | - |" in text
     assert "| dense | 12.50 | 11.25 |" in text
@@ -183,7 +183,7 @@ def test_a_card_is_brought_up_to_date_unless_it_was_edited(config, tmp_path):
     assert "# long\n" in card.text and "| dense | 12.50 | 11.25 |" in card.text
     assert "## Passkeys found, by" in card.text and "## Passkeys found among several, by" in card.text
     assert "| tokens | vt | cwe | mean |" in card.text and "| 8,192 tokens | 50.0% | 25.0% | 37.5% |" in card.text
-    assert "Each is of 20 texts in the tokenizer's chat template: tasks of RULER" in card.text
+    assert "20 texts in the tokenizer's chat template" in card.text
     assert "| LongPPL | 7.12 | no key token |" in card.text and "| key tokens | 2.50% of 2,000 | 0.00%" in card.text
     assert "context of 4,096 tokens does not tell" in card.text and "found by `llama`" in card.text
     assert [r.metric_value for r in card.data.eval_results if r.dataset_type == "ruler"] == [0.5, 0.25]

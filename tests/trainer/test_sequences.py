@@ -153,7 +153,7 @@ def launched(monkeypatch):
 
 
 def test_one_process_and_no_deepspeed_are_refused(tiny_tokenizer, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"needs a multiple of 2 processes, and there is one.*accelerate launch"):
+    with pytest.raises(ValueError, match=r"multiple of 2 processes.*accelerate launch"):
         refused(tiny_tokenizer, tmp_path)
     monkeypatch.setattr(LongLoraSFTConfig, "world_size", 3)
     with pytest.raises(ValueError, match="there are 3"):

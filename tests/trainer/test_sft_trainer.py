@@ -545,7 +545,7 @@ def test_a_run_that_would_train_nothing_is_refused(make, tiny_llama, tmp_path):
     lora = get_peft_model(tiny_llama(), LoraConfig(inference_mode=True))
     with pytest.raises(ValueError, match=r"Nothing would be trained.*is_trainable=True"):
         make(model=lora, peft_config=None, stages=[ContextStage(64, 1, rope_type=None)])
-    with pytest.raises(ValueError, match=r"Nothing would be trained: no weight of LlamaForCausalLM.*requires_grad"):
+    with pytest.raises(ValueError, match="no weight of LlamaForCausalLM has requires_grad"):
         make(model=tiny_llama().requires_grad_(False), **options)
     # Something is trained, but nothing of the adapter.
     model = PeftModel.from_pretrained(tiny_llama(), adapter)

@@ -329,7 +329,7 @@ def test_a_stage_that_would_see_nothing_says_why():
     plan = schedule(ContextStage(64, 2), ContextStage(128, 2))
     start = Start(None, None, None, None)
     check_lengths(start, plan, [None, None], [64, 128])
-    with pytest.raises(ValueError, match=r"Stage 2 .* would see nothing to learn from: no example is left"):
+    with pytest.raises(ValueError, match=r"Stage 2 .* nothing to learn from"):
         check_lengths(start, plan, [None, None], [64, 0])
 
 
@@ -338,7 +338,7 @@ def test_stages_of_one_length_may_see_documents_shorter_than_it(tiny_llama):
     same = schedule(ContextStage(128, 2), ContextStage(128, 2, dense_every=4), ContextStage(128, 2, rope_type=None))
     check_lengths(start, same, stage_ropes(start, same), [100, 100, 100])
     longer = schedule(ContextStage(128, 2), ContextStage(128, 2), ContextStage(256, 2))
-    with pytest.raises(ValueError, match=r"Too few tokens for stage 3 .* has 100 tokens, no more than the 100"):
+    with pytest.raises(ValueError, match=r"Too few tokens for stage 3 .* 100 tokens"):
         check_lengths(start, longer, stage_ropes(start, longer), [100, 100, 100])
 
 
@@ -579,7 +579,7 @@ def test_a_run_by_a_larger_theta(make, tiny_llama, tmp_path):
     assert stored["rope"]["rope_parameters"] == {"rope_type": "default", "rope_theta": theta}
     assert stored["base_rope"]["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "from 64 to 512 tokens: RoPE type `abf` (`rope_theta` 226274), factor 8 over" in card
+    assert all(said in card for said in ("from 64 to 512 tokens", "`abf` (`rope_theta` 226274), factor 8"))
     loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "out"), is_trainable=True)
     set_s2_attention(loaded)  # groups go by the base that the adapter knows of, not by the length it reaches
     assert get_s2_attention(loaded).native_window == 64

@@ -567,9 +567,7 @@ def test_a_recipe_told_nothing_but_lengths(make, monkeypatch):
     said = []
     monkeypatch.setattr("hf_longlora.trainer.sparse.logger.warning", said.append)
     make(sparse="auto", dataset=PAIRS, packing=False)
-    assert said[:1] == [
-        'Steps that aren\'t dense take sparse="s2", not "windows": the dataset has answers (completion, prompt).'
-    ]
+    assert 'sparse="s2"' in said[0] and "(completion, prompt)" in said[0]
 
 
 @pytest.mark.parametrize("packing", [True, False])
