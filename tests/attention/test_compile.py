@@ -9,9 +9,10 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 from hf_longlora import S2AttentionConfig, set_s2_attention
-from hf_longlora.attention import Documents
+from hf_longlora.attention import Documents, set_attention_mode
 from hf_longlora.attention.kernels import select_kernel
 
+from ..test_families import build
 from .test_kernels import RUNS
 
 
@@ -78,3 +79,22 @@ def one_graph(name, device, dtype):
     assert close(expected, got)
     wanted, found = (torch.autograd.grad(out.square().sum(), tensors) for out in (expected, got))
     assert all(close(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["auto", "windows"])
+def test_a_layer_with_a_window_compiles_to_the_same(mode, fresh_dynamo):
+    model = build("gemma3_text").train()
+    set_s2_attention(model, S2AttentionConfig(group_size=16))
+    set_attention_mode(model, mode)
+    backend, frames = CompileCounterWithBackend("eager"), []
+    compiled = torch.compile(model, backend=backend)
+    ends, positions = torch.tensor([0, 15, 40], dtype=torch.int32), torch.tensor([[*range(15), *range(25)]])
+    told = {"cu_seq_lens_q": ends, "position_ids": positions} if mode == "windows" else {}
+    for _ in range(3):
+        x = torch.randint(3, 128, (1, 40))
+        expected, got = (each(input_ids=x, use_cache=False, **told).logits for each in (model, compiled))
+        assert torch.allclose(got, expected, atol=1e-5)
+        frames.append(backend.frame_count)
+    assert frames[1] == frames[2], "compiled again for a batch of the same shape"
+    assert all("Documents.find" in reason for reason in counters["graph_break"])
