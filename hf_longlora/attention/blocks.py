@@ -7,7 +7,7 @@ is seen of these is what transformers' mask function says, of which the whole ma
 
 import math
 from collections.abc import Callable, Iterator
-from inspect import getclosurevars
+from inspect import getclosurevars, isfunction
 from types import CodeType
 from typing import Any
 
@@ -29,10 +29,10 @@ MaskFunction = Callable[[Any, Any, Any, Any], Any]
 # What is seen
 
 
-def _codes(function: MaskFunction) -> Iterator[CodeType]:
+def _codes(function: MaskFunction) -> Iterator[CodeType | None]:
     """The code of a mask function, and of those that it is made of: two closures of one `def` share theirs."""
-    yield function.__code__
-    for held in getclosurevars(function).nonlocals.values():
+    yield getattr(function, "__code__", None)  # what is callable and no function has none
+    for held in getclosurevars(function).nonlocals.values() if isfunction(function) else ():
         for inner in held if isinstance(held, tuple) else (held,):
             if callable(inner):
                 yield from _codes(inner)

@@ -1,6 +1,7 @@
 """Layers with a sliding window or chunks, block by block, against the whole mask."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from hf_longlora import S2AttentionConfig, s2_attention_mode, set_s2_attention
 from hf_longlora.attention import interface, mask, set_attention_mode
 from hf_longlora.attention.blocks import attend_in_blocks, by_position, seen_in_blocks
 from hf_longlora.attention.mask import S2Mask
+from hf_longlora.evaluation import compare_attention
 
 from ..test_families import CHUNKED, OWN_ATTENTION, WINDOWED, build, logits
 
@@ -165,11 +167,12 @@ def even_keys(batch, head, query, key):
     "options",
     [
         {"and_mask_function": even_keys},
+        {"and_mask_function": partial(even_keys)},
         {"or_mask_function": even_keys},
         {"block_sequence_ids": torch.tensor([[-1] * 4 + [0] * 30 + [-1] * 6])},
         {"block_sequence_ids": torch.tensor([[-1] * 4 + [0] * 30 + [-1] * 6]), "position_ids": packed(1, 40)},
     ],
-    ids=["and", "or", "blocks", "blocks, packed"],
+    ids=["and", "no function", "or", "blocks", "blocks, packed"],
 )
 def test_a_mask_that_is_shaped_otherwise_stays_whole(kind, options):
     ours, dense = made(kind, 8, 1, 40, **options), made(kind, 8, 1, 40, "sdpa", **options)
@@ -265,6 +268,33 @@ def test_windows_of_a_mask_that_is_shaped_otherwise_are_refused():
     interface.refuse_untold(module, made("sliding", 16, 1, 40), True, True, told)
     with pytest.raises(ValueError, match="mask of its own"):
         interface.refuse_untold(module, seen, True, True, told)
+
+
+def by_whole_mask(attend, query, key, value, seen):
+    """What `attend_in_blocks` is to give, from the blocks of the mask put together."""
+    rows, count, _, size, span = seen.shape
+    before, length = span - size, query.shape[2]
+    whole = torch.zeros(rows, count * size, before + count * size, dtype=torch.bool)
+    for at in range(count):
+        start = at * size
+        whole[:, start : start + size, start : start + span] = seen[:, at, 0]
+    return attend(query, key, value, whole[:, None, :length, before : before + length])
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "llama4_text"])
+def test_evaluation_is_as_by_the_whole_mask(family, monkeypatch):
+    """Perplexity by length, dense and by the pattern of training; with a cache, as evaluation has it."""
+    model, found, real = build(family), [], interface.attend_in_blocks
+    set_s2_attention(model, S2AttentionConfig(group_size=8, kernel="reference"))
+    documents = [torch.randint(3, 128, (size,)).tolist() for size in (90, 75)]
+    for by in (real, by_whole_mask):
+        calls = []
+        monkeypatch.setattr(interface, "attend_in_blocks", lambda *a, by=by, calls=calls: calls.append(1) or by(*a))
+        found.append(compare_attention(model, documents, [32, 70], stride=16, batch_size=2, progress=False))
+        assert calls
+    for name, records in found[1].items():
+        for ours, theirs in zip(found[0][name], records, strict=True):
+            assert ours["tokens"] == theirs["tokens"] and abs(ours["nll"] - theirs["nll"]) < 1e-6
 
 
 class Largest(TorchDispatchMode):

@@ -10,21 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from hf_longlora import ContextStage
 from hf_longlora.attention import interface
 
+from ..attention.test_blocks import by_whole_mask
 from ..test_families import COMMON, OWN_ATTENTION, build
 from .helpers import weights
 
 WINDOW = 16
-
-
-def by_whole_mask(attend, query, key, value, seen):
-    """What `attend_in_blocks` is to give, from the blocks of the mask put together."""
-    rows, count, _, size, span = seen.shape
-    before, length = span - size, query.shape[2]
-    whole = torch.zeros(rows, count * size, before + count * size, dtype=torch.bool)
-    for at in range(count):
-        start = at * size
-        whole[:, start : start + size, start : start + span] = seen[:, at, 0]
-    return attend(query, key, value, whole[:, None, :length, before : before + length])
 
 
 def model_of(family):
