@@ -45,7 +45,7 @@ def check_sequences(
         return
     if spread:
         raise ValueError("`device_map` has one process, `sequence_parallel` several: leave one of them out.")
-    if args.world_size % size > 0 or args.world_size < size:
+    if args.world_size % size > 0:
         raise ValueError(
             f"`sequence_parallel={size}` needs a multiple of {size} processes, and there "
             f"{'is one' if args.world_size == 1 else f'are {args.world_size}'}. Start them by {LAUNCH}."

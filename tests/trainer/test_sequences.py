@@ -195,21 +195,26 @@ def test_what_cannot_be_in_shards_is_refused(tiny_tokenizer, tmp_path, launched,
         refused(tiny_tokenizer, tmp_path, spread)
 
 
-def test_what_a_config_says_is_enough(tmp_path, launched):
+def test_what_a_config_says_and_what_a_class_says(tmp_path, launched, monkeypatch):
     """Of code that comes with a model there is no class yet."""
     args = LongLoraSFTConfig(
         output_dir=str(tmp_path), stages=[ContextStage(128, 2)], sequence_parallel=2, use_cpu=True, bf16=False
     )
 
-    def check(config):
-        check_sequences(args, args.schedule, [], config, None, False, {})
+    def check(config, model_class=None):
+        check_sequences(args, args.schedule, [], config, model_class, False, {})
 
     with pytest.raises(ValueError, match="MistralConfig has layers with a window"):
         check(MistralConfig(**LLAMA, sliding_window=16))
+    with pytest.raises(ValueError, match="Recurrent has layers with a state"):
+        check(LlamaConfig(**LLAMA), type("Recurrent", (), {"_is_stateful": True}))
     args.router_aux_loss_coef = 0.5
     check(LlamaConfig(**LLAMA))  # has no experts
     args.router_aux_loss_coef = 0.0
     check(MixtralConfig(**LLAMA))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install 'deepspeed"):
+        check(LlamaConfig(**LLAMA))
 
 
 def test_a_run_is_deepspeeds_by_its_arguments_or_by_its_launch(monkeypatch):

@@ -479,6 +479,16 @@ def test_unload_gives_the_base(tied):
     assert again.config.rope_parameters["factor"] == 8.0
 
 
+def test_with_no_adapter_active_it_is_the_base():
+    config = LongLoraConfig(target_length=TARGET, rope_type="yarn", train_norms=False, train_embeddings=False)
+    model = perturbed(llama(), config)
+    adapted = logits(model)
+    model.base_model.set_adapter([])
+    assert torch.equal(logits(model), logits(llama()))
+    model.base_model.set_adapter("default")
+    assert torch.equal(logits(model), adapted)
+
+
 def test_delete_the_last_adapter():
     base = llama()
     plain = logits(base)
