@@ -80,7 +80,7 @@ def check_sequences(
         raise ValueError("With `sequence_parallel` processes meet in each batch: leave `even_batches` on.")
     text = config.get_text_config()
     balance = getattr(args, "router_aux_loss_coef", None)  # TRL's default is the model's
-    balance = getattr(text, "router_aux_loss_coef", 0.0) if balance is None else balance
+    balance = getattr(text, "router_aux_loss_coef", None) if balance is None else balance
     if hasattr(text, "output_router_logits") and balance:
         raise ValueError(
             "The balance of experts is counted over whole batches, and with `sequence_parallel` no process has one: "

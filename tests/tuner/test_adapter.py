@@ -956,6 +956,10 @@ def test_an_adapter_without_rope_knows_its_base_too(tmp_path):
         ({"train_norms": False}, {"LoRA": 16, "norms": 0, "embeddings": 1}),
         ({"embedding_rank": 4}, {"LoRA": 16, "norms": 5, "embeddings": 2}),
         ({"trainable_token_indices": [5]}, {"LoRA": 16, "norms": 5, "embeddings": 1}),
+        (
+            {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [5]}},
+            {"LoRA": 16, "norms": 5, "embeddings": 2},
+        ),
         ({"train_embeddings": False, "modules_to_save": ["lm_head"]}, {"LoRA": 16, "norms": 5, "embeddings": 0}),
     ],
 )

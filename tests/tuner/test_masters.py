@@ -182,6 +182,7 @@ def test_a_trained_model_merges_and_unloads(tied):
     assert (logits(merged).float() - here).abs().mean() < 0.05 * here.abs().mean()
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._state_dict_hooks for m in merged.modules())
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+    assert type(merged.lm_head) is torch.nn.Linear
     assert torch.equal(logits(twin.unload()), plain)
 
 
