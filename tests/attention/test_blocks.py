@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from inspect import signature
 from types import SimpleNamespace
 
 import pytest
@@ -175,6 +176,8 @@ def even_keys(batch, head, query, key):
     ids=["and", "no function", "or", "blocks", "blocks, packed"],
 )
 def test_a_mask_that_is_shaped_otherwise_stays_whole(kind, options):
+    if kind == "chunked" and "block_sequence_ids" not in signature(create_chunked_causal_mask).parameters:
+        options = {"or_mask_function": even_keys}  # older transformers
     ours, dense = made(kind, 8, 1, 40, **options), made(kind, 8, 1, 40, "sdpa", **options)
     assert ours.in_blocks() is None and torch.equal(ours.dense(), dense)
     assert made(kind, 8, 1, 40).in_blocks() is not None
@@ -220,7 +223,7 @@ def test_families_are_as_by_whole_masks(family, case, training, monkeypatch):
     with s2_attention_mode(s2, "dense"):
         outs = [logits(s2, x, **options)]
     assert calls == [1]
-    if training and case == "packed":  # gpt-oss by itself makes masks that know nothing of packing
+    if training and case == "packed" and family == "gpt_oss":  # by itself it makes masks that know nothing of packing
         outs.append(torch.cat([logits(stock, part) for part in x.split([19, 38], dim=1)], dim=1))
     else:
         outs.append(logits(stock, x, **options))
