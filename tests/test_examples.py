@@ -473,7 +473,8 @@ def test_serve_merged(shell, adapter):
 
 
 def test_quickstart(folder, monkeypatch, capsys):
-    """Its cells, one after the other in one namespace, as a reader runs them."""
+    """Its cells, one after the other in one namespace, as a reader runs them, but with fewer windows."""
+    fewer = {'"max_windows": 64': '"max_windows": 8'}
     monkeypatch.setenv("MPLBACKEND", "agg")
     notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text())
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
@@ -481,7 +482,13 @@ def test_quickstart(folder, monkeypatch, capsys):
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             assert not cell["outputs"] and cell["execution_count"] is None  # git has no outputs
-            exec(compile("".join(cell["source"]), cell["id"], "exec"), namespace)
+            code = "".join(cell["source"])
+            for number, less in list(fewer.items()):
+                if number in code:
+                    code = code.replace(number, less)
+                    del fewer[number]
+            exec(compile(code, cell["id"], "exec"), namespace)
+    assert not fewer
     base, extended = namespace["records"]["base"], namespace["records"]["extended"]
     assert [row["length"] for row in extended] == [64, 128, 256]
     assert base[-1]["perplexity"] > 1.1 * extended[-1]["perplexity"]

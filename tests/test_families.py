@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from hf_longlora import LongLoraConfig, S2AttentionConfig, s2_attention_mode, set_s2_attention
 from hf_longlora.attention import eager, interface, switch
 from hf_longlora.families import FAMILIES, find_family
-from hf_longlora.rope import ROPE_TYPES, current_rope, reach, scaled_rope, type_over
+from hf_longlora.rope import ROPE_TYPES, apply_rope, current_rope, reach, scaled_rope, type_over
 
 from .attention.oracle import oracle
 
@@ -249,6 +249,10 @@ GROUP = 8
 
 EVERY = [family.model_type for family in FAMILIES]
 WITH_ROPE = [(family.model_type, kind) for family in FAMILIES for kind in family.rope_types]
+# RoPE as most families have it: by an adapter's file each of them in one type, all types between them.
+PLAIN = [family.model_type for family in FAMILIES if family.rope_types == ROPE_TYPES and family.model_type != "cohere"]
+STORED = [(name, kind) for name, kind in WITH_ROPE if name not in PLAIN]
+STORED += [(name, ROPE_TYPES[number % len(ROPE_TYPES)]) for number, name in enumerate(PLAIN)]
 REFUSED = [(f.model_type, kind) for f in FAMILIES if f.rope_types for kind in ROPE_TYPES if kind not in f.rope_types]
 
 
@@ -370,7 +374,26 @@ def test_training(family, monkeypatch):
         assert torch.allclose(logits(s2, x, attention_mask=mask)[real], dense_logits, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "rope_type"), WITH_ROPE)
+@pytest.mark.parametrize(("family", "rope_type"), [case for case in WITH_ROPE if case not in STORED])
+def test_rope_types(family, rope_type, tmp_path):
+    """A longer RoPE on a model is what a model of its config has."""
+    model, x = build(family), torch.randint(3, 128, (1, 100))
+    before = current_rope(model.config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # attention of small random weights sees no positions
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+        plain = logits(model, x)
+        apply_rope(model, scaled_rope(model.config, 4 * reach(model.config)[1], rope_type))
+        assert type_over(current_rope(model.config), before) == rope_type
+        expected = logits(model, x)
+        assert not torch.allclose(expected, plain, atol=1e-3)
+        model.config.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).eval()
+        again.load_state_dict(model.state_dict())
+        assert torch.allclose(logits(again, x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "rope_type"), STORED)
 def test_extension(family, rope_type, tmp_path):
     """An adapter with longer RoPE comes back from its file, and merged from a plain model's."""
     base = build(family)

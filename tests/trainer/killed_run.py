@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
 from hf_longlora.trainer import last_checkpoint
 
-STEPS = 12
+STEPS = 8
 WRITERS = {  # what writes a checkpoint's files, in order
     "model": (Trainer, "save_model"),
     "optimizer": (Trainer, "_save_optimizer_and_scheduler"),
