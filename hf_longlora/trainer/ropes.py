@@ -80,7 +80,7 @@ def _extended(start: Start, now: RopeScaling | None, stage: ContextStage) -> Rop
     """The RoPE of a stage; `now` is the RoPE before it, of an earlier stage or a loaded adapter, if there is one."""
     base = start.base or current_rope(start.config)
     kind, explicit = stage.rope_type or AUTO, stage.rope_parameters
-    if now is None or now == base:
+    if now is None:
         return scaled_rope(start.config, stage.max_length, kind, explicit, start.base_length, base=base)
     original, reached = reach(now)
     own = type_over(now, base)

@@ -125,13 +125,13 @@ class SavingTrainer(StagedTrainer):
         # A checkpoint holds the fp32 masters, so that a resumed run is the same run; a saved adapter the base's dtype.
         tuner = longlora_tuner(self.model)
         if tuner is not None:
-            tuner.full_precision_state = True
+            tuner.save_state.full_precision = True
         try:
             with self._clock_stopped():
                 super()._save_checkpoint(model, trial)
         finally:
             if tuner is not None:
-                tuner.full_precision_state = False
+                tuner.save_state.full_precision = False
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with rope_seen_to():  # the stage that is resumed sets it

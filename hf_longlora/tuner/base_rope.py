@@ -70,7 +70,7 @@ def resolve_rope(model: nn.Module, config: LongLoraConfig) -> None:
             config.base_length,
             base=base,
         )
-        config.rope, config.base_rope = scaling.to_dict(), base.to_dict()
+        config.rope, config.base_rope = None if scaling == base else scaling.to_dict(), base.to_dict()
     else:
         # Nothing to scale; what the adapter is trained on is written down all the same, if it can be read.
         found = find_rope_of_base(model)

@@ -297,18 +297,10 @@ class LongLoraModel(LoraModel):
 
     @property
     def save_state(self) -> masters.SaveState:
+        """Whether state dicts hold masters in fp32 (a run's checkpoints) or in the base's dtype (the default)."""
         if self._save_state is None:
             self._save_state = masters.SaveState()
         return self._save_state
-
-    @property
-    def full_precision_state(self) -> bool:
-        """Whether state dicts hold masters in fp32 (a run's checkpoints) or in the base's dtype (the default)."""
-        return self.save_state.full_precision
-
-    @full_precision_state.setter
-    def full_precision_state(self, value: bool) -> None:
-        self.save_state.full_precision = value
 
     def upcast_masters(self, adapter_name: str | None = None) -> None:
         """Make fp32 masters of all that is trained. Call it again if something has cast the weights down."""

@@ -552,7 +552,10 @@ def test_settings_of_a_stage_go_on_into_the_next(tiny_llama):
     assert same == dense and first.parameters["factor"] == 2.0
     other = {"rope_type": "linear", "factor": 8.0}  # explicit ones may change the type
     assert (
-        ropes(tiny_llama(), ContextStage(128, 1), ContextStage(256, 1, rope_parameters=other))[1].rope_type == "linear"
+        ropes(tiny_llama(), ContextStage(128, 1), ContextStage(256, 1, rope_type="linear", rope_parameters=other))[
+            1
+        ].rope_type
+        == "linear"
     )
 
 

@@ -176,6 +176,9 @@ def test_plain_module_without_config():
     # What LoRA targets already is left to LoRA.
     model = get_peft_model(Block(), LongLoraConfig(target_modules=["linear", "embedding"], task_type=None))
     assert model.peft_config["default"].modules_to_save == ["norm"]
+    # What a model doesn't have is not missing.
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LongLoraConfig(target_modules=["0"], task_type=None))
+    assert model.base_model.frozen_parts() == []
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "lm_head"], r"(.*\.)?(q_proj|lm_head)"])
@@ -353,7 +356,8 @@ def test_explicit_rope_parameters_and_none(tmp_path):
     assert (logits(again) - logits(model)).abs().max() <= 1e-6
     base = llama()
     before = current_rope(base.config)
-    model = perturbed(base, LongLoraConfig())
+    model = perturbed(base, LongLoraConfig(rope_parameters=dict(base.config.rope_parameters)))
+    model.add_adapter("second", LongLoraConfig())  # of the same RoPE
     assert model.peft_config["default"].rope is None
     assert current_rope(model.config) == before
     model.save_pretrained(tmp_path / "b")

@@ -71,9 +71,9 @@ def test_training_computes_what_the_saved_adapter_will(tied, tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_full_precision_state_resumes_bitwise(tied, tmp_path):
     model = train(get_peft_model(llama(tied, dtype=torch.bfloat16), LongLoraConfig(target_length=TARGET)), lr=1e-3)
-    model.base_model.full_precision_state = True
+    model.base_model.save_state.full_precision = True
     model.save_pretrained(tmp_path / "checkpoint")
-    model.base_model.full_precision_state = False
+    model.base_model.save_state.full_precision = False
     model.save_pretrained(tmp_path / "adapter")
     assert {v.dtype for v in load_file(tmp_path / "checkpoint/adapter_model.safetensors").values()} == {torch.float32}
     base = llama(tied, dtype=torch.bfloat16)
@@ -117,8 +117,11 @@ def test_training_mode_brings_the_masters_back(dtype):
 def test_masters_under_ddp_are_brought_back_in_time_or_not_at_all(monkeypatch):
     """DDP's hook is on a parameter of the dtype it had."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     model = get_peft_model(llama(dtype=torch.bfloat16), LongLoraConfig(target_length=TARGET)).train()
+    cast_down(model)
+    assert dtypes(model.train()) == {torch.float32}  # one process, as DeepSpeed starts a group of
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     cast_down(model)
     with pytest.raises(RuntimeError, match=r"cast to torch.bfloat16.*upcast_masters\(\) before trainer.train"):
         model.train()
