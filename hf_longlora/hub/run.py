@@ -42,7 +42,7 @@ def run_facts(args: Any, state: TrainerState) -> dict[str, str]:
     warmup = args.get_warmup_steps(state.max_steps)
     facts["learning rate"] = f"{args.learning_rate:g}, {kind}"
     if warmup:
-        facts["learning rate"] += f", warmed up over {warmup:,} {'step' if warmup == 1 else 'steps'}"
+        facts["learning rate"] += f", warm-up over {warmup:,} {'step' if warmup == 1 else 'steps'}"
     if logged:
         facts["loss"] = f"{float(logged[0]['loss']):.3f} at first, {float(logged[-1]['loss']):.3f} at last"
     evaluated: dict[str, list[float]] = {}

@@ -214,7 +214,7 @@ def test_a_run_leaves_the_card_of_what_happened(make, tmp_path):
         "| 2 | 256 | 3 | shifted sparse | 64 | 4 | 2 |",
         "- data: 12 examples, packed (wrapped)",
         f"- tokens: {tokens:,}",
-        "- learning rate: 0.0003, constant_with_warmup, warmed up over 1 step",
+        "- learning rate: 0.0003, constant_with_warmup, warm-up over 1 step",
         "RoPE type `yarn`, factor 4",
     ):
         assert line in text, line
