@@ -44,6 +44,15 @@ def refuse_adapter(name: str) -> None:
         )
 
 
+def refuse_adapted_base(base: str, adapter: str) -> None:
+    """Raise a `ValueError` if beside an adapter's base lies another adapter, which transformers would load with it."""
+    if adapter_values(base) is not None:
+        raise ValueError(
+            f"{base}, the base of {adapter}, holds an adapter itself, which would be loaded with it: move its "
+            "adapter_config.json and adapter_model.safetensors elsewhere, or name the base that is meant."
+        )
+
+
 def adapter_values(name: str) -> dict[str, Any] | None:
     """What the adapter_config.json of a name or path says; `None` if it has none, or can't be had.
 

@@ -100,6 +100,17 @@ def test_evaluate_long_ppl(adapter, tiny_tokenizer, capsys):
         assert main([*arguments, *wrong]) == 1 and "--long-ppl" in capsys.readouterr().err
 
 
+def test_a_base_with_an_adapter_of_its_own_is_not_evaluated(adapter, capsys):
+    """transformers loads it with the base: the numbers would be of both."""
+    _, folder = adapter
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(folder / "adapter" / name, folder / "base")
+    out = folder / "out"
+    files = ["--documents", str(folder / "one.txt"), "--lengths", "64"]
+    assert main(["evaluate", str(folder / "adapter"), *files, "--output-dir", str(out)]) == 1
+    assert "holds an adapter itself" in capsys.readouterr().err and not out.exists()
+
+
 def test_only_the_pattern_of_training_is_called_that(adapter, tiny_llama):
     model, _ = adapter
     names = [

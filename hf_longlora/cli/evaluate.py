@@ -286,7 +286,7 @@ def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     from transformers.utils import cached_file
 
     from ..hub.export import causal_adapter
-    from ..lookup import reason
+    from ..lookup import reason, refuse_adapted_base
     from ..tuner.stored import fit_vocabulary
 
     adapter = causal_adapter(name)  # none of a model, or a name that loading will refuse
@@ -294,6 +294,8 @@ def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     revision = None if adapter is None else adapter.revision  # the base's
     if base is None:
         raise ValueError(f"the adapter {name} doesn't name its base model (base_model_name_or_path)")
+    if adapter is not None:
+        refuse_adapted_base(base, name)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision)
     except OSError as error:

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from ..lookup import adapter_values, reason
+from ..lookup import adapter_values, reason, refuse_adapted_base
 from ..modules import meta_model
 from ..rope import RopeScaling, current_rope, reach, vllm_overrides, write_length, write_rope
 from ..tuner import LongLoraConfig
@@ -89,6 +89,7 @@ def export_adapter(
     base_name = str(base or config.base_model_name_or_path or "")
     if not base_name:
         raise ValueError(f"the adapter {adapter} doesn't name its base model: pass base")
+    refuse_adapted_base(base_name, str(adapter))
     revision = None if base else config.revision
     try:
         base_config = AutoConfig.from_pretrained(base_name, revision=revision)

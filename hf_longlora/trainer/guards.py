@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ class Run:
             ValueError, TypeError: if it can't be, or would not do what its arguments say.
         """
         check_arguments(args)
+        check_output(model, args)
         columns = check_dataset(dataset, args, others.get("formatting_func"))
         config, model_class = supported_config(model, args)
         own_collator = others.get("data_collator") is not None
@@ -122,6 +124,17 @@ def check_arguments(args: LongLoraSFTConfig) -> None:
         raise ValueError(f"TRL {trl.__version__} has no selective gradient_checkpointing_kwargs: 1.15 is the first.")
     if args.activation_offloading and not torch.accelerator.is_available():
         raise ValueError("`activation_offloading` moves activations off an accelerator, and there is none here.")
+
+
+def check_output(model: str | PreTrainedModel | PeftModel, args: LongLoraSFTConfig) -> None:
+    """Refuse to save into the folder of the model: it would be loaded with its adapter from then on, or be no more."""
+    of = model if isinstance(model, str) else base_model(model).config._name_or_path
+    out = Path(str(args.output_dir))
+    if of and Path(of).is_dir() and out.is_dir() and out.samefile(of):
+        raise ValueError(
+            f"output_dir={args.output_dir!r} is the folder of the model that is trained, and what is saved would lie "
+            "among its files. Give the run a folder of its own."
+        )
 
 
 def check_attention(args: LongLoraSFTConfig, schedule: Schedule) -> None:

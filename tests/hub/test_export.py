@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 
@@ -155,6 +156,11 @@ def _nan(folder):
     save_file(weights, path)
 
 
+def _adapted_base(folder):
+    for file in (folder / "adapter").iterdir():
+        shutil.copy(file, folder / "base")
+
+
 def _base_rope(folder):
     config = json.loads((folder / "base" / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 5.0
@@ -174,6 +180,7 @@ def _quantized(folder):
         (_lora, "type LORA, not LONGLORA"),
         (_nan, "NaN|not finite"),
         (_base_rope, "another RoPE"),
+        (_adapted_base, "the base of .* holds an adapter itself"),
         (lambda folder: (folder / "adapter" / "adapter_config.json").unlink(), "no adapter_config.json"),
         (lambda folder: (folder / "adapter" / "adapter_model.safetensors").unlink(), "holds no weights"),
         (lambda folder: (folder / "base").rename(folder / "elsewhere"), "the base of .* can't be had"),

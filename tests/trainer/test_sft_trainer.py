@@ -477,6 +477,18 @@ def test_an_adapter_s_folder_is_no_model_s(make, tmp_path):
         make(model=str(tmp_path / "out"), output="other")
 
 
+def test_nothing_is_saved_into_the_model_s_own_folder(make, tiny_llama, tmp_path):
+    """An adapter there would be loaded with the base, and by whatever is trained on it next."""
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    loaded = type(model).from_pretrained(tmp_path / "base")
+    on_it = get_peft_model(type(model).from_pretrained(tmp_path / "base"), LongLoraConfig(r=2))
+    for given in (str(tmp_path / "base"), loaded, on_it):
+        adapter = None if given is on_it else LongLoraConfig(r=2)
+        with pytest.raises(ValueError, match=r"output_dir='.*base' is the folder of the model that is trained"):
+            make(model=given, peft_config=adapter, output="base")
+
+
 def test_the_vocabulary_is_not_resized(make):
     """The published code resizes it unconditionally."""
     trainer = make()
