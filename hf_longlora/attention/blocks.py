@@ -47,11 +47,9 @@ _NARROWING = {
     transformers_masks.and_masks(transformers_masks.causal_mask_function).__code__,
     transformers_masks.packed_sequence_mask_function(torch.zeros(1)).__code__,
 }
-if hasattr(
-    transformers_masks, "remap_positions_for_packed_sequence"
-):  # newer transformers; with the one above, never alone
-    remap = transformers_masks.remap_positions_for_packed_sequence
-    _NARROWING.add(remap(transformers_masks.causal_mask_function, torch.zeros(1)).__code__)
+_remap = getattr(transformers_masks, "remap_positions_for_packed_sequence", None)  # newer; always with the one above
+if _remap is not None:
+    _NARROWING.add(_remap(transformers_masks.causal_mask_function, torch.zeros(1)).__code__)
 
 
 def within_span(function: MaskFunction) -> bool:
