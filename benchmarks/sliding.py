@@ -1,6 +1,6 @@
 """Attention of a layer with a sliding window, forward and backward: ours, by the whole mask, and what could do it.
 
-    python -m benchmarks.windows [--shapes gemma3-270m 8b] [--lengths 8192 32768 131072] [--results FILE]
+    python -m benchmarks.sliding [--shapes gemma3-270m 8b] [--lengths 8192 32768 131072] [--results FILE]
 
 One row per method, shape and length, appended as it is measured: some three minutes on one GPU. Methods:
 
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--device", default="cuda", help="the shapes that are measured are for a GPU; tiny is for a CPU"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS / "windows.csv")
+    parser.add_argument("--results", type=Path, default=RESULTS / "sliding.csv")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
