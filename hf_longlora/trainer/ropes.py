@@ -106,7 +106,7 @@ def check_lengths(
 
     `longest` are the tokens in the longest document that each stage sees.
     """
-    before = start.now or start.base
+    before: RopeScaling | None = None
     known = start.known if any(rope is not None for rope in ropes) else 0
     for number, (stage, rope, tokens) in enumerate(zip(schedule.stages, ropes, longest, strict=True), start=1):
         stretches = rope is not None and rope != before and stage.max_length > known

@@ -324,16 +324,15 @@ class LongLoraModel(LoraModel):
         """
         super().train(mode)
         low = [p for name in self._with_masters for p in self._trained(name) if masters.is_low(p)] if mode else []
-        if not low:
-            return self
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if low and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # DDP would lose its hooks on these parameters, each process train for itself, and none say a word of it.
             raise RuntimeError(
                 f"What the adapter trains has been cast to {low[0].dtype}, in which small steps round away: TRL's "
                 "trainers do that on a quantized base. It must be cast back before DDP or FSDP takes it over: call "
                 "trainer.model.base_model.upcast_masters() before trainer.train(), or use LongLoraSFTTrainer."
             )
-        self.upcast_masters()
+        if low:
+            self.upcast_masters()
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> LongLoraModel:

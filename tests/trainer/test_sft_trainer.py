@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import json
 import logging
@@ -559,6 +560,7 @@ def test_a_run_that_would_train_nothing_is_refused(make, tiny_llama, tmp_path):
         make(model=lora, peft_config=None, stages=[ContextStage(64, 1, rope_type=None)])
     with pytest.raises(ValueError, match="no weight of LlamaForCausalLM has requires_grad"):
         make(model=tiny_llama().requires_grad_(False), **options)
+    make(model=tiny_llama().requires_grad_(False))  # its adapter
     # Something is trained, but nothing of the adapter.
     model = PeftModel.from_pretrained(tiny_llama(), adapter)
     model.get_base_model().lm_head.weight.requires_grad_(True)
@@ -644,6 +646,7 @@ def test_stages_are_served_their_examples_where_a_model_takes_several_gpus(make,
         ({"group_size": 256}, True),
         ({"group_size_ratio": 1.0}, True),
         ({"group_size": 255}, False),
+        ({"stages": [ContextStage(256, 1, group_size=256), ContextStage(512, 1)]}, True),
         ({"group_size": 256, "stages": [ContextStage(256, 1, attention="dense")]}, False),
     ],
 )
@@ -655,6 +658,16 @@ def test_a_stage_that_groups_make_dense_is_said(make, monkeypatch, options, warn
     assert [message.startswith(words) for message in said] == [True] * warned
     trainer.train()
     assert trainer.state.log_history[0]["attention"] == ("s2attn" if options.get("group_size") == 255 else "dense")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_activations_are_moved_off_an_accelerator_alone(monkeypatch, tmp_path, there):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    args = LongLoraSFTConfig(
+        output_dir=str(tmp_path), stages=STAGES, use_cpu=True, bf16=False, activation_offloading=True
+    )
+    with contextlib.nullcontext() if there else pytest.raises(ValueError, match="there is none here"):
+        guards.check_arguments(args)
 
 
 def test_plain_arguments_are_refused(tiny_llama, tmp_path):

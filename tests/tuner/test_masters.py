@@ -200,6 +200,7 @@ def test_head_the_user_trains_has_a_master_too():
 def test_fp32_bases_are_left_alone():
     model = perturbed(llama())
     assert not any("_master" in vars(m) for m in model.modules())
+    assert model.base_model.float() is model.base_model
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
