@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -629,6 +630,7 @@ def test_what_counts_examples_otherwise_is_refused(make, monkeypatch):
 
 
 def test_several_gpus_in_one_process_are_refused(make, monkeypatch):
+    guards.check_replicas(SimpleNamespace(n_gpu=1))
     monkeypatch.setattr(LongLoraSFTConfig, "n_gpu", 2)
     with pytest.raises(ValueError, match=r"DataParallel.*accelerate launch.*CUDA_VISIBLE_DEVICES"):
         make()
