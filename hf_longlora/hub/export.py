@@ -70,9 +70,6 @@ def export_adapter(
         dtype: Of the merged model, or its name ("bfloat16"); "auto" is the base's.
         device: Where merging is done.
 
-    Returns:
-        `output_dir`.
-
     Raises:
         ValueError: if it is no LONGLORA adapter, the base is not its base or is quantized, weights are not finite, or
             the output folder has files.

@@ -53,9 +53,6 @@ def import_original(
         target_length: The context that it was trained at, in tokens (`model_max_length` of the original scripts).
         base: The base model's name or path, where it is not the one that the checkpoint names.
 
-    Returns:
-        `output_dir`.
-
     Raises:
         ValueError: if it is no such checkpoint, does not fit the base, or trained what an adapter can't hold.
         OSError: if the checkpoint or the config of the base can't be had.

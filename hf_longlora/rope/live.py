@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..modules import is_attention
-from .state import WITH_HISTORY, RopeScaling, current_rope, find_rope, text_config, write
+from .state import WITH_HISTORY, RopeScaling, current_rope, find_rope, text_config, write_rope
 
 # Attributes a rotary module derives from its config; a value left from another RoPE would be read again.
 _DERIVED = ("inv_freq", "max_seq_len_cached", "original_max_seq_len", "attention_scaling", "rope_type")
@@ -106,14 +106,14 @@ def apply_rope(model: nn.Module, scaling: RopeScaling) -> None:
     scaled = [m for m in model.modules() if _scales_softmax(m, scaling, before)]
     try:
         for each in configs:
-            write(each, scaling)
+            write_rope(each, scaling)
         for module in modules:
             _reinitialise(module)
         for module in scaled:
             _rescale_softmax(module)
     except Exception as error:
         for each in configs:
-            write(each, before)
+            write_rope(each, before)
         for module in modules:
             _reinitialise(module)
         for module in scaled:

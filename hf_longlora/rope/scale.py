@@ -39,7 +39,7 @@ from .state import (
     is_nested,
     readings,
     text_config,
-    write,
+    write_rope,
 )
 
 logger = logging.get_logger(__name__)
@@ -322,7 +322,7 @@ def _validated(config: Any, scaling: RopeScaling) -> RopeScaling:
             if len(parameters.get(key) or ()) != want:
                 raise ValueError(f"longrope needs {key} with {want} numbers, got {len(parameters.get(key) or ())}.")
     trial = copy.deepcopy(config)
-    write(trial, scaling)
+    write_rope(trial, scaling)
     try:
         trial.validate_rope()
     except (KeyError, TypeError) as error:

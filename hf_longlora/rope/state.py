@@ -127,10 +127,6 @@ def find_rope(config: Any) -> RopeScaling | None:
         return None
 
 
-def _as_scaling(config_or_scaling: Any) -> RopeScaling:
-    return config_or_scaling if isinstance(config_or_scaling, RopeScaling) else current_rope(config_or_scaling)
-
-
 def reach(config_or_scaling: Any, base_length: int | None = None) -> tuple[int, int]:
     """The original length and the length reached by now, both in tokens.
 
@@ -139,7 +135,7 @@ def reach(config_or_scaling: Any, base_length: int | None = None) -> tuple[int, 
     dynamic, and for linear without the other. `base_length` overrides. Where a linear RoPE leaves it open, `readings`
     has both.
     """
-    scaling = _as_scaling(config_or_scaling)
+    scaling = config_or_scaling if isinstance(config_or_scaling, RopeScaling) else current_rope(config_or_scaling)
     parameters, longest = scaling.parameters, max(scaling.max_position_embeddings, scaling.model_max_length or 0)
     stated = scaling.original_max_position_embeddings or parameters.get("original_max_position_embeddings")
     if scaling.rope_type in CARRY_ORIGINAL:
@@ -220,8 +216,9 @@ def rope_factor(scaling: RopeScaling, base: RopeScaling | None = None, base_leng
     return float(factor) if factor else longest / original
 
 
-def write(config: Any, scaling: RopeScaling) -> None:
-    """Put `scaling` in the config of a language model."""
+def write_rope(config: Any, scaling: RopeScaling) -> None:
+    """Put `scaling` in a config, for a model that is loaded with it later; on a live model: `apply_rope`."""
+    config = text_config(config)
     config.rope_parameters = copy.deepcopy(scaling.rope_parameters)
     config.max_position_embeddings = scaling.max_position_embeddings
     if scaling.original_max_position_embeddings is not None:
@@ -233,11 +230,6 @@ def write(config: Any, scaling: RopeScaling) -> None:
     # For these types transformers multiplies by `head_dim`, set or not (Mixtral's is None): say it outright.
     if scaling.rope_type in ("dynamic", "yarn", "longrope") and getattr(config, "head_dim", 0) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
-
-
-def write_rope(config: Any, scaling: RopeScaling) -> None:
-    """Put `scaling` in a config, for a model that is loaded with it later; on a live model: `apply_rope`."""
-    write(text_config(config), scaling)
 
 
 def write_length(processing_class: Any, scaling: RopeScaling) -> None:
