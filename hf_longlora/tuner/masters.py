@@ -199,7 +199,3 @@ def demote(copy: nn.Module, dtype: torch.dtype | None) -> None:
         for parameter in copy.parameters():
             if parameter.is_floating_point() and parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
-
-
-def is_promoted(copy: nn.Module) -> bool:
-    return _master(copy) is not None

@@ -353,5 +353,4 @@ class LongLoraModel(LoraModel):
             return
         self._with_masters -= {adapter_name}
         for _, wrapper, module in self._copies(adapter_name):
-            if not masters.is_promoted(module):
-                masters.demote(module, masters.base_dtype(wrapper.original_module))
+            masters.demote(module, masters.base_dtype(wrapper.original_module))

@@ -86,6 +86,11 @@ def test_full_precision_state_resumes_bitwise(tied, tmp_path):
     for (name, here), (_, there) in zip(model.named_parameters(), fresh.named_parameters(), strict=True):
         assert torch.equal(here, there), name
     assert torch.equal(logits(train(fresh)), logits(train(model)))
+    # For inference all is of the base's dtype, also where PEFT puts the file's tensors in the place of the model's.
+    for low in (False, True):
+        base = llama(tied, dtype=torch.bfloat16)
+        loaded = PeftModel.from_pretrained(base, tmp_path / "checkpoint", low_cpu_mem_usage=low)
+        assert {p.dtype for _, wrapper, copy in loaded.base_model._copies() for p in copy.parameters()} == {torch.bfloat16}
 
 
 def cast_down(model):
