@@ -600,7 +600,8 @@ def test_a_base_whose_config_leaves_its_length_open_is_asked_for_it(make, tiny_l
     def base():
         return tiny_llama(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})
 
-    for options in ({}, {"stages": "auto", "max_length": 512, "max_steps": 2}, {"sparse": "pose"}):
+    same = {"sparse": "pose", "stages": [ContextStage(64, 1, rope_type=None)]}  # windows of either
+    for options in ({}, {"stages": "auto", "max_length": 512, "max_steps": 2}, {"sparse": "pose"}, same):
         options = {"stages": [ContextStage(256, 1)], **options}
         with pytest.raises(ValueError, match="128 tokens, from originally 64, or 64 tokens, from originally 32"):
             make(model=base(), **options)

@@ -526,12 +526,23 @@ MASKED = Dataset.from_dict({"input_ids": [[5] * 300] * 8, "labels": [[-100] * 10
     ids=["assistant", "pairs", "completion", "labels", "no RoPE", "state"],
 )  # fmt: skip
 @pytest.mark.parametrize("sparse", ["windows", "pose"])
-def test_what_can_not_be_cut_is_refused(make, options, message, sparse):
+def test_what_can_not_be_cut_is_refused(make, monkeypatch, options, message, sparse):
+    if options.get("dataset") is not MASKED:  # before anything is tokenized
+        monkeypatch.setattr("hf_longlora.trainer.rows.check_unmasked", None)
     before = copy.deepcopy(options.get("model"))
     with pytest.raises(ValueError, match=message):
         make(sparse=sparse, **options)
     if before is not None:
         assert options["model"].config._attn_implementation == before.config._attn_implementation
+
+
+def test_batches_are_not_dealt_out_by_one_of_several_processes(make, monkeypatch):
+    options = {"sparse": "windows", "accelerator_config": {"dispatch_batches": True}}
+    make(**options)
+    monkeypatch.setattr(LongLoraSFTConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="would tear windows apart"):
+        make(**options)
+    make(sparse="windows")
 
 
 @pytest.mark.parametrize(
@@ -568,6 +579,8 @@ def test_a_recipe_told_nothing_but_lengths(make, monkeypatch):
     monkeypatch.setattr("hf_longlora.trainer.sparse.logger.warning", said.append)
     make(sparse="auto", dataset=PAIRS, packing=False)
     assert 'sparse="s2"' in said[0] and "(completion, prompt)" in said[0]
+    make(sparse="auto", dataset=PAIRS, packing=False, dense_every=1)  # nothing is sparse
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("packing", [True, False])
