@@ -90,7 +90,7 @@ def test_full_precision_state_resumes_bitwise(tied, tmp_path):
     for low in (False, True):
         base = llama(tied, dtype=torch.bfloat16)
         loaded = PeftModel.from_pretrained(base, tmp_path / "checkpoint", low_cpu_mem_usage=low)
-        assert {p.dtype for _, wrapper, copy in loaded.base_model._copies() for p in copy.parameters()} == {torch.bfloat16}
+        assert {p.dtype for _, _, copy in loaded.base_model._copies() for p in copy.parameters()} == {torch.bfloat16}
 
 
 def cast_down(model):
