@@ -18,6 +18,7 @@ def make(tiny_llama, tiny_tokenizer, tmp_path):
         output="out",
         callbacks=None,
         eval_dataset=None,
+        formatting_func=None,
         **arguments,
     ):
         torch.manual_seed(0)
@@ -48,6 +49,7 @@ def make(tiny_llama, tiny_tokenizer, tmp_path):
             processing_class=tiny_tokenizer,
             peft_config=LongLoraConfig(r=4) if peft_config == "default" else peft_config,
             callbacks=callbacks,
+            formatting_func=formatting_func,
         )
 
     return trainer

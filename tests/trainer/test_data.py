@@ -75,14 +75,23 @@ def test_examples_whose_answers_lie_past_a_stage_s_length_are_counted(make, said
     assert said[1].startswith("Stage 2: 40 of 40 examples, ")
 
 
+def test_of_conversations_the_answers_are_counted(make, said):
+    chat = [{"role": "user", "content": "q" * 20}, {"role": "assistant", "content": "a" * 30}]
+    options = {"dataset": Dataset.from_dict({"messages": [chat] * 4}), "packing": False, "assistant_only_loss": True}
+    (found,) = make(stages=[ContextStage(128, 1)], **options)._stage_data.values()
+    assert found.masked and found.used == found.tokens == 4 * 31  # with the end of the answer
+    assert "124 of 124 tokens to learn from" in said[0]
+
+
 def test_answers_that_packing_cuts_off_are_no_tokens_to_learn_from(make, said):
     """TRL packs them all the same."""
     pairs = {"prompt": ["q" * 200] * 39 + ["q"], "completion": ["a" * 30] * 40}
     options = dict(packing_strategy="bfd", stages=[ContextStage(128, 1)])
     make(dataset=Dataset.from_dict(pairs), **options)
     assert "40 of 40 examples (39 cut), " in said[0] and "tokens to learn from (2%)" in said[0]
-    with pytest.raises(ValueError, match=r"Stage 1.*would see nothing to learn from"):
-        make(dataset=Dataset.from_dict(pairs).select(range(39)), **options)
+    for packing in (True, False):  # which leaves rows, or none
+        with pytest.raises(ValueError, match=r"Stage 1.*would see nothing to learn from"):
+            make(dataset=Dataset.from_dict(pairs).select(range(39)), packing=packing, **options)
 
 
 @pytest.mark.parametrize("options", [{"packing": False}, {"packing_strategy": "bfd"}], ids=str)

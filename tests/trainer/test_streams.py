@@ -246,6 +246,13 @@ def test_what_is_refused(make, rows, options, message):
         make(dataset=IterableDataset.from_generator(lambda: iter(rows)), **options)
 
 
+def test_rows_of_which_a_function_makes_texts(make):
+    rows = [{"body": TEXT * 9}] * 9
+    for dataset in Dataset.from_list(rows), IterableDataset.from_generator(lambda: iter(rows)):
+        trainer = make(dataset=dataset, formatting_func=lambda row: row["body"])
+        assert {data.given for data in trainer._stage_data.values()} == {9}
+
+
 def test_a_file_that_breaks_off_is_named_with_its_place(make, stream, tmp_path):
     data = stream(documents=60)
     (tmp_path / "data" / "2.jsonl").write_text('{"text": "whole"}\n{"te')
