@@ -38,7 +38,7 @@ from .merging import (
     under_others,
     warn_of_changed_base,
 )
-from .resolve import resolve_modules, tie_by_module
+from .resolve import refuse_offloaded, resolve_modules, tie_by_module
 from .stored import check_fit, check_ranks, check_tokens, refuse_foreign_rope
 from .undo import undone_if_refused, undone_on_failure
 
@@ -68,14 +68,16 @@ class LongLoraModel(LoraModel):
         """As PEFT's, with modules and RoPE resolved first. A failure leaves the model and its RoPE as they were.
 
         Raises:
-            ValueError: the head is targeted, biases would be trained in bf16 or fp16, the base has another RoPE than
-                the adapter was trained on, or another adapter on the model has another RoPE.
+            ValueError: the head is targeted, biases would be trained in bf16 or fp16, what the adapter is put on is
+                offloaded, the base has another RoPE than the adapter was trained on, or another adapter on the model
+                has another RoPE.
         """
         config = self.peft_config[adapter_name]
         if not isinstance(config, LongLoraConfig):
             raise TypeError(f"LongLoraModel needs a LongLoraConfig, got {type(config).__name__}.")
         with undone_on_failure(model, self.peft_config, adapter_name) as undo:
             resolve_modules(model, config)
+            refuse_offloaded(model, config, first=len(self.peft_config) == 1)
             resolve_rope(model, config)
             refuse_other_rope(self.peft_config, config.rope, adapter_name)
             check_ranks(config)

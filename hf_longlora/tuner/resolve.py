@@ -45,6 +45,39 @@ def resolve_modules(model: nn.Module, config: LongLoraConfig) -> None:
     _refuse_shared(model, config)
 
 
+def refuse_offloaded(model: nn.Module, config: LongLoraConfig, first: bool) -> None:
+    """Raise a `ValueError` where accelerate keeps weights that an adapter would be put on elsewhere than on the model.
+
+    PEFT puts an adapter's weights where the base's are: on the meta device, where loading does nothing, and all that
+    is said is a warning. It offloads them anew for the first adapter that is loaded on a model with a device map, and
+    then finds LoRA's weights again, but no norm's and no embedding's.
+
+    Args:
+        first: Whether it is the first adapter on the model.
+    """
+    parked = {"cpu", "disk"}.intersection((getattr(model, "hf_device_map", None) or {}).values())
+    anew = first and config.stored_shapes is not None and bool(parked)
+    whole = (*(config.modules_to_save or ()), *_token_modules(model, config))
+    for name, module in walk(model):
+        empty = any(p.is_meta for p in module.parameters(recurse=False))
+        offloaded = empty and (bool(parked) or hasattr(module, "_hf_hook"))  # and not a model made without numbers
+        if offloaded and (name.endswith(whole) or (_targeted(config, name) and not anew)):
+            raise ValueError(
+                f"the weights of {name} are offloaded, and the adapter's part of it would be lost. Put the adapter on "
+                "the base in memory and offload both (accelerate.cpu_offload(model) or disk_offload), or merge it "
+                "(hf-longlora merge) and load the merged model with a device_map."
+            )
+
+
+def _token_modules(model: nn.Module, config: LongLoraConfig) -> list[str]:
+    """Names of the modules of which single tokens are trained."""
+    tokens = config.trainable_token_indices
+    if isinstance(tokens, dict):
+        return list(tokens)
+    embedding = unwrapped(input_embedding(model)) if tokens else None
+    return [name for name, module in walk(model) if module is embedding]
+
+
 def _targeted(config: LongLoraConfig, name: str) -> bool:
     """Whether LoRA is put on a module, by PEFT's rules, which want a list of targets."""
     return config.target_modules is not None and bool(check_target_module_exists(config, name))

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
+from accelerate import cpu_offload, disk_offload
 from peft import (
     LoraConfig,
     PeftModel,
@@ -23,7 +25,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter as pefts_hotswap_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_longlora import export_adapter, tuner
 from hf_longlora.rope import ROPE_TYPES, current_rope
@@ -450,7 +452,93 @@ def test_unload_of_a_merged_adapter_gives_the_base(pair):
     assert (logits(model.unload()) - logits(llama())).abs().max() <= 5e-5
 
 
+# -- bases whose weights are offloaded ----
+
+
+def spread(folder, names):
+    """A saved base, of which some modules wait on the disk."""
+    parts = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.rotary_emb", "model.norm", "lm_head")
+    places = {part: "disk" if part in names else "cpu" for part in parts}
+    model = LlamaForCausalLM.from_pretrained(folder / "base", device_map=places, offload_folder=folder / "parked")
+    # PEFT takes the same map, by its own names, and would make one on which all fits into the host's memory
+    loading = {"device_map": {f"base_model.model.{part}": place for part, place in places.items()}}
+    return model.eval(), loading | {"torch_device": "cpu", "offload_folder": str(folder / "parked anew")}
+
+
+WHOLE = {"train_norms": True, "train_embeddings": True}
+LORA_ALONE = {"train_norms": False, "train_embeddings": False}
+TOKENS = {"train_norms": False, "trainable_token_indices": [3, 5]}
+
+
+@pytest.mark.parametrize(
+    ("trained", "parked", "name"),
+    [
+        (WHOLE, ["model.embed_tokens"], "model.embed_tokens"),
+        (WHOLE, ["model.layers.1"], "model.layers.1.input_layernorm"),
+        (TOKENS, ["model.embed_tokens"], "model.embed_tokens"),
+        (LORA_ALONE, ["model.embed_tokens", "model.layers.1"], None),
+    ],
+)
+def test_adapters_on_a_base_that_is_spread_are_right_or_refused(tmp_path, trained, parked, name):
+    """PEFT offloads LoRA's weights anew, and no others: loading them did nothing, or ended in a KeyError of a hook."""
+    llama().save_pretrained(tmp_path / "base")
+    trained_model = perturbed(llama(), LongLoraConfig(target_length=TARGET, **trained))
+    trained_model.save_pretrained(tmp_path / "adapter")
+    base, loading = spread(tmp_path, parked)
+    if name is None:
+        model = PeftModel.from_pretrained(base, tmp_path / "adapter", **loading).eval()
+        assert torch.equal(logits(model), logits(trained_model.eval()))
+        with pytest.raises(ValueError, match=r"the weights of model\.layers\.1.* are offloaded"):  # PEFT does it once
+            model.load_adapter(tmp_path / "adapter", "second", **loading)
+        assert torch.equal(logits(model), logits(trained_model))
+        return
+    with pytest.raises(ValueError, match=rf"the weights of {re.escape(name)} are offloaded.*accelerate\.cpu_offload"):
+        PeftModel.from_pretrained(base, tmp_path / "adapter", **loading)
+    assert [n for n, _ in base.named_modules()] == [n for n, _ in llama().named_modules()]
+
+
+@pytest.mark.parametrize("trained", [WHOLE, LORA_ALONE])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("disk", [False, True])
+def test_an_adapter_is_offloaded_with_its_base_and_not_put_on_an_offloaded_one(
+    tmp_path, trained, low_cpu_mem_usage, disk
+):
+    """Where accelerate offloads a model without a map, PEFT leaves the adapter's weights empty, with a warning."""
+
+    def offloaded(model, folder):
+        return disk_offload(model, tmp_path / folder, "cpu") if disk else cpu_offload(model, "cpu")
+
+    trained_model = perturbed(llama(), LongLoraConfig(target_length=TARGET, **trained))
+    trained_model.save_pretrained(tmp_path / "adapter")
+    loading = {"low_cpu_mem_usage": low_cpu_mem_usage, "torch_device": "cpu"}
+    base = offloaded(llama(), "base")
+    for put_on in (
+        lambda: PeftModel.from_pretrained(base, tmp_path / "adapter", **loading),
+        lambda: get_peft_model(base, LongLoraConfig(**trained)),
+    ):
+        with pytest.raises(ValueError, match=r"the weights of model\..* are offloaded"):
+            put_on()
+        assert torch.equal(logits(base), logits(llama()))
+    model = offloaded(PeftModel.from_pretrained(llama(), tmp_path / "adapter", **loading).eval(), "both")
+    assert any(p.is_meta for p in model.parameters())
+    assert torch.equal(logits(model), logits(trained_model.eval()))
+
+
 # -- other weights under a name that is taken ----
+
+
+def test_load_adapter_over_a_taken_name_with_other_parts_changes_nothing(tmp_path):
+    """PEFT looks for the parts first, and misses one by a KeyError, of which docs/troubleshooting.md tells."""
+    perturbed(llama()).save_pretrained(tmp_path / "old")
+    perturbed(llama(), LongLoraConfig(target_length=TARGET, train_embeddings=False)).save_pretrained(tmp_path / "new")
+    model = PeftModel.from_pretrained(llama(), tmp_path / "old").eval()
+    before = logits(model)
+    with pytest.raises(KeyError, match=r"base_model\.model\.model\.embed_tokens\.weight"):
+        model.load_adapter(tmp_path / "new", "default")
+    assert torch.equal(logits(model), before)
+    with pytest.raises(ValueError, match=r"missing, such as .*embed_tokens"):
+        hotswap_adapter(model, tmp_path / "new")
+    assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("trainable", [False, True])
