@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,8 @@ def run(options: argparse.Namespace) -> None:
     from ..evaluation import long_perplexity, multi_needle_accuracy, passkey_accuracy, ruler_accuracy
     from ..evaluation.plots import no_plots
     from ..evaluation.ruler import check_tasks, require_lm_eval
+    from ..evaluation.scoring import vocabulary_size
+    from ..evaluation.windows import as_token_ids
     from ..hub.card import base_name, weights_sha256
     from .data import check_writable, load_documents, texts_of
 
@@ -136,7 +139,11 @@ def run(options: argparse.Namespace) -> None:
         print(f"Tables alone: {missing}", file=sys.stderr)
     splits = load_documents(options.documents) if options.documents else None
     model, tokenizer = load(options.model, options.dtype, options.device)
-    documents = texts_of(splits, tokenizer) if splits is not None else None
+    _say_reach(model, options)
+    documents = None
+    if splits is not None:
+        documents = as_token_ids(texts_of(splits, tokenizer), tokenizer, vocabulary_size(model))
+        _say_short(documents, max(options.lengths))
     measured = weights_sha256(options.model) if isinstance(model, PeftModel) else None
     taken = any((out / name).is_file() for name in (CONFIG_NAME, "config.json", TRAINER_STATE_NAME))
     own = out.is_dir() and Path(options.model).is_dir() and out.samefile(options.model)
@@ -158,10 +165,10 @@ def run(options: argparse.Namespace) -> None:
     if documents is not None:
         # Of this machine's files the names alone: a card is published.
         results["documents"] = [Path(name).name if Path(name).exists() else name for name in options.documents]
-        results |= _on_documents(model, tokenizer, documents, options)
+        results |= _on_documents(model, documents, options)
         if options.long_ppl is not None:
             evaluator = load(options.evaluator, options.dtype, options.device)[0] if options.evaluator else None
-            windows = {"max_windows": options.max_windows, "batch_size": options.batch_size, "tokenizer": tokenizer}
+            windows = {"max_windows": options.max_windows, "batch_size": options.batch_size}
             records = long_perplexity(model, documents, longer, evaluator=evaluator, short=options.long_ppl, **windows)
             results["long_ppl"] = [record | {"evaluator": base_name(options.evaluator)} for record in records]
     for name, measure in retrieval:
@@ -172,13 +179,39 @@ def run(options: argparse.Namespace) -> None:
     _report(results, out, _extension(model), plots=missing is None)
 
 
-def _on_documents(model: Any, tokenizer: Any, documents: list[str], options: argparse.Namespace) -> dict[str, Any]:
+def _say_reach(model: Any, options: argparse.Namespace) -> None:
+    """Print which lengths are beyond what the model, with its adapter, reaches; of one that leaves it open, nothing."""
+    from ..modules import base_model
+    from ..rope import find_rope, readings
+    from ..tuner import LongLoraConfig
+
+    config, adapter = base_model(model).config, getattr(model, "active_peft_config", None)
+    if isinstance(adapter, LongLoraConfig) and adapter.scaling is not None:
+        reached = adapter.scaling.length
+    elif find_rope(config) is not None:
+        reached = max(longest for _, longest in readings(config))
+    else:
+        return
+    beyond = sorted({length for length in (*options.lengths, *(options.retrieval_lengths or ())) if length > reached})
+    if beyond:
+        lengths = ", ".join(f"{length:,}" for length in beyond)
+        print(f"{options.model} reaches {reached:,} tokens: at {lengths} it is measured beyond that")
+
+
+def _say_short(documents: Sequence[Any], length: int) -> None:
+    short = sum(len(ids) < length for ids in documents)
+    if 0 < short < len(documents):  # of none that is long enough the error says it
+        left_out = f"{short:,} of {len(documents):,} documents"
+        print(f"Shorter than {length:,} tokens, the longest of --lengths, and left out at all of them: {left_out}")
+
+
+def _on_documents(model: Any, documents: Sequence[Any], options: argparse.Namespace) -> dict[str, Any]:
     """Perplexity by length, dense and as trained, and loss by position, dense."""
     from ..attention import S2AttentionConfig, set_s2_attention
     from ..evaluation import compare_attention, far_context, loss_by_position, perplexity_by_length
     from ..evaluation.compare import trained_attention, trained_window
 
-    windows = {"max_windows": options.max_windows, "batch_size": options.batch_size, "tokenizer": tokenizer}
+    windows = {"max_windows": options.max_windows, "batch_size": options.batch_size}
     dense_only = options.dense_only
     if not dense_only and options.group_size is None and trained_attention(model) is None:
         print(f"{options.model} doesn't say how it was trained: dense alone (--group-size measures groups beside it)")
