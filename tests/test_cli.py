@@ -1,5 +1,6 @@
 import gzip
 import json
+import logging
 import os
 import re
 import shutil
@@ -388,7 +389,8 @@ def run(tiny_llama, tiny_tokenizer, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_train_from_yaml_and_resume(run, capsys):
+def test_train_from_yaml_and_resume(run, capsys, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     evaluating = ["--eval_strategy", "steps", "--eval_steps", "3"]
     assert main(["train", "--config", "run.yaml", "--resume", "--lora_r", "2", *evaluating]) == 0
     printed = capsys.readouterr()
@@ -408,8 +410,11 @@ def test_train_from_yaml_and_resume(run, capsys):
     assert "Resuming from out/checkpoint-1." in capsys.readouterr().err
     assert (run / "out" / "adapter_model.safetensors").read_bytes() == before
 
+    assert "nothing is left to train" not in caplog.text
+
     must_resume = ["train", "--config=run.yaml", "--lora_r", "2", "--resume_from_checkpoint", "true"]
     assert main(must_resume) == 0
+    assert "checkpoint-3 is of the run's last step, 3: nothing is left to train. To train further" in caplog.text
     assert (run / "out" / "adapter_model.safetensors").read_bytes() == before
     assert main([*must_resume, "--output_dir", "new"]) == 1
     assert "There is no whole checkpoint in new" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -213,4 +214,12 @@ class SavingTrainer(StagedTrainer):
         if longlora_tuner(self.model) is not None:
             read_shapes(path)
         self._total_train_tokens = tokens
+        step = TrainerState.load_from_json(os.path.join(path, TRAINER_STATE_NAME)).global_step
+        if step >= self.schedule.ends[-1] and self.is_world_process_zero():
+            adapted = longlora_tuner(self.model) is not None
+            weights = "its adapter merged (hf-longlora merge)" if adapted else "its weights"
+            logger.warning(
+                f"{path} is of the run's last step, {step:,}: nothing is left to train. To train further, start a run "
+                f"in another output_dir, with further stages, from {weights}."
+            )
         return path
