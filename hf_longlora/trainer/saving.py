@@ -52,6 +52,11 @@ class SavingTrainer(StagedTrainer):
         return base_name(base_model(self.model).config._name_or_path)
 
     @property
+    def _own_name(self) -> str:
+        """The model's name as its card has it."""
+        return self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+
+    @property
     def _known(self) -> dict[str, str]:
         """Facts of the run before its first step."""
         return ({"base": self._base} if self._base else {}) | {"data": self._data} | self.stage_data
@@ -89,11 +94,20 @@ class SavingTrainer(StagedTrainer):
     ) -> None:
         """Write the card of an adapter into the output directory, from what has happened; TRL's for whole models.
 
+        TRL's calls a base that is not on the Hub "None", and so a model that is not pushed: they are named here.
+
         It needs the adapter to be saved there, as `save_model` and `push_to_hub` do before they call this.
         """
         folder = Path(str(self.args.output_dir))
         if longlora_tuner(self.model) is None:
-            return super().create_model_card(model_name, dataset_name, tags)
+            super().create_model_card(model_name or self._own_name.rpartition("/")[2], dataset_name, tags)
+            if self.is_world_process_zero():
+                card = folder / "README.md"
+                text = card.read_text(encoding="utf-8")
+                base = f"`{self._base}`" if self._base else "a model that was made in memory"
+                text = text.replace("[None](https://huggingface.co/None)", base)
+                card.write_text(text.replace('model="None"', f'model="{self._own_name}"'), encoding="utf-8")
+            return
         if self.is_world_process_zero() and (folder / CONFIG_NAME).is_file():
             self._write_card(folder, dataset_name, [tags] if isinstance(tags, str) else tags or [])
 
@@ -111,9 +125,8 @@ class SavingTrainer(StagedTrainer):
 
     def _write_card(self, folder: Path, dataset_name: str | None = None, tags: Sequence[str] = ()) -> None:
         write_facts(folder, read_facts(folder) | self._known | run_facts(self.args, self.state))
-        name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
         card = folder_card(
-            folder, name=name, base_model=self._base, dataset=dataset_name, tags=[*self._tag_names, *tags]
+            folder, name=self._own_name, base_model=self._base, dataset=dataset_name, tags=[*self._tag_names, *tags]
         )
         card.save(folder / "README.md")
 
