@@ -180,7 +180,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _say_reach(model: Any, options: argparse.Namespace) -> None:
-    """Print which lengths are beyond what the model, with its adapter, reaches; of one that leaves it open, nothing."""
+    """Print which lengths the model, with its adapter, does not reach; nothing where its config does not say."""
     from ..modules import base_model
     from ..rope import find_rope, readings
     from ..tuner import LongLoraConfig
