@@ -96,15 +96,18 @@ class RowsTrainer(StagedTrainer):
         if kwargs.get("is_training") and self.schedule.any_windows and not streamed:
             rows = self._remove_unused_columns(kwargs["dataset"], description="training")
             kwargs["dataset"] = Served(rows, self.args.order_seed, self.schedule, self.args.examples_a_step)
-        collator = self.data_collator
+        collator, drop_last = self.data_collator, self.args.dataloader_drop_last
         if self.args.sequence_parallel > 1:
             self.data_collator = ShardableCollator(collator, self.args.sequence_parallel)
+            # `InShards` reads whole batches, if need be of more rows than there are: accelerate would take the last of
+            # them for padding, and leave their tokens out of what is counted.
+            self.args.dataloader_drop_last = drop_last or bool(kwargs.get("is_training"))
         if streamed:
             self.data_collator = StreamCollator(collator)
         try:
             return super()._get_dataloader(**kwargs)
         finally:
-            self.data_collator = collator
+            self.data_collator, self.args.dataloader_drop_last = collator, drop_last
 
     @contextmanager
     def _rows_from(self, checkpoint: Any) -> Iterator[None]:

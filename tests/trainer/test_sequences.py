@@ -19,10 +19,12 @@ from transformers import (
     MixtralForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    Trainer,
 )
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
+from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer, S2AttentionConfig
+from hf_longlora.schedule import Schedule
 from hf_longlora.trainer.sequences import (
     InShards,
     ShardableCollator,
@@ -51,6 +53,44 @@ def test_each_step_sees_its_own_rows(steps, batch, size, groups):
                 of_turn = read[group * size + step % size][step // size]
                 first = ((done + step) * groups + group) * batch
                 assert of_turn == list(range(first, first + batch))
+
+
+@pytest.mark.parametrize("accumulated", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_stage_s_steps_are_of_its_rows_where_one_read_is_of_two_stages(size, groups, accumulated):
+    """Processes read a batch each and go through them in turn; where a stage ends midway, the next one's rows wait."""
+    batch = 2
+    stages = ContextStage(128, 3), ContextStage(256, 1), ContextStage(512, 2)
+    schedule = Schedule(stages, S2AttentionConfig(), 0)
+    steps = schedule.ends[-1]
+    rows = [schedule.step(step).stage for step in range(steps) for _ in range(batch * accumulated * groups)]
+    mixed = False
+    for done in range(steps):
+        order = InShards(len(rows), batch, size, groups, done * accumulated)
+        sampler = BatchSampler(order, batch, drop_last=False)
+        read = [list(BatchSamplerShard(sampler, size * groups, rank)) for rank in range(size * groups)]
+        for group in range(groups):
+            of_group = read[group * size : (group + 1) * size]
+            mixed |= any(len({rows[i] for b in batches for i in b}) > 1 for batches in zip(*of_group, strict=True))
+            trained = [b for batches in zip(*of_group, strict=True) for b in batches]  # as DeepSpeed refills
+            for micro in range((steps - done) * accumulated):
+                stage = schedule.step(done + micro // accumulated).stage
+                assert [rows[i] for i in trained[micro]] == [stage] * batch
+    assert mixed or accumulated * 3 % size == accumulated % size == 0
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_no_batch_of_shards_is_taken_for_padding(make, monkeypatch, drop_last):
+    """Where the last batch may be filled up, accelerate counts of it what the dataset's length leaves."""
+    trainer = make(dataloader_drop_last=drop_last)
+    trainer.args.sequence_parallel = 2
+    told = []
+    get = lambda self, **kwargs: told.append(self.args.dataloader_drop_last)  # noqa: E731
+    monkeypatch.setattr(Trainer, "_get_dataloader", get)
+    for training in (True, False):
+        trainer._get_dataloader(dataset=trainer.train_dataset, is_training=training)
+    assert told == [True, drop_last] and trainer.args.dataloader_drop_last == drop_last
 
 
 @pytest.mark.parametrize("packed", [False, True])
