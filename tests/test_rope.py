@@ -207,11 +207,16 @@ def phi3(longest, original=None, **rope):
 
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0 + i / 4 for i in range(8)]}
 MINI = {"partial_rotary_factor": 0.75, "short_factor": [1.0] * 6, "long_factor": [1.0 + i / 4 for i in range(6)]}
+STRETCHED = {  # as published
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 # name: config, original length, types
 READ: dict[str, tuple] = {
     "llama": (llama, 64, ROPE_TYPES),
     "gpt_neox": (lambda: GPTNeoXConfig(**SHAPE | {"hidden_size": 128}), 64, ROPE_TYPES),  # a quarter of the head
     "gemma3": (gemma3, 64, ("linear", "yarn", "llama3", "longrope", "abf")),  # nested, counts its factor
+    "gemma3 scaled": (lambda: gemma3(max_position_embeddings=256, rope_parameters=STRETCHED), 32, ("linear",)),
     "olmo3": (olmo3, 64, ("yarn", "llama3", "longrope", "abf")),  # nested
     "cohere": (cohere, 128, ROPE_TYPES),  # vLLM reads its model_max_length first
     "deepseek_v3": (deepseek, 64, ("yarn",)),
