@@ -10,6 +10,7 @@ import shutil
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
+from packaging.version import Version
 from trl import SFTTrainer
 
 from hf_longlora import LongLoraSFTConfig, LongLoraSFTTrainer
@@ -373,6 +374,9 @@ def test_files_without_rows(tmp_path, content):
             load_data(str(data))
     write(tmp_path / "c.json", [QUESTION])
     if content:  # which has no columns, and nothing at all is none of a dataset's files
+        with pytest.raises(ValueError, match=r"a\.json holds no data"):
+            load_data(str(tmp_path))
+    elif Version(datasets.__version__) < Version("5.1"):  # its builder stops at an empty file, which is then named
         with pytest.raises(ValueError, match=r"a\.json holds no data"):
             load_data(str(tmp_path))
     else:
