@@ -143,8 +143,7 @@ class S2Mask:
 
     def _blocks_of(self, function: MaskFunction) -> torch.Tensor:
         of = self.arguments
-        assert self.window is not None
-        return seen_in_blocks(function, of["batch_size"], of["q_length"], self.window, of["device"])
+        return seen_in_blocks(function, of["batch_size"], of["q_length"], of["local_size"], of["device"])
 
     def find(
         self, find: Callable[..., Any], cu_seqlens: torch.Tensor | None, position_ids: torch.Tensor | None
