@@ -147,6 +147,10 @@ class Exchanges:
     """
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Count from 0 again."""
         self.bytes = 0
         """Sent to others."""
         self._stalls: list[tuple[Any, Any]] = []
