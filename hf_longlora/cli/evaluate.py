@@ -316,9 +316,8 @@ def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import cached_file
 
-    from ..hub.export import causal_adapter
+    from ..hub.export import causal_adapter, own_tokenizer
     from ..lookup import reason, refuse_adapted_base
     from ..tuner.stored import fit_vocabulary
 
@@ -334,11 +333,10 @@ def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     except OSError as error:
         what = name if adapter is None else f"the base of {name}, {base},"
         raise OSError(f"{what} can't be had: {reason(error)}") from error
-    file = "tokenizer_config.json"
-    own = adapter is not None and cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None
-    tokenizer = AutoTokenizer.from_pretrained(name) if own else AutoTokenizer.from_pretrained(base, revision=revision)
+    own = None if adapter is None else own_tokenizer(name)
+    tokenizer = AutoTokenizer.from_pretrained(base, revision=revision) if own is None else own
     if adapter is not None:
-        fit_vocabulary(model, adapter, len(tokenizer) if own else 0)
+        fit_vocabulary(model, adapter, 0 if own is None else len(own))
         model = PeftModel.from_pretrained(model, name)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model, tokenizer

@@ -16,7 +16,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,8 @@ from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftM
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.utils import logging
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import cached_file, logging
 
 from ..lookup import adapter_values, reason, refuse_adapted_base
 from ..modules import meta_model
@@ -94,19 +95,29 @@ def export_adapter(
         raise OSError(f"the base of {adapter}, {base_name}, can't be had: {reason(error)}") from error
     if config.base_rope is not None:
         refuse_other_base(config, current_rope(base_config))
-    rope = config.scaling
     if form == "merged" and getattr(base_config, "quantization_config", None) is not None:
         raise ValueError(
             f"{base_name} is quantized, and merging would round what was trained to its few bits. Merge into the "
             "model that it was quantized from (base), or export a plain LoRA (form 'lora')."
         )
+    tokenizer = own_tokenizer(source)
+    tokens = 0 if tokenizer is None else len(tokenizer)
     with new_folder(Path(output_dir)) as out:
         if form == "merged":
-            _merge(source, config, base_name, out, dtype, device, revision)
+            model: Any = AutoModelForCausalLM.from_pretrained(base_name, dtype=dtype, revision=revision)
+            fit_vocabulary(model, config, tokens)
+            model = PeftModel.from_pretrained(model.to(device), str(source))
+            model.merge_and_unload(safe_merge=True).save_pretrained(out)
         else:
-            _plain_lora(source, config, base_config, rope, base_name, out, Path(output_dir), revision)
-        _tokenizer(source, base_name, out if form == "merged" else out / BASE_FOLDER, rope, revision)
-    if overrides := _overrides(base_config, rope):
+            _plain_lora(source, config, base_config, base_name, tokens, out, Path(output_dir), revision)
+        if tokenizer is None:
+            with suppress(OSError, ValueError):  # a base without one
+                tokenizer = AutoTokenizer.from_pretrained(base_name, revision=revision)
+        if tokenizer is not None:
+            if config.scaling is not None:
+                write_length(tokenizer, config.scaling)  # vLLM clips the length by it
+            tokenizer.save_pretrained(out if form == "merged" else out / BASE_FOLDER)
+    if overrides := _overrides(base_config, config.scaling):
         logger.warning(f"vLLM does not scale dynamic RoPE by itself, and needs{overrides}; transformers does.")
     return Path(output_dir)
 
@@ -174,22 +185,18 @@ def new_folder(output_dir: Path) -> Iterator[Path]:
         raise
 
 
-def _merge(
-    source: Path, config: LongLoraConfig, base_name: str, out: Path, dtype: Any, device: Any, revision: str | None
-) -> None:
-    model: Any = AutoModelForCausalLM.from_pretrained(base_name, dtype=dtype, revision=revision)
-    fit_vocabulary(model, config, _tokens(source))
-    model = PeftModel.from_pretrained(model.to(device), str(source))
-    model = model.merge_and_unload(safe_merge=True)
-    model.save_pretrained(out)
+def own_tokenizer(adapter: str | Path) -> Any:
+    """The tokenizer that was saved with an adapter, a folder or a name on the Hub; `None` without one."""
+    file = cached_file(str(adapter), TOKENIZER_CONFIG_FILE, _raise_exceptions_for_missing_entries=False)
+    return None if file is None else AutoTokenizer.from_pretrained(str(adapter))
 
 
 def _plain_lora(
     source: Path,
     config: LongLoraConfig,
     base_config: Any,
-    rope: RopeScaling | None,
     base_name: str,
+    tokens: int,
     out: Path,
     output_dir: Path,
     revision: str | None,
@@ -204,31 +211,24 @@ def _plain_lora(
         name, weight = head
         weights[f"{PREFIX}{name}.weight"] = weight
         plain |= {"ensure_weight_tying": False, "modules_to_save": [*plain["modules_to_save"], name]}
-    overrides = _overrides(base_config, rope)
+    overrides = _overrides(base_config, config.scaling)
     generated = None
-    if rope is not None:
+    if (rope := config.scaling) is not None:
         before, after = reach(base_config, config.base_length)[1], rope.length
         generated = _generated_length(base_name, before, after, revision)
         write_rope(base_config, rope)
     base_config.save_pretrained(out / BASE_FOLDER)
     (out / CONFIG_NAME).write_text(json.dumps(plain, indent=2))
     save_file(weights, out / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    trained = trained_vocabulary(meta_model(base_config), config, _tokens(source))
-    tokens = None if trained is None else trained[0]
+    trained = trained_vocabulary(meta_model(base_config), config, tokens)
     shown = {"name": output_dir.name, "overrides": overrides, "revision": revision, "generated": generated}
-    _how_to_load(plain, config, weights, base_name, tokens, **shown).save(out / "README.md")
+    _how_to_load(plain, config, weights, base_name, trained and trained[0], **shown).save(out / "README.md")
 
 
 def _overrides(base_config: Any, rope: RopeScaling | None) -> str:
     """The option that vLLM needs beside the config, with a space before it; empty for most."""
     overrides = vllm_overrides(base_config, rope or current_rope(base_config))
     return f" --hf-overrides '{json.dumps(overrides)}'" if overrides else ""
-
-
-def _tokens(source: Path) -> int:
-    """The number of tokens of the adapter's own tokenizer; 0 without one."""
-    own = (source / "tokenizer_config.json").is_file()
-    return len(AutoTokenizer.from_pretrained(str(source))) if own else 0
 
 
 def _generated_length(base_name: str, before: int, after: int, revision: str | None) -> int | None:
@@ -249,19 +249,6 @@ def _tied_head(weights: dict[str, torch.Tensor], base_config: Any) -> tuple[str,
     if weight is None or head is None or head.weight is not embedding.weight:
         return None
     return names[head], weight.clone()
-
-
-def _tokenizer(source: Path, base_name: str, out: Path, rope: RopeScaling | None, revision: str | None) -> None:
-    """The adapter's tokenizer, else the base's; its `model_max_length` is raised, for vLLM clips the length by it."""
-    own = (source / "tokenizer_config.json").is_file()
-    where, revision = (str(source), None) if own else (base_name, revision)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
-    except (OSError, ValueError):  # a base without one
-        return
-    if rope is not None:
-        write_length(tokenizer, rope)
-    tokenizer.save_pretrained(out)
 
 
 def _how_to_load(

@@ -103,11 +103,6 @@ def lengths(dataset: Dataset) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
-def longest_document(view: Dataset) -> int:
-    """Tokens in the longest document of a prepared dataset: a row, or one of those packed into a row."""
-    return int(lengths(view).max(initial=0))
-
-
 def learned(dataset: Dataset) -> int:
     """Tokens of a prepared dataset that a model learns to predict: those that its labels don't leave out."""
     found = 0

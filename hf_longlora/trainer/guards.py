@@ -16,7 +16,7 @@ from ..attention import check_supported
 from ..attention.kernels import check_kernel
 from ..lookup import refuse_adapter
 from ..modules import base_model
-from ..rope import AUTO, RopeScaling
+from ..rope import AUTO, RopeScaling, native_window
 from ..schedule import Schedule
 from ..tuner import LongLoraConfig, LongLoraModel
 from ..values import check_whole
@@ -25,7 +25,7 @@ from .columns import check_dataset
 from .config import LongLoraSFTConfig
 from .ropes import Start, stage_ropes
 from .sequences import check_sequences
-from .sparse import base_window, settle_sparse
+from .sparse import settle_sparse
 
 logger = logging.get_logger(__name__)
 
@@ -89,7 +89,8 @@ def settled(
     start = Start.of(model, config, peft_config)
     if isinstance(args.stages, str):
         args.resolve_stages(start.known)
-    schedule = replace(args.schedule, native_window=base_window(model, config, peft_config))
+    window = native_window(config if isinstance(model, str) else base_model(model), start.base_length)
+    schedule = replace(args.schedule, native_window=window)
     return start, settle_sparse(args, schedule, config, model_class, columns, own_collator)
 
 

@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .checkpoints import STREAM_NAME
 from .columns import check_rows, check_tokens, read_columns
-from .data import COLUMNS, StageData, column_names, longest_document, order, say_data, with_length
+from .data import COLUMNS, StageData, column_names, lengths, order, say_data, with_length
 from .identity import data_fingerprint
 from .ropes import check_lengths
 from .sequences import InShards, ShardableCollator
@@ -61,7 +61,7 @@ class RowsTrainer(StagedTrainer):
 
         def look(number: int, view: Dataset, data: StageData) -> None:
             self._stage_data[number] = data
-            longest.append(longest_document(view) if data.used else 0)
+            longest.append(int(lengths(view).max(initial=0)) if data.used else 0)
             if self.schedule.has_windows(number):
                 check_unmasked(view)
 

@@ -6,13 +6,11 @@ from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..attention import check_skipping
-from ..modules import base_model
-from ..rope import AUTO, current_rope, native_window, only_reading
+from ..rope import AUTO, current_rope, only_reading
 from ..schedule import Schedule
 from .config import LongLoraSFTConfig
 
@@ -95,10 +93,3 @@ def check_unmasked(view: Dataset) -> None:
     labels = view.with_format("arrow")[:]["labels"]
     if any(pc.any(pc.equal(chunk.flatten(), -100)).as_py() for chunk in labels.chunks):
         raise ValueError(ANSWERS)
-
-
-def base_window(model: Any, config: PreTrainedConfig, peft_config: PeftConfig | None) -> int | None:
-    """The native window of a model or of its base, where something says it (`hf_longlora.rope.native_window`)."""
-    if isinstance(model, PeftModel):
-        peft_config, model = model.active_peft_config, base_model(model)
-    return native_window(config if isinstance(model, str) else model, getattr(peft_config, "base_length", None))

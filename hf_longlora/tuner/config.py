@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -126,7 +127,7 @@ class LongLoraConfig(LoraConfig):
         if self.rope_parameters is not None and not isinstance(self.rope_parameters, dict):
             raise ValueError(f"rope_parameters must be a dict, got {type(self.rope_parameters).__name__}.")
         for name in ("rope", "base_rope"):
-            check_rope(name, getattr(self, name))
+            _check_stored_rope(name, getattr(self, name))
         alpha: Any = self.lora_alpha
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
             raise ValueError(f"lora_alpha must be a finite number, got {alpha!r}.")
@@ -182,37 +183,22 @@ class LongLoraConfig(LoraConfig):
         return super().check_kwargs(**kwargs)
 
 
-def check_rope(name: str, values: Any) -> None:
+def _check_stored_rope(name: str, values: Any) -> None:
     """Raise a `ValueError` unless a stored RoPE can be one: the fields of `RopeScaling`, with finite numbers."""
     if values is None:
         return
     try:
         scaling = RopeScaling.from_dict(values)
-        numbers = list(_numbers(scaling.rope_parameters))
-        lengths = [scaling.max_position_embeddings]
-        if scaling.original_max_position_embeddings is not None:
-            lengths.append(scaling.original_max_position_embeddings)
-        good = all(type(n) is int and n > 0 for n in lengths) and all(map(math.isfinite, numbers))
-        good = good and all(_positive(scaling.parameters.get(key)) for key in ("rope_theta", "factor"))
-        good = good and isinstance(scaling.rope_type, str)
-    except (AttributeError, KeyError, TypeError):
+        json.dumps(scaling.rope_parameters, allow_nan=False)  # raises on what is not finite
+        lengths = scaling.max_position_embeddings, scaling.original_max_position_embeddings
+        factors = map(scaling.parameters.get, ("rope_theta", "factor"))
+        good = type(lengths[0]) is int and isinstance(scaling.rope_type, str)
+        good = good and all(n is None or (type(n) is int and n > 0) for n in lengths)
+        good = good and all(n is None or (type(n) is not bool and n > 0) for n in factors)
+    except (AttributeError, KeyError, TypeError, ValueError):
         good = False
     if not good:
         raise ValueError(f"{name} is no stored RoPE: {values!r}. It is written for you; leave it alone.")
-
-
-def _positive(value: Any) -> bool:
-    return value is None or (not isinstance(value, bool) and value > 0)
-
-
-def _numbers(values: Any) -> Iterator[float]:
-    if isinstance(values, dict):
-        values = list(values.values())
-    if isinstance(values, (list, tuple)):
-        for value in values:
-            yield from _numbers(value)
-    elif isinstance(values, (int, float)):
-        yield values
 
 
 def refuse_head(name: str) -> None:

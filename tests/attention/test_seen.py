@@ -143,7 +143,7 @@ def test_what_adjoins_is_launched(monkeypatch, device):
                 for n, more in zip((4, 2, 2, 4, 4, 4, 2, 2), (0, 1, 1, 0, 0, 0, 1, 1), strict=True)
                 for size in (more * local.keys + 300 - first,)
             )
-            lse = torch.randn(4, 2, 300 - first, device=device, dtype=seen._wide(query)).transpose(0, 1)
+            lse = torch.randn(4, 2, 300 - first, device=device, dtype=seen.wide(query)).transpose(0, 1)
             found = []
             for serves in (lambda *_: False, serve):
                 monkeypatch.setattr(operators, "serve", serves)

@@ -37,23 +37,13 @@ class Engine(NamedTuple):
     forward: Callable[[Any, Call, float], None]
     backward: Callable[[Any, torch.Tensor, Call, Tensors, float], None]
 
-    def calls(
-        self,
-        launches: Sequence[int],
-        call: Call,
-    ) -> Iterator[tuple[Any, Call]]:
+    def calls(self, launches: Sequence[int], call: Call) -> Iterator[tuple[Any, Call]]:
         """Each launch and its part of a whole call; the call's keys are those of the queries' own tokens."""
         for launch in self.decode(launches):
-            yield (
-                launch,
-                Call(
-                    self.view(launch, call.query, launch.heads),
-                    self.view(launch, call.key, launch.kv_heads),
-                    self.view(launch, call.value, launch.kv_heads),
-                    self.view(launch, call.out, launch.heads),
-                    self.view(launch, call.lse[..., None], launch.heads).squeeze(-1),
-                ),
-            )
+            query, out = (self.view(launch, x, launch.heads) for x in (call.query, call.out))
+            key, value = (self.view(launch, x, launch.kv_heads) for x in (call.key, call.value))
+            lse = self.view(launch, call.lse[..., None], launch.heads).squeeze(-1)
+            yield launch, Call(query, key, value, out, lse)
 
     def cover(self, launches: Sequence[int], query: torch.Tensor) -> bool:
         """Whether the launches reach every query of `[B, H, S, D]`."""
@@ -85,10 +75,6 @@ def attend_in_place(
     query, key, value = as_autocast(query, key, value)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     return _forward(query, key, value, launches, seen.encoded(tuple(parts)), factor, engine)[0]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def heads_of(x: torch.Tensor, heads: Span) -> torch.Tensor:
@@ -151,7 +137,7 @@ def _forward(
     joined = any(launch.joins_rows for launch in found.decode(launches))
     query, key, value = (_readable(x, joined) for x in (query, key, value))
     out = _allocate(query, zeros=not found.cover(launches, query))
-    lse = query.new_empty(heads, batch, length, dtype=_wide(query.dtype)).transpose(0, 1)
+    lse = query.new_empty(heads, batch, length, dtype=seen.wide(query)).transpose(0, 1)
     whole = Call(query, key, value, out, lse)
     with torch.autocast(query.device.type, enabled=False):
         for launch, call in found.calls(launches, whole.own()):
@@ -204,7 +190,7 @@ def _backward(
 @_forward.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, length, _ = query.shape
-    lse = query.new_empty(heads, batch, length, dtype=_wide(query.dtype)).transpose(0, 1)
+    lse = query.new_empty(heads, batch, length, dtype=seen.wide(query)).transpose(0, 1)
     return _allocate(query, zeros=False).transpose(1, 2), lse
 
 

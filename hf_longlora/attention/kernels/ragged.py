@@ -133,9 +133,8 @@ def tokens_of(launch: Launch, x: torch.Tensor, heads: Span) -> torch.Tensor:
     """The launch's tokens, a view: `[B, H, S, D]` -> `[tokens, h, D]`."""
     own = heads_of(x, heads).transpose(1, 2)
     if launch.joins_rows:
-        if not rows_follow(x):
-            raise RuntimeError("A launch joins rows that don't follow one another in memory.")
-        return own.flatten(0, 1)[launch.start : launch.start + launch.tokens]
+        own = own.view(-1, *own.shape[2:])  # raises on rows that don't follow one another in memory
+        return own[launch.start : launch.start + launch.tokens]
     row, start = divmod(launch.start, x.shape[2])
     return own[row, start : start + launch.tokens]
 

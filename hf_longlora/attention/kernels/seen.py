@@ -162,7 +162,7 @@ def merge(numbers: Sequence[int], call: Call, scale: float) -> None:
             given, normalizer = operators.forward(queries, keys, values, False, scale)
             _merge_given(piece, given, normalizer, out, lse)
             continue
-        keys, values = (_of_keys(piece, query, x).to(_wide(x)) for x in (key, value))
+        keys, values = (_of_keys(piece, query, x).to(wide(x)) for x in (key, value))
         for tokens in _chunks(piece, query):
             own, attended = _queries(piece, tokens, lse[..., None]), _queries(piece, tokens, out)
             scores = _queries(piece, tokens, query).to(keys.dtype) @ keys.mT * scale
@@ -211,7 +211,7 @@ def add_gradients(numbers: Sequence[int], grad: torch.Tensor, call: Call, gradie
             for gradient, part in zip(piece.views((dq,), (dk, dv)), found, strict=True):
                 gradient.add_(part)
             continue
-        keys, values = (_of_keys(piece, query, x).to(_wide(x)) for x in (key, value))
+        keys, values = (_of_keys(piece, query, x).to(wide(x)) for x in (key, value))
         for_keys, for_values = torch.zeros_like(keys), torch.zeros_like(values)
         for tokens in _chunks(piece, query):
             queries, given = (_queries(piece, tokens, x).to(keys.dtype) for x in (query, grad))
@@ -230,7 +230,8 @@ def own_keys(query: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return x[:, :, x.shape[2] - query.shape[2] :]
 
 
-def _wide(x: torch.Tensor) -> torch.dtype:
+def wide(x: torch.Tensor) -> torch.dtype:
+    """What sums over `x` are kept in: fp32 at least."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
