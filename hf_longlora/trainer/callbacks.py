@@ -20,8 +20,8 @@ class ContextStageCallback(TrainerCallback):
     """Sets RoPE, group size and attention mode from `state.global_step` at the start of each optimizer step.
 
     Keeps nothing between steps: a run resumed anywhere is in the state that an unbroken one would be in. Ends each
-    stage with a log, and with a checkpoint unless saving is off. `ropes` has `None` for the RoPE that the model comes
-    with.
+    stage with a log, with a checkpoint unless saving is off, and with an evaluation if epochs are evaluated. `ropes`
+    has `None` for the RoPE that the model comes with.
     """
 
     def __init__(self, schedule: Schedule, ropes: Sequence[RopeScaling | None]) -> None:
@@ -58,7 +58,13 @@ class ContextStageCallback(TrainerCallback):
         if self.schedule.step(state.global_step - 1).last_of_stage:
             control.should_log = True
             control.should_save = control.should_save or args.save_strategy != "no"
+            control.should_evaluate = control.should_evaluate or args.eval_strategy == "epoch"
             _release_memory()
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # To Trainer the run is one epoch, and its end is the last stage's: it has been logged, evaluated and saved.
+        if self.schedule.last_step(state.global_step).last_of_stage:
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         set_attention_mode(kwargs["model"], "auto")  # sparse in training, dense elsewhere; RoPE stays the last stage's

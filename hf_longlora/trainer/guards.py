@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import trl
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -62,6 +64,7 @@ class Run:
         """
         check_arguments(args)
         check_output(model, args)
+        check_bare(model)
         columns = check_dataset(dataset, args, others.get("formatting_func"))
         config, model_class = supported_config(model, args)
         own_collator = others.get("data_collator") is not None
@@ -135,6 +138,23 @@ def check_output(model: str | PreTrainedModel | PeftModel, args: LongLoraSFTConf
         raise ValueError(
             f"output_dir={args.output_dir!r} is the folder of the model that is trained, and what is saved would lie "
             "among its files. Give the run a folder of its own."
+        )
+
+
+def check_bare(model: str | PreTrainedModel | PeftModel) -> None:
+    """Refuse a model that has an adapter in it and is no `PeftModel`.
+
+    A trainer or `get_peft_model` has put it on this very model, or transformers' `load_adapter`: what a new one of its
+    name finds trained, norms and embeddings, it would go on from, and the model has the RoPE of the first.
+    """
+    if isinstance(model, (str, PeftModel)):
+        return
+    if any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in model.modules()):
+        raise ValueError(
+            f"There is an adapter in this {type(model).__name__} already: PEFT puts it into the model that it is "
+            "given, and a trainer does so with its `peft_config`. Give the trainer the PeftModel (trainer.model of "
+            "the one before) to train it on. To begin anew, take the adapter off, base = trainer.model.unload(), or "
+            "load the base again."
         )
 
 

@@ -59,8 +59,8 @@ class PiecewiseTrainer(StagedTrainer):
         """Whether the parts of a step in windows may run one after the other.
 
         Not where a forward of one process waits for the others' (weights that are sharded), where the loss is no sum
-        over tokens (a balance of experts, a loss of the user's), and where RoPE goes by the longest position of a
-        forward.
+        over tokens (a balance of experts, a loss of the user's), where noise goes by a forward's tokens (NEFTune), and
+        where RoPE goes by its longest position.
         """
         rope = find_rope(self.model.config)
         return (
@@ -68,6 +68,7 @@ class PiecewiseTrainer(StagedTrainer):
             and not self.aux_loss_enabled
             and self.compute_loss_func is None
             and self.label_smoother is None
+            and not self.args.neftune_noise_alpha
             and rope is not None
             and rope.rope_type not in WITH_HISTORY
         )

@@ -109,7 +109,9 @@ class SavingTrainer(StagedTrainer):
                 card.write_text(text.replace('model="None"', f'model="{self._own_name}"'), encoding="utf-8")
             return
         if self.is_world_process_zero() and (folder / CONFIG_NAME).is_file():
-            self._write_card(folder, dataset_name, [tags] if isinstance(tags, str) else tags or [])
+            named = model_name not in (None, self._own_name.rpartition("/")[2])  # Trainer gives the name's last part
+            name = model_name if named else None
+            self._write_card(folder, dataset_name, [tags] if isinstance(tags, str) else tags or [], name)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -123,11 +125,12 @@ class SavingTrainer(StagedTrainer):
                 shutil.copy(Path(checkpoint_folder, name), Path(str(self.args.output_dir), name))
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def _write_card(self, folder: Path, dataset_name: str | None = None, tags: Sequence[str] = ()) -> None:
+    def _write_card(
+        self, folder: Path, dataset_name: str | None = None, tags: Sequence[str] = (), name: str | None = None
+    ) -> None:
         write_facts(folder, read_facts(folder) | self._known | run_facts(self.args, self.state))
-        card = folder_card(
-            folder, name=self._own_name, base_model=self._base, dataset=dataset_name, tags=[*self._tag_names, *tags]
-        )
+        name, tags = name or self._own_name, [*self._tag_names, *tags]
+        card = folder_card(folder, name=name, base_model=self._base, dataset=dataset_name, tags=tags)
         card.save(folder / "README.md")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -209,16 +212,17 @@ class SavingTrainer(StagedTrainer):
             ),
         }
 
-    def _check_checkpoint(self, resume_from_checkpoint: str | bool) -> str:
-        path: str | bool | None = resume_from_checkpoint
-        if path is True:
+    def _check_checkpoint(self, resume_from_checkpoint: Any) -> str:
+        path: str | None
+        if resume_from_checkpoint is True:
             directory = str(self.args.output_dir)
             path = last_checkpoint(directory)
             if path is None:
                 raise ValueError(
                     f"There is no whole checkpoint in {directory} to resume from; call train() without one."
                 )
-        assert isinstance(path, str)
+        elif not os.path.isdir(path := os.fspath(resume_from_checkpoint)):
+            raise ValueError(f"There is no checkpoint to resume from: {path} is no folder.")
         if self.args.ignore_data_skip:
             raise ValueError("`ignore_data_skip` would show the stage that is resumed the first stage's sequences.")
         tokens = check_signature(path, self._signature())

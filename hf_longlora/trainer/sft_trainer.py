@@ -1,6 +1,7 @@
 """TRL's SFTTrainer over stages of growing context."""
 
 import copy
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -157,7 +158,9 @@ class LongLoraSFTTrainer(RowsTrainer, SavingTrainer, WatchedTrainer, PiecewiseTr
             self.maybe_activation_offload_context = PartialOffload(self.args.offload_share)
             self.maybe_activation_offload_context.update_model_params(self.model)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """Run all stages; with `resume_from_checkpoint`, from where that checkpoint stands.
 
         Raises:
@@ -168,20 +171,19 @@ class LongLoraSFTTrainer(RowsTrainer, SavingTrainer, WatchedTrainer, PiecewiseTr
                 loss has grown beyond that of a uniform guess.
             torch.OutOfMemoryError: with what would help.
         """
-        if resume_from_checkpoint:
-            resume_from_checkpoint = self._check_checkpoint(resume_from_checkpoint)
+        checkpoint = self._check_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         if self.args.save_strategy != "no":
             refuse_others(str(self.args.output_dir), self._signature(), bool(self.args.save_total_limit))
         self._last_log = (time.perf_counter(), self._total_train_tokens)
         try:
             with (
-                self._rows_from(resume_from_checkpoint),
+                self._rows_from(checkpoint),
                 compiled_layers(self.model, self.args.compile_layers),
                 own_attention(self.model, self.args.sequence_parallel),
             ):
                 if self.is_world_process_zero():
                     write_facts(Path(str(self.args.output_dir)), self._known)
-                output = super().train(resume_from_checkpoint, *args, **kwargs)
+                output = super().train(checkpoint, *args, **kwargs)
         except torch.OutOfMemoryError as error:
             message = out_of_memory(self.args, self.schedule, self.state.global_step, self.model)
             raise torch.OutOfMemoryError(message) from error

@@ -378,7 +378,8 @@ def test_parts_add_up_to_the_whole(make, monkeypatch, accumulation, options):
 
 
 def test_a_step_that_does_not_add_up_runs_whole(make):
-    """A balance of experts is of a forward, dynamic RoPE by its longest position; dense steps need the room anyway."""
+    """A balance of experts is of a forward, dynamic RoPE by its longest position, NEFTune's noise by its tokens; dense
+    steps need the room anyway."""
     torch.manual_seed(0)
     experts = MixtralForCausalLM(
         MixtralConfig(
@@ -390,6 +391,7 @@ def test_a_step_that_does_not_add_up_runs_whole(make):
     for name, options in {
         "experts": {"model": experts, "stages": [ContextStage(256, 1)], "router_aux_loss_coef": 0.01},
         "dynamic": {"stages": dynamic},
+        "noise": {"stages": [ContextStage(256, 1)], "neftune_noise_alpha": 5},
         "beside dense steps": {"stages": [ContextStage(256, 2)], "dense_every": 2},
     }.items():
         trainer, forwards = make(output=name, sparse="pose", **options), []

@@ -1,0 +1,112 @@
+"""What people's scripts for TRL's trainer do, done with ours."""
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
+
+from hf_longlora import ContextStage, LongLoraConfig
+
+from .helpers import Stop, texts
+
+
+class Events(TrainerCallback):
+    """Step and name of what happens beside the steps."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.seen.append((state.global_step, "log"))
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.seen.append((state.global_step, "evaluate"))
+
+    def on_save(self, args, state, control, **kwargs):
+        self.seen.append((state.global_step, "save"))
+
+
+EACH_EPOCH = dict(eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", eval_packing=False)
+
+
+def test_epochs_are_stages(make, tmp_path):
+    events = Events()
+    trainer = make(callbacks=[events], eval_dataset=texts(2), load_best_model_at_end=True, report=True, **EACH_EPOCH)
+    trainer.train()
+    assert events.seen == [(step, what) for step in (3, 6) for what in ("log", "evaluate", "save")]
+    assert "evaluation" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_run_stopped_within_a_stage_ends_as_epochs_do(make):
+    events = Events()
+    make(callbacks=[events, Stop(5)], eval_dataset=texts(2), **EACH_EPOCH).train()
+    assert set(events.seen[3:]) == {(5, "log"), (5, "evaluate"), (5, "save")}
+
+
+@pytest.mark.parametrize("sparse", ["s2", "windows"])
+def test_columns_that_no_model_takes_may_stay(make, sparse):
+    dataset = texts().add_column("id", list(range(12))).add_column("tags", [["a", "b"]] * 12)
+    kept = make(output="kept", dataset=dataset, sparse=sparse, packing=False, remove_unused_columns=False)
+    kept.train()
+    removed = make(output="removed", dataset=dataset, sparse=sparse, packing=False)
+    removed.train()
+    assert kept.state.log_history[0]["loss"] == removed.state.log_history[0]["loss"]
+    assert kept.state.log_history[-2]["loss"] == removed.state.log_history[-2]["loss"]
+
+
+def test_a_checkpoint_s_path_is_no_text(make, tmp_path):
+    make(save_strategy="steps", save_steps=2, callbacks=[Stop(2)]).train()
+    resumed = make(save_strategy="steps", save_steps=2)
+    assert resumed.train(resume_from_checkpoint=tmp_path / "out" / "checkpoint-2").global_step == 6
+    for missing in (tmp_path / "nowhere", str(tmp_path / "nowhere")):
+        with pytest.raises(ValueError, match=r"There is no checkpoint to resume from: .*nowhere is no folder"):
+            make(output="other").train(resume_from_checkpoint=missing)
+
+
+@pytest.mark.parametrize(
+    ("config", "stage"),
+    [
+        (LongLoraConfig(r=4), ContextStage(512, 1)),
+        (LongLoraConfig(r=4), ContextStage(128, 1)),
+        (LoraConfig(r=4), ContextStage(64, 1, rope_type=None)),
+    ],
+    ids=["longer", "as long", "plain LoRA"],
+)
+def test_a_model_is_not_given_two_adapters(make, tiny_llama, config, stage):
+    """PEFT changes the model that it is given, and a loop over settings would train each run on the last one's."""
+    base = tiny_llama()
+    first = make(model=base, output="first", stages=[ContextStage(128, 1)])
+    first.train()
+    for peft_config in (config, None):
+        with pytest.raises(ValueError, match=r"an adapter in this LlamaForCausalLM already.*trainer.model.unload\(\)"):
+            make(model=base, peft_config=peft_config, output="second", stages=[stage], dataset=texts(repeat=30))
+    again = make(model=first.model.unload(), output="again", stages=[ContextStage(128, 1)])
+    again.train()
+    assert again.state.log_history[0]["loss"] == first.state.log_history[0]["loss"]
+
+
+def test_a_script_s_own_peft_model_is_trained(make, tiny_llama):
+    model = get_peft_model(tiny_llama(), LongLoraConfig(r=4))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer = make(model=model, peft_config=None)
+    trainer.optimizer = optimizer
+    trainer.train()
+    moved = sum(int((p != before[name]).sum()) for name, p in trainer.model.named_parameters())
+    assert moved > 1500  # of 6,048, less the embeddings of tokens that the texts don't have
+
+
+def test_a_card_has_the_name_that_it_is_given(make, tmp_path):
+    trainer = make()
+    trainer.train()
+    trainer.save_model()
+    file = tmp_path / "out" / "README.md"
+    assert ModelCard.load(file).data.model_name == "out"
+    trainer.create_model_card(model_name="long-llama", dataset_name="someone/books", tags="books")
+    data = ModelCard.load(file).data
+    assert (data.model_name, data.datasets) == ("long-llama", ["someone/books"]) and "books" in data.tags
+    trainer.args.hub_model_id = "user/longer"
+    trainer.create_model_card(model_name="longer")  # as Trainer's push_to_hub calls it
+    assert ModelCard.load(file).data.model_name == "user/longer"
