@@ -54,7 +54,7 @@ class RowsTrainer(StagedTrainer):
         )
         names = column_names(tokenized)
         masked = "labels" in names and bool(
-            self.completion_only_loss or args.assistant_only_loss or "labels" in self._columns
+            self.completion_only_loss or args.assistant_only_loss or self._columns & {"labels", "assistant_masks"}
         )
         longest: list[int] = []
         served: list[Dataset] = []

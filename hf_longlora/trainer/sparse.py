@@ -16,7 +16,10 @@ from .config import LongLoraSFTConfig
 
 logger = logging.get_logger(__name__)
 
-ANSWERED = frozenset({"messages", "conversations", "prompt", "completion", "chosen", "rejected", "labels"})
+ANSWERED = frozenset(
+    {"messages", "conversations", "prompt", "completion", "chosen", "rejected", "labels"}
+    | {"completion_mask", "assistant_masks"}
+)
 """Columns of examples that end in answers, or whose labels may leave out tokens."""
 
 ANSWERS = (

@@ -83,6 +83,14 @@ def test_of_conversations_the_answers_are_counted(make, said):
     assert "124 of 124 tokens to learn from" in said[0]
 
 
+def test_of_token_ids_with_a_mask_the_answers_are_counted(make, said):
+    """TRL makes labels of `assistant_masks` whatever the arguments say."""
+    tokens = Dataset.from_dict({"input_ids": [[5] * 100] * 4, "assistant_masks": [[0] * 60 + [1] * 40] * 4})
+    (found,) = make(dataset=tokens, packing=False, stages=[ContextStage(128, 1)])._stage_data.values()
+    assert found.masked and found.used == found.tokens == 4 * 40
+    assert "160 of 160 tokens to learn from" in said[0]
+
+
 def test_answers_that_packing_cuts_off_are_no_tokens_to_learn_from(make, said):
     """TRL packs them all the same."""
     pairs = {"prompt": ["q" * 200] * 39 + ["q"], "completion": ["a" * 30] * 40}

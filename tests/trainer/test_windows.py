@@ -513,6 +513,8 @@ CHATS = Dataset.from_dict(
 )
 PAIRS = Dataset.from_dict({"prompt": ["What time? "] * 8, "completion": [TEXT * 6] * 8})
 MASKED = Dataset.from_dict({"input_ids": [[5] * 300] * 8, "labels": [[-100] * 100 + [5] * 200] * 8})
+TOKENS = Dataset.from_dict({"input_ids": [[5] * 300] * 8})
+HALF = [[0, 1] * 150] * 8  # of the tokens are of answers
 
 
 @pytest.mark.parametrize(
@@ -552,17 +554,22 @@ def test_batches_are_not_dealt_out_by_one_of_several_processes(make, monkeypatch
     ("options", "sparse"),
     [
         ({}, "windows"),
-        ({"dataset": Dataset.from_dict({"input_ids": [[5] * 300] * 8})}, "windows"),
+        ({"dataset": TOKENS}, "windows"),
         ({"dataset": CHATS, "packing": False}, "s2"),
         ({"dataset": PAIRS, "packing": False}, "s2"),
         ({"dataset": MASKED, "packing": False}, "s2"),
+        ({"dataset": TOKENS.add_column("assistant_masks", HALF)}, "s2"),
+        ({"dataset": TOKENS.add_column("completion_mask", HALF), "completion_only_loss": True}, "s2"),
         ({"group_size": 32}, "s2"),
         ({"group_size_ratio": 0.5}, "s2"),
         ({"sink_tokens": 0}, "s2"),
         ({"stages": [ContextStage(128, 1), ContextStage(256, 1, group_size=64)]}, "s2"),
         ({"model": build("lfm2")}, "s2"),
     ],
-    ids=["text", "tokens", "chats", "pairs", "labels", "size", "share", "sinks", "of a stage", "state"],
+    ids=[
+        *("text", "tokens", "chats", "pairs", "labels", "answers", "completions"),
+        *("size", "share", "sinks", "of a stage", "state"),
+    ],
 )
 def test_what_the_data_and_the_model_are_settles_auto(make, options, sparse):
     trainer = make(sparse="auto", **options)
