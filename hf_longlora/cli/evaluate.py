@@ -111,10 +111,8 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from peft import PeftModel
-    from peft.utils import CONFIG_NAME
-    from transformers.trainer import TRAINER_STATE_NAME
 
-    from ..evaluation import long_perplexity, multi_needle_accuracy, passkey_accuracy, ruler_accuracy
+    from ..evaluation import multi_needle_accuracy, passkey_accuracy, ruler_accuracy
     from ..evaluation.plots import no_plots
     from ..evaluation.ruler import check_tasks, require_lm_eval
     from ..evaluation.scoring import vocabulary_size
@@ -123,13 +121,7 @@ def run(options: argparse.Namespace) -> None:
     from .data import check_writable, load_documents, texts_of
 
     tasks = check_tasks(options.tasks) if options.tasks else []
-    if not (options.documents or tasks or options.passkey or options.needles):
-        raise ValueError("nothing to measure: give --documents, --passkey, --needles or --tasks")
-    longer = [length for length in options.lengths if length > (options.long_ppl or 0)]
-    if options.long_ppl is not None and not (options.documents and longer):
-        raise ValueError(f"--long-ppl needs --documents, and a length above its {options.long_ppl:,} tokens")
-    if options.evaluator is not None and options.long_ppl is None:
-        raise ValueError("--evaluator is for --long-ppl, which isn't asked for")
+    _check_asked(options)
     if tasks:
         require_lm_eval(tasks)
     out = Path(options.output_dir)
@@ -145,13 +137,7 @@ def run(options: argparse.Namespace) -> None:
         documents = as_token_ids(texts_of(splits, tokenizer), tokenizer, vocabulary_size(model))
         _say_short(documents, max(options.lengths))
     measured = weights_sha256(options.model) if isinstance(model, PeftModel) else None
-    taken = any((out / name).is_file() for name in (CONFIG_NAME, "config.json", TRAINER_STATE_NAME))
-    own = out.is_dir() and Path(options.model).is_dir() and out.samefile(options.model)
-    if taken and not own and (measured is None or weights_sha256(out) != measured):
-        raise ValueError(
-            f"{out} holds a model or a run, whose card and report take the results that lie beside them, and "
-            f"{options.model} is another model: give another --output-dir"
-        )
+    _check_folder(out, options.model, measured)
     texts = options.retrieval_lengths or options.lengths
     retrieval = [("passkey", passkey_accuracy), ("needles", multi_needle_accuracy)]
     for name, measure in retrieval:
@@ -167,16 +153,38 @@ def run(options: argparse.Namespace) -> None:
         results["documents"] = [Path(name).name if Path(name).exists() else name for name in options.documents]
         results |= _on_documents(model, documents, options)
         if options.long_ppl is not None:
-            evaluator = load(options.evaluator, options.dtype, options.device)[0] if options.evaluator else None
-            windows = {"max_windows": options.max_windows, "batch_size": options.batch_size}
-            records = long_perplexity(model, documents, longer, evaluator=evaluator, short=options.long_ppl, **windows)
-            results["long_ppl"] = [record | {"evaluator": base_name(options.evaluator)} for record in records]
+            results["long_ppl"] = _long_ppl(model, documents, options)
     for name, measure in retrieval:
         if trials := getattr(options, name):
             results[name] = measure(model, tokenizer, texts, options.depths, trials=trials)
     if tasks:
         results["ruler"] = ruler_accuracy(model, tokenizer, options.lengths, tasks, trials=options.trials, **how)
     _report(results, out, _extension(model), plots=missing is None)
+
+
+def _check_asked(options: argparse.Namespace) -> None:
+    if not (options.documents or options.tasks or options.passkey or options.needles):
+        raise ValueError("nothing to measure: give --documents, --passkey, --needles or --tasks")
+    if options.long_ppl is not None and not (options.documents and max(options.lengths) > options.long_ppl):
+        raise ValueError(f"--long-ppl needs --documents, and a length above its {options.long_ppl:,} tokens")
+    if options.evaluator is not None and options.long_ppl is None:
+        raise ValueError("--evaluator is for --long-ppl, which isn't asked for")
+
+
+def _check_folder(out: Path, model: str, measured: str | None) -> None:
+    """Refuse a folder of another model or its run; `measured` is the SHA-256 of the adapter's weights."""
+    from peft.utils import CONFIG_NAME
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    from ..hub.card import weights_sha256
+
+    taken = any((out / name).is_file() for name in (CONFIG_NAME, "config.json", TRAINER_STATE_NAME))
+    own = out.is_dir() and Path(model).is_dir() and out.samefile(model)
+    if taken and not own and (measured is None or weights_sha256(out) != measured):
+        raise ValueError(
+            f"{out} holds a model or a run, whose card and report take the results that lie beside them, and "
+            f"{model} is another model: give another --output-dir"
+        )
 
 
 def _say_reach(model: Any, options: argparse.Namespace) -> None:
@@ -236,6 +244,18 @@ def _on_documents(model: Any, documents: Sequence[Any], options: argparse.Namesp
     longest = max(options.lengths)
     positions = loss_by_position(model, documents, longest, buckets=_doubling(longest), **windows)
     return {"perplexity": records, "positions": positions, "far_context": far_context(positions)}
+
+
+def _long_ppl(model: Any, documents: Sequence[Any], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """LongPPL at the lengths above the short context, with the name of who found the key tokens."""
+    from ..evaluation import long_perplexity
+    from ..hub.card import base_name
+
+    evaluator = load(options.evaluator, options.dtype, options.device)[0] if options.evaluator else None
+    lengths = [length for length in options.lengths if length > options.long_ppl]
+    how = {"short": options.long_ppl, "max_windows": options.max_windows, "batch_size": options.batch_size}
+    records = long_perplexity(model, documents, lengths, evaluator=evaluator, **how)
+    return [record | {"evaluator": base_name(options.evaluator)} for record in records]
 
 
 def _pattern(asked: Any, model: Any) -> str:

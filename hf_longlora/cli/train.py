@@ -93,26 +93,14 @@ def make_parser() -> Any:
 
 
 def run(options: argparse.Namespace) -> None:
-    from trl import get_quantization_config
-
-    from ..planning import local_gpu
-    from ..trainer import LongLoraSFTTrainer, last_checkpoint
-    from ..trainer.data import column_names
-    from .data import as_trl_reads, check_writable, load_data, read_of, split_of
+    from ..trainer import LongLoraSFTTrainer
+    from .data import as_trl_reads, check_writable, load_data, split_of
 
     script, model, args = parse(options.arguments)
     if script.dataset_name is None:
         raise ValueError("No data: name it by dataset_name, a dataset on the Hub or a local file or folder.")
     check_writable(Path(args.output_dir))
-    checkpoint: Any = args.resume_from_checkpoint
-    if str(checkpoint).lower() == "true":  # as scripts for Trainer have it: the last one, which has to be there
-        checkpoint = True
-    if script.resume and checkpoint is None:
-        checkpoint = last_checkpoint(args.output_dir)
-        if args.process_index == 0:
-            afresh = f"No whole checkpoint in {args.output_dir}: starting afresh."
-            print(f"Resuming from {checkpoint}." if checkpoint else afresh, file=sys.stderr)
-
+    checkpoint = _checkpoint(script, args)
     config = config_of(model, args)  # before the data are read
     data = load_data(script.dataset_name, script.dataset_config, script.dataset_streaming)
     # With a template, instructions are a conversation: the model's, if no other is given.
@@ -121,38 +109,16 @@ def run(options: argparse.Namespace) -> None:
     if script.dataset_streaming and args.train_sampling_strategy != "sequential":
         train = train.shuffle(seed=args.order_seed, buffer_size=1)  # its files; the trainer shuffles their examples
     if args.process_index == 0:
-        columns = column_names(train)
-        read = read_of(columns, args.dataset_text_field)
-        unread = ", ".join(name for name in columns if name not in read)
-        rest = f"; not read: {unread}" if unread else ""
-        print(f"Read of each example: {', '.join(read)}{rest}", file=sys.stderr)
+        _say_columns(train, args)
     train = as_trl_reads(train, args.dataset_text_field, chat)
-    gpu = local_gpu()
-    if gpu is not None and args.process_index == 0:
-        try:
-            _, stages = plan_of(model, args, config, gpu, args.world_size, train.column_names or ())
-        except ValueError as error:
-            print(f"The run can't be planned: {error}", file=sys.stderr)
-        else:
-            print(f"Planned on {cards(gpu, args.world_size)}: {in_all(stages)}", file=sys.stderr)
-            print("\n".join(f"  stage {number}, {stage}" for number, stage in enumerate(stages, 1)), file=sys.stderr)
+    if args.process_index == 0:
+        _say_plan(model, args, config, train.column_names or ())
     evaluated = None
     if args.eval_strategy != "no":
         evaluated = split_of(data, script.dataset_test_split, "dataset_test_split")
         evaluated = as_trl_reads(evaluated, args.dataset_text_field, chat)
 
-    dtype = _dtype(model)
-    if model.load_in_4bit or model.load_in_8bit:
-        model.dtype = dtype = "float16" if args.fp16 else "bfloat16"
-    init: dict[str, Any] = {"revision": model.model_revision, "dtype": dtype}
-    if args.trust_remote_code:
-        init["trust_remote_code"] = True
-    if model.attn_implementation is not None:
-        init["attn_implementation"] = model.attn_implementation
-    if (quantization := get_quantization_config(model)) is not None:
-        init["quantization_config"] = quantization
-    args.model_init_kwargs = init | dict(args.model_init_kwargs or {})
-
+    args.model_init_kwargs = _init_kwargs(model, args) | dict(args.model_init_kwargs or {})
     trainer = LongLoraSFTTrainer(
         model=model.model_name_or_path,
         args=args,
@@ -168,6 +134,63 @@ def run(options: argparse.Namespace) -> None:
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
         trainer.accelerator.print(f"On the Hub: {trainer.hub_model_id}")
+
+
+def _checkpoint(script: Any, args: Any) -> Any:
+    """What to resume from, as the trainer takes it: a folder, `True` for the last one, or nothing."""
+    from ..trainer import last_checkpoint
+
+    checkpoint = args.resume_from_checkpoint
+    if str(checkpoint).lower() == "true":  # as scripts for Trainer have it: the last one, which has to be there
+        return True
+    if script.resume and checkpoint is None:
+        checkpoint = last_checkpoint(args.output_dir)
+        if args.process_index == 0:
+            afresh = f"No whole checkpoint in {args.output_dir}: starting afresh."
+            print(f"Resuming from {checkpoint}." if checkpoint else afresh, file=sys.stderr)
+    return checkpoint
+
+
+def _say_columns(train: Any, args: Any) -> None:
+    """Print which columns are read, and which are not."""
+    from ..trainer.data import column_names
+    from .data import read_of
+
+    columns = column_names(train)
+    read = read_of(columns, args.dataset_text_field)
+    unread = ", ".join(name for name in columns if name not in read)
+    print(f"Read of each example: {', '.join(read)}{f'; not read: {unread}' if unread else ''}", file=sys.stderr)
+
+
+def _say_plan(model: Any, args: Any, config: Any, columns: Collection[str]) -> None:
+    """Print what the run takes on this machine's card, if there is one that is known."""
+    from ..planning import local_gpu
+
+    if (gpu := local_gpu()) is None:
+        return
+    try:
+        _, stages = plan_of(model, args, config, gpu, args.world_size, columns)
+    except ValueError as error:
+        print(f"The run can't be planned: {error}", file=sys.stderr)
+    else:
+        print(f"Planned on {cards(gpu, args.world_size)}: {in_all(stages)}", file=sys.stderr)
+        print("\n".join(f"  stage {number}, {stage}" for number, stage in enumerate(stages, 1)), file=sys.stderr)
+
+
+def _init_kwargs(model: Any, args: Any) -> dict[str, Any]:
+    """How the model is loaded. Over a quantized base what is computed in is said in `model`, where TRL reads it."""
+    from trl import get_quantization_config
+
+    if model.load_in_4bit or model.load_in_8bit:
+        model.dtype = "float16" if args.fp16 else "bfloat16"
+    given = {
+        "revision": model.model_revision,
+        "dtype": _dtype(model),
+        "trust_remote_code": args.trust_remote_code or None,
+        "attn_implementation": model.attn_implementation,
+        "quantization_config": get_quantization_config(model),
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def config_of(model: Any, args: Any) -> Any:

@@ -90,6 +90,11 @@ class ModelCheck:
     def sparse(self) -> list[Layer]:
         return [layer for layer in self.layers if layer.left_alone is None]
 
+    def refuse(self, reason: object) -> None:
+        """Add a reason, once."""
+        if str(reason) not in self.refused:
+            self.refused.append(str(reason))
+
 
 def check_model(
     model: str | PreTrainedConfig,
@@ -139,7 +144,7 @@ def check_model(
         check_supported(type(built), config)
         set_s2_attention(built)
     except ValueError as error:
-        found.refused.append(str(error))
+        found.refuse(error)
         return found
     wanted = adapter or LongLoraConfig(target_length=target_length, rope_type=rope_type, base_length=base_length)
     native = native_window(built, wanted.base_length)
@@ -195,7 +200,7 @@ def _theta(written: dict[str, Any], config: Any, found: ModelCheck) -> None:
 
 def _build(config: Any, found: ModelCheck, trust_remote_code: bool) -> PreTrainedModel | None:
     if getattr(config, "is_encoder_decoder", False):
-        found.refused.append(
+        found.refuse(
             f"{config.model_type} is an encoder-decoder; shifted sparse attention is for decoders. Train it with "
             'attn_implementation="sdpa".'
         )
@@ -205,35 +210,27 @@ def _build(config: Any, found: ModelCheck, trust_remote_code: bool) -> PreTraine
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
         auto = AutoModelForImageTextToText
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            found.refused.append(f"transformers has no causal language model of type {config.model_type!r}.")
+            found.refuse(f"transformers has no causal language model of type {config.model_type!r}.")
             return None
     try:
         return meta_model(config, auto, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a family's code makes of a config that lacks something
-        found.refused.append(f"transformers can't build the model from this config: {type(error).__name__}: {error}")
+        found.refuse(f"transformers can't build the model from this config: {type(error).__name__}: {error}")
         return None
 
 
 def _put_adapter(model: PreTrainedModel, found: ModelCheck, wanted: LongLoraConfig) -> None:
     """Norms, embeddings, targets and RoPE, by putting the adapter on."""
-    try:
-        before = current_rope(model.config)
-    except ValueError as error:
-        before = None
-        if wanted.target_length is None:
-            found.notes.append(str(error))
-    if before is not None and not rotary_modules(model):  # Granite hybrids may have the parameters and no positions
-        before = None
-        if wanted.target_length is None:
-            found.notes.append(f"{found.model_class} has no rotary module: there is no RoPE to scale.")
+    before, why = _rope_of(model)
+    if before is None and wanted.target_length is None:  # else putting the adapter on says it
+        found.notes.append(why)
     tuned: Any = None
     for config in wanted, LongLoraConfig():
         try:
             tuned = get_peft_model(model, config)
             break
         except ValueError as error:
-            if str(error) not in found.refused:
-                found.refused.append(str(error))
+            found.refuse(error)
     if before is not None:
         after = current_rope(model.config)
         found.rope = before, after
@@ -254,6 +251,18 @@ def _put_adapter(model: PreTrainedModel, found: ModelCheck, wanted: LongLoraConf
     found.parameters = tuned.get_nb_trainable_parameters()
 
 
+def _rope_of(model: PreTrainedModel) -> tuple[RopeScaling | None, str]:
+    """The RoPE of a model, or why it has none that can be scaled."""
+    try:
+        rope = current_rope(model.config)
+    except ValueError as error:
+        return None, str(error)
+    if rotary_modules(model):
+        return rope, ""
+    # Granite hybrids may have the parameters and no positions.
+    return None, f"{type(model).__name__} has no rotary module: there is no RoPE to scale."
+
+
 def _group_size(
     found: ModelCheck, config: Any, native: int | None, target_length: int | None, attention: S2AttentionConfig
 ) -> None:
@@ -270,13 +279,18 @@ def _group_size(
 # One forward on the meta device
 
 
-def _run(model: PreTrainedModel, found: ModelCheck) -> None:
-    """The layers of the language model, as they call for attention in training."""
-    language = {id(module): name for name, module in language_modules(model)}
-    calls: list[Layer] = []
-    untold: set[str] = set()
+class _Probe:
+    """Stands for the attention of a model, and notes what the layers of its language model ask for in training."""
 
-    def probe(
+    def __init__(self, model: PreTrainedModel, found: ModelCheck) -> None:
+        self.found = found
+        self.names = {id(module): name for name, module in language_modules(model)}
+        self.calls: list[Layer] = []
+        self.untold: set[str] = set()
+        """Classes of layers that aren't told where documents end."""
+
+    def __call__(
+        self,
         module: nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -285,57 +299,58 @@ def _run(model: PreTrainedModel, found: ModelCheck) -> None:
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        if id(module) in language:
+        if id(module) in self.names:
             causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
             alone = left_alone(module, query, key, attention_mask, causal, kwargs.get("sliding_window"))
-            needs = {"softcap": kwargs.get("softcap"), "learned_sinks": kwargs.get("s_aux")}
             if "cu_seq_lens_q" not in kwargs:
-                untold.add(type(module).__name__)
+                self.untold.add(type(module).__name__)
             try:
                 refuse_unknown(module, kwargs)
                 if alone is None:
                     refuse_sparse(module, kwargs)
             except ValueError as error:
-                if str(error) not in found.refused:
-                    found.refused.append(str(error))
-            wanted = tuple(what for what, given in needs.items() if given is not None)
-            calls.append(Layer(language[id(module)], query.shape[1], key.shape[1], alone, wanted))
+                self.found.refuse(error)
+            asked = (("softcap", "softcap"), ("learned_sinks", "s_aux"))
+            needs = tuple(what for what, name in asked if kwargs.get(name) is not None)
+            self.calls.append(Layer(self.names[id(module)], query.shape[1], key.shape[1], alone, needs))
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
+
+def _run(model: PreTrainedModel, found: ModelCheck) -> None:
+    """The layers of the language model, as they call for attention in training."""
     rotary: Any
     for rotary in rotary_modules(model):  # dynamic and longrope look how long the text is; the shapes are the same
         kinds = getattr(rotary, "rope_type", None)
         rotary.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+    probe = _Probe(model, found)
     # Some families read the values of the mask, some those of the positions: one of these three works for each.
     masks = (torch.ones(1, _TOKENS, dtype=torch.long), torch.ones_like(ids), None)
     with _registered(model, probe), torch.no_grad():
         for attempt, mask in enumerate(masks, start=1):
-            calls.clear()
             try:
                 model.train()(input_ids=ids, attention_mask=mask, use_cache=False, cu_seq_lens_q=None)
                 break
             except Exception as error:  # whatever a family's code does with tensors that have no numbers
+                probe.calls.clear()
                 if str(error).startswith(READS_MASK):
-                    calls.clear()
-                    found.refused.append(f"{found.model_class}: {error}")
+                    found.refuse(f"{found.model_class}: {error}")
                     break
                 if attempt == len(masks):
-                    calls.clear()
                     found.notes.append(
                         f"The forward of {found.model_class} can't be followed without numbers ({error}), so that its "
                         "layers are not listed: run a training step of a tiny model of the family."
                     )
-    if untold and found.window is not None:
+    if probe.untold and found.window is not None:
         found.window = None
         found.notes.append(
-            f"No steps in windows: {', '.join(sorted(untold))} doesn't get `cu_seq_lens_q`, and would not see where "
-            'they end. Train it with sparse="s2".'
+            f"No steps in windows: {', '.join(sorted(probe.untold))} doesn't get `cu_seq_lens_q`, and would not see "
+            'where they end. Train it with sparse="s2".'
         )
-    found.layers = list(dict.fromkeys(calls))  # some models go through a layer more than once
+    found.layers = list(dict.fromkeys(probe.calls))  # some models go through a layer more than once
     total = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    if calls and isinstance(total, int):
-        found.other_layers = max(0, total - len(calls))
+    if probe.calls and isinstance(total, int):
+        found.other_layers = max(0, total - len(probe.calls))
 
 
 @contextmanager

@@ -84,42 +84,14 @@ class Shape:
         key_dim = getattr(text, "qk_head_dim", None) or head_dim
         value_dim = getattr(text, "v_head_dim", None) or head_dim
 
-        modules = language_modules(base)
-        inside = tuple(f"{name}." for name, module in modules if name and is_attention(module))
-        if not inside:
-            raise ValueError(f"{type(base).__name__} has no attention modules to plan for")
         head = base.get_output_embeddings()
-        chosen = getattr(text, "num_experts_per_tok", None) or 1
-        matrices, mlp, mixers, norms, largest, packed = 0.0, 0.0, 0.0, 0.0, 0, 0
-        parents = dict(modules)
-        for name, module in modules:
-            if module is head:
-                continue
-            weight: Any = getattr(module, "weight", None)
-            if is_norm(module) and any(part.isdigit() for part in name.split(".")):
-                norms += hidden if weight.numel() == hidden else heads * head_dim  # q_norm and k_norm: per head
-            elif is_projection(module):
-                matrices += weight.numel()
-                packed += weight.numel()
-                largest = max(largest, weight.numel())
-                out = getattr(module, "out_features", None) or weight.shape[1]
-                taken = getattr(module, "in_features", None) or weight.shape[0]
-                if taken == hidden and not name.startswith(inside):
-                    parent = parents[name.rpartition(".")[0]]
-                    if is_mlp(parent) or isinstance(parent, GradientCheckpointingLayer):  # OPT has no module for it
-                        mlp += out
-                    else:
-                        mixers += out
-            for key, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3:  # experts: [experts, out, in]
-                    matrices += parameter[0].numel() * chosen
-                    mlp += chosen * max(parameter.shape[1:]) if "gate" in key or "up" in key else 0
+        found = _Layers.of(base, head, hidden, heads * head_dim, getattr(text, "num_experts_per_tok", None) or 1)
         total = sum(parameter.numel() for parameter in base.parameters())
         element = 4 if settings.dtype == "float32" else 2
         weight_bytes = float(total * element)
         if settings.quantization:
             # nf4: a scale of a byte for 64 weights, those quantized again (QLoRA, arXiv 2305.14314, section 3).
-            weight_bytes -= packed * (element - (0.516 if settings.quantization == "4bit" else 1.0))
+            weight_bytes -= found.packed * (element - (0.516 if settings.quantization == "4bit" else 1.0))
 
         head_matrix = head.weight.numel() if head is not None else 0
         trainable, lora_inputs, lora_mlp = total, 0.0, 0.0
@@ -130,7 +102,7 @@ class Shape:
             parameters=total,
             trainable=trainable,
             weight_bytes=weight_bytes,
-            largest_matrix=largest if settings.quantization else 0,
+            largest_matrix=found.largest if settings.quantization else 0,
             layers=layers,
             hidden=hidden,
             vocabulary=text.vocab_size,
@@ -138,20 +110,74 @@ class Shape:
             kv_heads=kv_heads,
             query=heads * key_dim,
             keys_values=kv_heads * (key_dim + value_dim),
-            mlp=mlp / layers,
-            mixers=mixers / layers,
-            norms=norms / layers,
+            mlp=found.mlp / layers,
+            mixers=found.mixers / layers,
+            norms=found.norms / layers,
             trains_norms=settings.adapter is None or bool(getattr(settings.adapter, "train_norms", False)),
             lora_inputs=lora_inputs / layers,
             lora_mlp=lora_mlp / layers,
-            layer_matrices=matrices,
+            layer_matrices=found.matrices,
             head_matrix=head_matrix,
-            trained_matrices=0.0 if settings.adapter is not None else matrices + head_matrix,
+            trained_matrices=0.0 if settings.adapter is not None else found.matrices + head_matrix,
             cuttable=cuttable,
             native_window=native_window(config, getattr(settings.adapter, "base_length", None)),
             adds_up=_adds_up(config),
             windows=_windows(text),
         )
+
+
+@dataclass
+class _Layers:
+    """What a token passes in all layers: entries of matrices, and widths."""
+
+    matrices: float = 0.0
+    mlp: float = 0.0
+    mixers: float = 0.0
+    norms: float = 0.0
+    largest: int = 0
+    """Of the matrices that quantization packs."""
+    packed: int = 0
+    """Entries of them all."""
+
+    @classmethod
+    def of(cls, base: Any, head: Any, hidden: int, of_heads: int, experts: int) -> _Layers:
+        """Read off a model's modules.
+
+        Args:
+            base: The model.
+            head: Its output head, which is counted elsewhere.
+            hidden: Its hidden size.
+            of_heads: Width of the norms of queries or keys, over all heads.
+            experts: To how many a token is sent.
+        """
+        modules, found = language_modules(base), cls()
+        inside = tuple(f"{name}." for name, module in modules if name and is_attention(module))
+        if not inside:
+            raise ValueError(f"{type(base).__name__} has no attention modules to plan for")
+        parents = dict(modules)
+        for name, module in modules:
+            if module is head:
+                continue
+            weight: Any = getattr(module, "weight", None)
+            if is_norm(module) and any(part.isdigit() for part in name.split(".")):
+                found.norms += hidden if weight.numel() == hidden else of_heads  # q_norm and k_norm: per head
+            elif is_projection(module):
+                found.matrices += weight.numel()
+                found.packed += weight.numel()
+                found.largest = max(found.largest, weight.numel())
+                out = getattr(module, "out_features", None) or weight.shape[1]
+                taken = getattr(module, "in_features", None) or weight.shape[0]
+                if taken == hidden and not name.startswith(inside):
+                    parent = parents[name.rpartition(".")[0]]
+                    if is_mlp(parent) or isinstance(parent, GradientCheckpointingLayer):  # OPT has no module for it
+                        found.mlp += out
+                    else:
+                        found.mixers += out
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3:  # experts: [experts, out, in]
+                    found.matrices += parameter[0].numel() * experts
+                    found.mlp += experts * max(parameter.shape[1:]) if "gate" in key or "up" in key else 0
+        return found
 
 
 def _put_adapter(base: Any, adapter: PeftConfig, hidden: int) -> tuple[int, float, float]:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,7 +12,7 @@ from ..attention import get_s2_attention, set_attention_mode, set_s2_attention
 from ..hub.run import evaluation_losses
 from ..rope import RopeScaling, apply_rope, write_length
 from ..schedule import Schedule
-from ..tuner import LongLoraModel
+from ..tuner import longlora_tuner
 
 
 class ContextStageCallback(TrainerCallback):
@@ -151,9 +150,3 @@ class StageProgressCallback(ProgressCallback):
             global_step -= done
             left += (stage.max_steps - done) * stage.max_length
         return left
-
-
-def longlora_tuner(model: nn.Module) -> LongLoraModel | None:
-    """The tuner of a model with a LONGLORA adapter."""
-    tuner = model.base_model if isinstance(model, PeftModel) else None
-    return tuner if isinstance(tuner, LongLoraModel) else None

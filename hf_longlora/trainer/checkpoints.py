@@ -31,7 +31,7 @@ def whole_checkpoints(directory: str | Path) -> list[Path]:
     A checkpoint is whole if the trainer's state, the last file written, is there and can be read. One that a kill or a
     full disk has left in part is passed over, with a warning. Folders of other names (`checkpoint-100-best`) are none.
     """
-    found = {step: path for path in Path(directory).glob("checkpoint-*") if (step := number(path)) is not None}
+    found = {step: path for path in Path(directory).glob("checkpoint-*") if (step := step_of(path)) is not None}
     whole = []
     for _, path in sorted(found.items(), reverse=True):
         try:
@@ -43,7 +43,7 @@ def whole_checkpoints(directory: str | Path) -> list[Path]:
     return whole
 
 
-def number(path: Path) -> int | None:
+def step_of(path: Path) -> int | None:
     """The step of a checkpoint's folder; `None` of another."""
     match = re.fullmatch(r"checkpoint-(\d+)", path.name)
     return int(match[1]) if match else None
@@ -137,7 +137,7 @@ def refuse_others(directory: str | Path, signature: Mapping[str, Any], limited: 
                 f"{path} is of another run, and this one would save its checkpoints beside it: {difference}. {what}"
             )
     for path in Path(directory).glob("checkpoint-*"):
-        if limited and path.is_dir() and number(path) is None:
+        if limited and path.is_dir() and step_of(path) is None:
             raise ValueError(f"{path} is no checkpoint, and save_total_limit would have Trainer delete it. {what}")
 
 

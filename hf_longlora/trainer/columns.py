@@ -117,10 +117,6 @@ def says_nothing(value: Any) -> bool:
     )
 
 
-def _any_null(column: Any, field: str) -> bool:
-    return pc.struct_field(pc.list_flatten(column), field).null_count > 0
-
-
 def check_texts(dataset: Dataset, name: str, plain: bool) -> None:
     """Raise a `ValueError` unless a column holds nothing but texts or, where it need not be plain, messages."""
     kind: Any = dataset.features[name]
@@ -141,7 +137,8 @@ def check_texts(dataset: Dataset, name: str, plain: bool) -> None:
         missing = pc.or_kleene(missing, pc.equal(pc.list_value_length(column), 0))
     rows = pc.indices_nonzero(missing).to_pylist()
     what = "text" if text else "message"
-    if not rows and messages and (fields is None or _any_null(column, "content" if "content" in fields else "value")):
+    content = "value" if fields is None or "content" not in fields else "content"
+    if not rows and messages and (fields is None or pc.struct_field(pc.list_flatten(column), content).null_count):
         rows = [index for index, value in enumerate(dataset[name]) if says_nothing(value)]
         what = "content in a message"
     if rows:

@@ -20,9 +20,8 @@ from ..lookup import refuse_adapter
 from ..modules import base_model
 from ..rope import AUTO, RopeScaling, native_window
 from ..schedule import Schedule
-from ..tuner import LongLoraConfig, LongLoraModel
+from ..tuner import LongLoraConfig, LongLoraModel, longlora_tuner
 from ..values import check_whole
-from .callbacks import longlora_tuner
 from .columns import check_dataset
 from .config import LongLoraSFTConfig
 from .ropes import Start, stage_ropes

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from ..rope import AUTO, RopeScaling, current_rope, find_rope, only_reading, reach, scaled_rope, type_over
 from ..schedule import ContextStage, Schedule
-from .callbacks import longlora_tuner
+from ..tuner import longlora_tuner
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from ..hub.card import base_name, folder_card
 from ..hub.run import RUN_NAME, read_facts, run_facts, write_facts
 from ..modules import base_model
 from ..rope import find_rope
+from ..tuner import longlora_tuner
 from ..tuner.config import read_shapes
 from ..tuner.stored import rope_seen_to
-from .callbacks import ContextStageCallback, longlora_tuner
+from .callbacks import ContextStageCallback
 from .checkpoints import (
     STREAM_NAME,
     begin_checkpoint,

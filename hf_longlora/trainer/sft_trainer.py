@@ -21,7 +21,8 @@ from ..attention import set_attention_mode, set_s2_attention
 from ..hub.run import write_facts
 from ..modules import base_model
 from ..rope import find_rope, forget_lengths, rope_factor
-from .callbacks import ContextStageCallback, StageProgressCallback, longlora_tuner
+from ..tuner import longlora_tuner
+from .callbacks import ContextStageCallback, StageProgressCallback
 from .checkpoints import refuse_others
 from .compiling import compiled_layers
 from .config import LongLoraSFTConfig

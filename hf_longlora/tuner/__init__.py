@@ -12,7 +12,7 @@ if "LONGLORA" not in PeftType.__members__:
 
 from .config import LongLoraConfig
 from .hotswap import hotswap_adapter
-from .model import LongLoraModel
+from .model import LongLoraModel, longlora_tuner
 
 
 def register() -> None:
@@ -29,4 +29,4 @@ def register() -> None:
     register_peft_method(name="longlora", config_cls=LongLoraConfig, model_cls=LongLoraModel, prefix="lora_")
 
 
-__all__ = ["LongLoraConfig", "LongLoraModel", "hotswap_adapter", "register"]
+__all__ = ["LongLoraConfig", "LongLoraModel", "hotswap_adapter", "longlora_tuner", "register"]

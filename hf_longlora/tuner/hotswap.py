@@ -9,7 +9,7 @@ from peft import PeftModel
 from .base_rope import refuse_other_base
 from .config import LongLoraConfig
 from .merging import merged_adapters
-from .model import LongLoraModel
+from .model import longlora_tuner
 from .stored import check_fit, differences, rope_seen_to
 
 
@@ -30,8 +30,8 @@ def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "defaul
         ValueError: there is no such adapter or it is merged, the two differ in rank, scaling or trained modules, the
             new one doesn't fit the base, or it has another RoPE than a second adapter on the model.
     """
-    tuner = model.base_model
-    if not isinstance(tuner, LongLoraModel) or adapter_name not in model.peft_config:
+    tuner = longlora_tuner(model)
+    if tuner is None or adapter_name not in model.peft_config:
         raise ValueError(f"the model has no LONGLORA adapter {adapter_name!r} to be swapped.")
     if adapter_name in merged_adapters(tuner.model):
         raise ValueError(f"adapter {adapter_name!r} is merged into the base; call unmerge_adapter() first.")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -356,3 +357,9 @@ class LongLoraModel(LoraModel):
         self._with_masters -= {adapter_name}
         for _, wrapper, module in self._copies(adapter_name):
             masters.demote(module, masters.base_dtype(wrapper.original_module))
+
+
+def longlora_tuner(model: nn.Module) -> LongLoraModel | None:
+    """The tuner of a model with a LONGLORA adapter; `None` of any other."""
+    tuner = model.base_model if isinstance(model, PeftModel) else None
+    return tuner if isinstance(tuner, LongLoraModel) else None
