@@ -196,6 +196,13 @@ def check_adapter(model: Any, peft_config: PeftConfig | None, schedule: Schedule
         return
     if peft_config is None:
         return
+    if peft_config.inference_mode or getattr(peft_config, "resolved", False):
+        raise ValueError(
+            "`peft_config` is that of an adapter which has been put on a model, or was read from a saved one "
+            "(inference_mode=True). To train that one on, give the trainer the PeftModel: "
+            "PeftModel.from_pretrained(base, adapter, is_trainable=True). For a new adapter make a fresh "
+            f"{type(peft_config).__name__}."
+        )
     if not isinstance(peft_config, LongLoraConfig):
         if stretches:
             raise ValueError(

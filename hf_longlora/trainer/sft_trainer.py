@@ -91,7 +91,8 @@ class LongLoraSFTTrainer(RowsTrainer, SavingTrainer, WatchedTrainer, PiecewiseTr
     ) -> None:
         if not isinstance(args, LongLoraSFTConfig):
             raise TypeError(f"`args` must be a LongLoraSFTConfig with its stages, got {type(args).__name__}.")
-        args = copy.copy(args)  # what is resolved here is of this model, and the caller may have others
+        # What is resolved here is of this model, and the caller may have others.
+        args, peft_config = copy.copy(args), copy.deepcopy(peft_config)
         run = Run.of(model, args, train_dataset, peft_config, kwargs)  # refused here, while the model is as it was
         train_dataset = limited(train_dataset, args.max_examples)
         self.schedule, self._start, self._ropes, self._columns = run.schedule, run.start, run.ropes, run.columns
@@ -120,6 +121,7 @@ class LongLoraSFTTrainer(RowsTrainer, SavingTrainer, WatchedTrainer, PiecewiseTr
             **kwargs,
         )
         check_replicas(args)
+        self._rows = self.train_dataset
         set_s2_attention(self.model)  # loaded by its name it has the attention that its arguments ask for, if any
         if longlora_tuner(self.model) is not None:
             self._adopt_adapter(revision)
@@ -166,12 +168,18 @@ class LongLoraSFTTrainer(RowsTrainer, SavingTrainer, WatchedTrainer, PiecewiseTr
 
         Raises:
             ValueError: if there is no such checkpoint, it is of another run, it lacks what a run is resumed from, or
-                its adapter is damaged; or if `output_dir` has checkpoints of another run, and this one saves some.
+                its adapter is damaged; if `output_dir` has checkpoints of another run, and this one saves some; or if
+                `train_dataset` has been replaced.
             FileNotFoundError: if its adapter is missing.
             FloatingPointError: if a loss or a gradient is not finite (the weights before that step are kept), or the
                 loss has grown beyond that of a uniform guess.
             torch.OutOfMemoryError: with what would help.
         """
+        if self.train_dataset is not self._rows:
+            raise ValueError(
+                "`trainer.train_dataset` has been replaced. It holds each stage's rows in order, cut to the stage's "
+                "length, and no others make these stages: change the dataset before you give it to the trainer."
+            )
         checkpoint = self._check_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         if self.args.save_strategy != "no":
             refuse_others(str(self.args.output_dir), self._signature(), bool(self.args.save_total_limit))

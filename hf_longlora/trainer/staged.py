@@ -25,6 +25,8 @@ class StagedTrainer(SFTTrainer):
     """The training dataset's, as it was given."""
     _train_source: Dataset | IterableDataset | None
     """The training dataset until it is prepared."""
+    _rows: Any
+    """`train_dataset` as it was made."""
     _stage_examples: list[int]
     """Rows that each stage could be served."""
     _stage_data: dict[int, StageData]

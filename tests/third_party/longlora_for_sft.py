@@ -68,7 +68,7 @@ class SFTTrainer(LongLoraSFTTrainer):
         super().__init__(model, args, **kwargs)
         if self.first_pass:
             rows: Any = self.train_dataset
-            self.train_dataset = rows.select(range(self._stage_examples[0]))
+            self.train_dataset = self._rows = rows.select(range(self._stage_examples[0]))
 
 
 trl.SFTConfig, trl.SFTTrainer, peft.LoraConfig = SFTConfig, SFTTrainer, LoraConfig  # before the suite imports them

@@ -1,9 +1,11 @@
 """What people's scripts for TRL's trainer do, done with ours."""
 
+import copy
+
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import TrainerCallback
 
 from hf_longlora import ContextStage, LongLoraConfig
@@ -85,6 +87,39 @@ def test_a_model_is_not_given_two_adapters(make, tiny_llama, config, stage):
     again = make(model=first.model.unload(), output="again", stages=[ContextStage(128, 1)])
     again.train()
     assert again.state.log_history[0]["loss"] == first.state.log_history[0]["loss"]
+
+
+def test_one_config_serves_several_trainers(make):
+    """As one of PEFT's does: it stays as its maker wrote it."""
+    config = LongLoraConfig(r=4)
+    before = copy.deepcopy(vars(config))
+    lengths = []
+    for length in (128, 256, 128):
+        trainer = make(peft_config=config, output=str(length), stages=[ContextStage(length, 1)])
+        trainer.train()
+        lengths.append(trainer.model.active_peft_config.scaling.length)
+    assert lengths == [128, 256, 128] and vars(config) == before
+
+
+@pytest.mark.parametrize("kind", [LongLoraConfig, LoraConfig])
+def test_a_saved_adapter_s_config_is_none_of_a_new_one(make, tiny_llama, tmp_path, kind):
+    """Nothing would be trained, by a config that is for inference."""
+    adapted = get_peft_model(tiny_llama(), kind(r=4, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "saved")
+    plain = {"stages": [ContextStage(64, 1, rope_type=None)]} if kind is LoraConfig else {}
+    for config in (PeftConfig.from_pretrained(tmp_path / "saved"), kind(r=4, inference_mode=True)):
+        with pytest.raises(ValueError, match=rf"is_trainable=True.*make a fresh {kind.__name__}"):
+            make(peft_config=config, **plain)
+
+
+@pytest.mark.parametrize("change", [lambda rows: rows.shuffle(seed=1), lambda rows: rows.select(range(4))])
+def test_rows_are_not_replaced(make, change):
+    """The second stage would be trained on the first one's rows."""
+    trainer = make()
+    trainer.train_dataset = change(trainer.train_dataset)
+    with pytest.raises(ValueError, match=r"train_dataset. has been replaced"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_a_script_s_own_peft_model_is_trained(make, tiny_llama):
