@@ -114,6 +114,13 @@ def forward(
     return found[0], found[1].view(query.shape[:3])
 
 
+def _lying_as(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`x` with the strides of `like`, copied if it has others."""
+    if x.stride() == like.stride():
+        return x
+    return torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+
 def backward(
     grad: torch.Tensor,
     query: torch.Tensor,
@@ -134,6 +141,8 @@ def backward(
             grad, query, key, value, out, lse, 0.0, causal, scale=scale
         )
     if _cudnn(query, key, value, causal):
+        # torch keeps cuDNN's plans by the strides of queries, keys and values: those of the output have to follow.
+        query = _lying_as(out, query)
         seed = torch.zeros((), dtype=torch.int64, device=query.device)  # for dropout, which is off
         rest: tuple[Any, ...] = (seed, seed, None, None, None, *lengths, 0.0, causal)
         return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
