@@ -22,7 +22,7 @@ from .config import AttentionMode, S2AttentionConfig
 from .eager import eager_attention
 from .kernels import select_kernel
 from .mask import S2Mask, s2_mask
-from .segments import Documents
+from .segments import Documents, Shifted
 
 logger = logging.get_logger(__name__)
 
@@ -106,23 +106,8 @@ def s2_attention_forward(
     elif skipping:
         refuse_untold(module, attention_mask, causal, alone is not None, kwargs)
     if state.find_sequence is None and (alone is not None or not sparse):
-
-        def attend(*tensors: Any) -> torch.Tensor:
-            return dense_attention(module, *tensors, causal=causal, dropout=dropout, scaling=scaling, **kwargs)
-
-        blocks: torch.Tensor | None = None
-        if isinstance(attention_mask, S2Mask):
-            attention_mask.check_keys(module, key)
-            if skipping:
-                blocks = attention_mask.by_position(kwargs["cu_seq_lens_q"], kwargs["position_ids"])
-            elif kwargs.get("position_bias") is None and query.shape[2] == key.shape[2]:
-                told = (kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")) if sparse else ()
-                blocks = attention_mask.in_blocks(*told)
-        if blocks is not None:
-            return attend_in_blocks(attend, query, key, value, blocks.to(query.device)), None
-        dense = attention_mask.dense() if isinstance(attention_mask, S2Mask) else attention_mask
-        # a model spread over devices shares one S2Mask
-        return attend(query, key, value, None if dense is None else dense.to(query.device)), None
+        how: dict[str, Any] = {"causal": causal, "dropout": dropout, "scaling": scaling, **kwargs}
+        return _attend_densely(module, query, key, value, attention_mask, skipping, sparse, **how), None
 
     refuse_sparse(module, kwargs)
     sequence = None
@@ -147,6 +132,42 @@ def s2_attention_forward(
     else:
         out = kernel(query, key, value, documents.parts(query.shape[1], key.shape[1], *pattern), **options)
     return out.contiguous(), None
+
+
+def _attend_densely(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: S2Mask | torch.Tensor | None,
+    skipping: bool,
+    training: bool,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Dense attention of a layer, in blocks where a window allows it: `[B, S, H, D_v]`.
+
+    Args:
+        skipping: Whether positions skip.
+        training: Whether documents are kept apart that a window's mask knows nothing of.
+        kwargs: `dense_attention`'s.
+    """
+
+    def attend(*tensors: Any) -> torch.Tensor:
+        return dense_attention(module, *tensors, **kwargs)
+
+    if isinstance(mask, S2Mask):
+        mask.check_keys(module, key)
+        blocks: torch.Tensor | None = None
+        if skipping:
+            blocks = mask.by_position(kwargs["cu_seq_lens_q"], kwargs["position_ids"])
+        elif kwargs.get("position_bias") is None and query.shape[2] == key.shape[2]:
+            told = (kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")) if training else ()
+            blocks = mask.in_blocks(*told)
+        if blocks is not None:
+            return attend_in_blocks(attend, query, key, value, blocks.to(query.device))
+        mask = mask.dense()
+    # a model spread over devices shares one mask
+    return attend(query, key, value, None if mask is None else mask.to(query.device))
 
 
 def dense_attention(
@@ -281,7 +302,7 @@ def left_alone(
     return None
 
 
-def _shift(shift: Shift, module: nn.Module) -> Literal["half", "none", "all"]:
+def _shift(shift: Shift, module: nn.Module) -> Shifted:
     """Which heads of a layer are shifted."""
     if shift == "heads":
         return "half"

@@ -42,40 +42,28 @@ def reference_kernel(
     for each head that takes weight and gives nothing (gpt-oss).
     """
     query, key, value = as_autocast(query, key, value)
-    with torch.autocast(query.device.type, enabled=False):
-        return _attend(query, key, value, parts, scale, dropout_p, softcap, learned_sinks)
-
-
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    parts: Sequence[Part],
-    scale: float | None,
-    dropout_p: float,
-    softcap: float | None,
-    learned_sinks: torch.Tensor | None,
-) -> torch.Tensor:
     wide = torch.promote_types(query.dtype, torch.float32)
-    heads, length = query.shape[1], query.shape[2]
-    key, value = (_for_each_query_head(x, parts).to(wide) for x in (key, value))
-    scores = query.to(wide) @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    before = key.shape[2] - length
-    masks = [segment_mask(part.rows, length, before, query.device)[:, None] for part in parts]
-    visible = torch.cat([m.expand(-1, b - a, -1, -1) for m, ((a, b), _, _) in zip(masks, parts, strict=True)], dim=1)
-    scores = scores.masked_fill(~visible, float("-inf"))
-    # A row without a visible key has no softmax; let it see itself, and drop what it gives.
-    alone = ~visible.any(-1, keepdim=True)
-    scores = scores.masked_fill(alone, 0.0)
-    if learned_sinks is not None:
-        sink = learned_sinks.to(wide).view(1, heads, 1, 1).expand(scores.shape[0], -1, length, 1)
-        weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
-    weights = torch.nn.functional.dropout(weights.masked_fill(alone, 0.0), dropout_p)
-    return (weights @ value).to(query.dtype).transpose(1, 2)
+    heads, length, before = query.shape[1], query.shape[2], key.shape[2] - query.shape[2]
+    with torch.autocast(query.device.type, enabled=False):
+        key, value = (_for_each_query_head(x, parts).to(wide) for x in (key, value))
+        scores = query.to(wide) @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        masks = (
+            segment_mask(rows, length, before, query.device)[:, None].expand(-1, b - a, -1, -1)
+            for (a, b), _, rows in parts
+        )
+        visible = torch.cat(list(masks), dim=1)
+        # A row without a visible key has no softmax; let it see itself, and drop what it gives.
+        alone = ~visible.any(-1, keepdim=True)
+        scores = scores.masked_fill(~visible, float("-inf")).masked_fill(alone, 0.0)
+        if learned_sinks is not None:
+            sink = learned_sinks.to(wide).view(1, heads, 1, 1).expand(scores.shape[0], -1, length, 1)
+            weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        weights = torch.nn.functional.dropout(weights.masked_fill(alone, 0.0), dropout_p)
+        return (weights @ value).to(query.dtype).transpose(1, 2)
 
 
 def _for_each_query_head(x: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:

@@ -16,6 +16,9 @@ import torch
 
 Span = tuple[int, int]
 
+Shifted = Literal["half", "none", "all"]
+"""Which heads of a layer are shifted: `"half"` of them is the method, the others are for comparison."""
+
 
 class Segment(NamedTuple):
     """Neighbouring tokens of one document that see each other, causally.
@@ -123,7 +126,7 @@ class Documents:
         heads: int,
         kv_heads: int,
         group_size: int | None,
-        shift: Literal["half", "none", "all"] = "half",
+        shift: Shifted = "half",
         sink_tokens: int = 0,
     ) -> tuple[Part, ...]:
         """Which heads are cut where; the whole pattern of a call, as kernels read it.
@@ -135,7 +138,7 @@ class Documents:
             heads: Query heads, a multiple of `kv_heads`.
             kv_heads: Key/value heads.
             group_size: Tokens in a group; `None` for dense.
-            shift: `"half"` of the heads is the method, `"none"` and `"all"` are for comparison.
+            shift: Which heads are.
             sink_tokens: First tokens of a document that all of its segments see.
         """
         whole = (0, heads), (0, kv_heads)

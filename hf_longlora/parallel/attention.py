@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..attention.functional import check_tensors
 from ..attention.kernels import select_kernel
-from ..attention.segments import Documents, Part, Span
+from ..attention.segments import Documents, Part, Shifted, Span
 from ..values import check_whole
 from .exchange import Halo, Routes, linked, to_heads, to_tokens
 from .shards import Shards
@@ -88,7 +88,7 @@ class ShardedSequence:
         key: torch.Tensor,
         value: torch.Tensor,
         group_size: int | None,
-        shift: Literal["half", "none", "all"] = "half",
+        shift: Shifted = "half",
         sink_tokens: int = 0,
         *,
         kernel: Callable[..., torch.Tensor],

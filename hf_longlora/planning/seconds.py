@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from ..attention.segments import Documents
+from ..attention.segments import Documents, Shifted
 from .gpus import Gpu
 from .memory import kept_of_the_mlp, kept_outside_the_mlp
 from .settings import RunSettings
 from .shape import Shape
-
-Shifted = Literal["half", "none", "all"]
 
 # Fitted constants, and what to.
 MATMUL_SHARE = 0.70

@@ -235,7 +235,7 @@ with FakeTensorMode():
     q, k, v, dq, dk, dv = map(rows, (heads, kv_heads, kv_heads) * 2)
     out, grad = rows(heads), rows(heads)
     lse = torch.empty(heads, 1, length, device="cuda").transpose(0, 1)
-    for launch, call in engine.calls(ragged.encoded(parts, length, True, 64), Call(q, k, v, out, lse)):
+    for launch, call in engine.calls(ragged.decoded(ragged.encoded(parts, length, True, 64)), Call(q, k, v, out, lse)):
         engine.forward(launch, call, 0.125)
         own = [(dq, launch.heads), (dk, launch.kv_heads), (dv, launch.kv_heads)]
         gradients = [engine.view(launch, x, h) for x, h in own]

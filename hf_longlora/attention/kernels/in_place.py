@@ -8,7 +8,7 @@ into that afterwards, for all engines alike (`seen`). The node is a pair of cust
 `torch.compile`. Their names have "flash_attn" in them: by that TRL's selective checkpointing knows what to keep.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -37,18 +37,13 @@ class Engine(NamedTuple):
     forward: Callable[[Any, Call, float], None]
     backward: Callable[[Any, torch.Tensor, Call, Tensors, float], None]
 
-    def calls(self, launches: Sequence[int], call: Call) -> Iterator[tuple[Any, Call]]:
+    def calls(self, launches: Iterable[Any], call: Call) -> Iterator[tuple[Any, Call]]:
         """Each launch and its part of a whole call; the call's keys are those of the queries' own tokens."""
-        for launch in self.decode(launches):
+        for launch in launches:
             query, out = (self.view(launch, x, launch.heads) for x in (call.query, call.out))
             key, value = (self.view(launch, x, launch.kv_heads) for x in (call.key, call.value))
             lse = self.view(launch, call.lse[..., None], launch.heads).squeeze(-1)
             yield launch, Call(query, key, value, out, lse)
-
-    def cover(self, launches: Sequence[int], query: torch.Tensor) -> bool:
-        """Whether the launches reach every query of `[B, H, S, D]`."""
-        rows = sum(launch.tokens * (launch.heads[1] - launch.heads[0]) for launch in self.decode(launches))
-        return rows == query.shape[:3].numel()
 
 
 ENGINES: dict[str, Engine] = {}
@@ -75,6 +70,11 @@ def attend_in_place(
     query, key, value = as_autocast(query, key, value)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     return _forward(query, key, value, launches, seen.encoded(tuple(parts)), factor, engine)[0]
+
+
+def cover(launches: Sequence[Any], query: torch.Tensor) -> bool:
+    """Whether launches reach every query of `[B, H, S, D]`."""
+    return sum(each.tokens * (each.heads[1] - each.heads[0]) for each in launches) == query.shape[:3].numel()
 
 
 def heads_of(x: torch.Tensor, heads: Span) -> torch.Tensor:
@@ -134,13 +134,14 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, length, _ = query.shape
     found = ENGINES[engine]
-    joined = any(launch.joins_rows for launch in found.decode(launches))
+    decoded = list(found.decode(launches))
+    joined = any(launch.joins_rows for launch in decoded)
     query, key, value = (_readable(x, joined) for x in (query, key, value))
-    out = _allocate(query, zeros=not found.cover(launches, query))
+    out = _allocate(query, zeros=not cover(decoded, query))
     lse = query.new_empty(heads, batch, length, dtype=seen.wide(query)).transpose(0, 1)
     whole = Call(query, key, value, out, lse)
     with torch.autocast(query.device.type, enabled=False):
-        for launch, call in found.calls(launches, whole.own()):
+        for launch, call in found.calls(decoded, whole.own()):
             found.forward(launch, call, scale)
         seen.merge(others, whole, scale)
     return out.transpose(1, 2), lse
@@ -160,22 +161,23 @@ def _backward(
     engine: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     found = ENGINES[engine]
-    joined = any(launch.joins_rows for launch in found.decode(launches))
+    decoded = list(found.decode(launches))
+    joined = any(launch.joins_rows for launch in decoded)
     query, key, value = (_readable(x, joined) for x in (query, key, value))
     out, grad = _readable(out.transpose(1, 2), joined), grad.transpose(1, 2)
     # Some engines want the output's gradient to lie as the output does.
     grad = _readable(grad, joined) if grad.stride() == out.stride() else _allocate(grad, zeros=False).copy_(grad)
     # Two parts of the query heads may share one key/value head; then the second adds to the first's gradients.
-    parts = {(launch.heads, launch.kv_heads) for launch in found.decode(launches)}
+    parts = {(launch.heads, launch.kv_heads) for launch in decoded}
     add = len(parts) > len({kv_heads for _, kv_heads in parts})
-    gaps = not found.cover(launches, query)
+    gaps = not cover(decoded, query)
     others_only = key.shape[2] > query.shape[2]  # keys that no launch reaches
     dq = _allocate(query, zeros=gaps)
     dk, dv = (_allocate(x, zeros=gaps or add or others_only) for x in (key, value))
     own_dk, own_dv = (own_keys(query, x) for x in (dk, dv))
     whole = Call(query, key, value, out, lse)
     with torch.autocast(query.device.type, enabled=False):
-        for launch, call in found.calls(launches, whole.own()):
+        for launch, call in found.calls(decoded, whole.own()):
             shared = [found.view(launch, x, launch.kv_heads) for x in (own_dk, own_dv)]
             own = [torch.empty_like(x) for x in shared] if add else shared
             gradients = found.view(launch, dq, launch.heads), *own
