@@ -91,7 +91,7 @@ def s2_attention_forward(
     alone = left_alone(module, query, key, attention_mask, causal, kwargs.get("sliding_window"))
     if state is _DEFAULT and alone is None:
         refuse_untold_cache(module, kwargs)
-    training = module.training and not infers(kwargs)
+    training = module.training and not generates(kwargs)
     if module.training and not training and state.mode == "auto":
         # Seen with TRL's GRPOTrainer: a rollout's tokens are 0.02 to 16 times as probable when they are scored.
         logger.warning_once(
@@ -104,7 +104,7 @@ def s2_attention_forward(
     if state.find_sequence is not None:
         refuse_sharded(module, alone, skipping)
     elif skipping:
-        refuse_untold(module, attention_mask, causal, alone is not None, kwargs)
+        refuse_skipping(module, attention_mask, causal, alone is not None, kwargs)
     if state.find_sequence is None and (alone is not None or not sparse):
         how: dict[str, Any] = {"causal": causal, "dropout": dropout, "scaling": scaling, **kwargs}
         return _attend_densely(module, query, key, value, attention_mask, skipping, sparse, **how), None
@@ -197,7 +197,7 @@ def tell_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return args, {**kwargs, TOLD: cached}
 
 
-def infers(kwargs: dict[str, Any]) -> bool:
+def generates(kwargs: dict[str, Any]) -> bool:
     """Whether a layer that may be in training mode generates: it fills a cache, and keeps nothing for a backward.
 
     Either alone says nothing: a training forward fills a cache if `config.use_cache` is left on, and checkpointing may
@@ -233,7 +233,7 @@ def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
             )
 
 
-def refuse_untold(
+def refuse_skipping(
     module: nn.Module, mask: S2Mask | torch.Tensor | None, causal: bool, window: bool, kwargs: dict[str, Any]
 ) -> None:
     """Raise a `ValueError` if a layer can't know what to see where positions skip."""

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..attention import S2AttentionConfig, check_skipping, check_supported, set_s2_attention
+from ..attention import S2AttentionConfig, check_skipping, set_s2_attention
 from ..attention.interface import left_alone, refuse_sparse, refuse_unknown
 from ..attention.kernels import KERNELS, OPTIONS
 from ..attention.mask import READS_MASK, S2Mask, s2_mask
@@ -141,7 +141,6 @@ def check_model(
         return found
     found.model_class = type(built).__name__
     try:
-        check_supported(type(built), config)
         set_s2_attention(built)
     except ValueError as error:
         found.refuse(error)

@@ -22,7 +22,7 @@ MEANING = {
     "base.weights": "the base's weights are others, or in another dtype",
     "data": "the training data are others, or tokenized otherwise",
 }
-"""Differences of fingerprints."""
+"""What it means that a hash of the signature differs."""
 
 
 def whole_checkpoints(directory: str | Path) -> list[Path]:

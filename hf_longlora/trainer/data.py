@@ -74,14 +74,16 @@ def limited(dataset: Any, examples: int | None) -> Any:
     return dataset.select(range(min(examples, len(dataset))))
 
 
-def whole(dataset: Any, examples: int | None) -> Any:
-    """An evaluation dataset, or each of a mapping, read up to so many examples: of a stream all are of one text.
+def evaluation_data(dataset: Any, examples: int | None) -> Any:
+    """An evaluation dataset, or each of a mapping, up to so many examples.
+
+    A stream is read into a dataset, so that every evaluation is of the same text.
 
     Raises:
-        ValueError: of a stream without a limit.
+        ValueError: if it is a stream and there is no limit.
     """
     if isinstance(dataset, Mapping):
-        return {name: whole(part, examples) for name, part in dataset.items()}
+        return {name: evaluation_data(part, examples) for name, part in dataset.items()}
     if not isinstance(dataset, IterableDataset):
         return dataset if dataset is None or examples is None else limited(dataset, examples)
     if examples is None:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from .data import lengths
 
 NUMBERS = 64
-"""Looked at of each tensor, evenly spread."""
+"""How many numbers of each tensor are looked at, evenly spread."""
 ROWS, TOKENS = 256, 64
 """Rows of a dataset that are looked at, evenly spread, and the tokens at either end of each."""
 CHANGING = {

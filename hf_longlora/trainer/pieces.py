@@ -75,7 +75,7 @@ class PiecewiseTrainer(StagedTrainer):
 
 
 def pieces(ends: Sequence[int], most: int, count: int = 1) -> list[Span]:
-    """Consecutive windows taken together, up to `most` tokens; in `count` pieces or more, if there are such many.
+    """Consecutive windows taken together, up to `most` tokens; in `count` pieces at least, if there are as many windows.
 
     Args:
         ends: Where windows end, from 0.

@@ -26,7 +26,7 @@ from .callbacks import ContextStageCallback, StageProgressCallback
 from .checkpoints import refuse_others
 from .compiling import compiled_layers
 from .config import LongLoraSFTConfig
-from .data import describe, limited, whole
+from .data import describe, evaluation_data, limited
 from .guards import Run, check_replicas, check_saving
 from .offload import PartialOffload
 from .pieces import PiecewiseTrainer
@@ -115,7 +115,7 @@ class LongLoraSFTTrainer(RowsTrainer, SavingTrainer, WatchedTrainer, PiecewiseTr
             model=model,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=whole(eval_dataset, args.max_eval_examples),
+            eval_dataset=evaluation_data(eval_dataset, args.max_eval_examples),
             peft_config=peft_config,
             callbacks=[self._stage_callback, *(callbacks or [])],
             **kwargs,

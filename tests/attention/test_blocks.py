@@ -268,9 +268,9 @@ def test_windows_of_a_mask_that_is_shaped_otherwise_are_refused():
     module = build("gemma3_text").train().model.layers[0].self_attn
     seen = made("sliding", 16, 1, 40, block_sequence_ids=torch.tensor([[-1] * 4 + [0] * 30 + [-1] * 6]))
     told = {"cu_seq_lens_q": torch.tensor([0, 40], dtype=torch.int32), "position_ids": torch.arange(40)[None]}
-    interface.refuse_untold(module, made("sliding", 16, 1, 40), True, True, told)
+    interface.refuse_skipping(module, made("sliding", 16, 1, 40), True, True, told)
     with pytest.raises(ValueError, match="mask of its own"):
-        interface.refuse_untold(module, seen, True, True, told)
+        interface.refuse_skipping(module, seen, True, True, told)
 
 
 def by_whole_mask(attend, query, key, value, seen):

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 
 from hf_longlora import ContextStage
 from hf_longlora.trainer import last_checkpoint, streams
-from hf_longlora.trainer.data import whole
+from hf_longlora.trainer.data import evaluation_data
 
 from .helpers import TEXT, Stop, texts, weights
 
@@ -218,7 +218,7 @@ def test_limits(make, stream):
     both = make(eval_dataset={"a": stream(), "b": data}, max_eval_examples=2, packing=False).eval_dataset
     assert {name: len(part) for name, part in both.items()} == {"a": 2, "b": 2}
     with pytest.raises(ValueError, match="`max_eval_examples`"):
-        whole(stream(), None)
+        evaluation_data(stream(), None)
     with pytest.raises(ValueError, match="`shuffle_buffer` must be a whole number"):
         make(shuffle_buffer=0)
 
