@@ -60,8 +60,8 @@ def eager_attention(
     Raises:
         ValueError: the family has no eager attention with what the layer asks for.
     """
-    wanted = {name: kwargs.get(key) is not None for name, key in (("softcap", "softcap"), ("sinks", "s_aux"))}
-    function = eager_function(module, **wanted)
+    softcap, sinks = (kwargs.get(name) is not None for name in ("softcap", "s_aux"))
+    function = eager_function(module, softcap=softcap, sinks=sinks)
     batch, heads, length = query.shape[:3]
     fit = max(1, BLOCK_SCORES // max(1, heads * key.shape[2]))  # queries
     rows, block = max(1, fit // max(1, length)), min(fit, max(1, length))

@@ -15,7 +15,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -37,16 +37,8 @@ DOWNLOADED = (
 )
 
 
-class Task(NamedTuple):
-    """A task of RULER.
-
-    Args:
-        harness_name: What lm-eval calls it.
-        texts: Makes `count` texts of at most `length` tokens: `texts(tokenizer, length, count)`.
-    """
-
-    harness_name: str
-    texts: Callable[[Any, int, int], list[dict[str, Any]]]
+Texts = Callable[[Any, int, int], list[dict[str, Any]]]
+"""Makes `count` texts of at most `length` tokens: `texts(tokenizer, length, count)`."""
 
 
 def ruler_accuracy(
@@ -119,8 +111,8 @@ def ruler_accuracy(
             room = length - ROOM - (_template_tokens(harness) if chat_template else 0)
             members = [
                 {
-                    "task": TASKS[name].harness_name,
-                    "custom_dataset": _dataset(TASKS[name], tokenizer, room, trials, seed),
+                    "task": TASKS[name][0],
+                    "custom_dataset": _dataset(*TASKS[name], tokenizer, room, trials, seed),
                     "process_results": score,
                     "metric_list": [{"metric": "accuracy", "aggregation": "mean", "higher_is_better": True}],
                     "num_fewshot": 0,
@@ -130,7 +122,7 @@ def ruler_accuracy(
             loaded = manager.load([{"group": f"ruler at {length}", "task": members}])
             results = evaluate(harness, loaded, apply_chat_template=chat_template, log_samples=False)["results"]
             for name in names:
-                found = results[TASKS[name].harness_name]
+                found = results[TASKS[name][0]]
                 record = {"task": name, "length": length, "accuracy": found["accuracy,none"]}
                 error = found["accuracy_stderr,none"] if trials > 1 else None
                 records.append(record | {"error": error, "trials": trials, "chat_template": chat_template})
@@ -178,23 +170,25 @@ def check_tasks(names: Sequence[str]) -> list[str]:
     return names
 
 
-def _dataset(task: Task, tokenizer: Any, length: int, trials: int, seed: int) -> Callable[..., dict[str, Any]]:
+def _dataset(
+    name: str, texts_of: Texts, tokenizer: Any, length: int, trials: int, seed: int
+) -> Callable[..., dict[str, Any]]:
     def make(**_: Any) -> dict[str, Any]:
         from datasets import Dataset
 
         # lm-eval's own makes 500 of each, whatever its limit, and reads the tokenizer from a name.
         random.seed(seed)
         np.random.seed(seed)
-        texts = task.texts(tokenizer, length, trials)
+        texts = texts_of(tokenizer, length, trials)
         whole = [text for text in texts if text["outputs"] and all(a in text["input"] for a in text["outputs"])]
         if len(whole) < trials:
-            raise ValueError(_too_short(task.harness_name, length))
+            raise ValueError(_too_short(name, length))
         return {"test": Dataset.from_list(texts)}
 
     return make
 
 
-def _niah(haystack: Any, keys: str, values: str) -> Callable[[Any, int, int], list[dict[str, Any]]]:
+def _niah(haystack: Any, keys: str, values: str) -> Texts:
     def texts(tokenizer: Any, length: int, count: int) -> list[dict[str, Any]]:
         from lm_eval.tasks.ruler.niah_utils import TEMPLATE
         from lm_eval.tasks.ruler.prepare_niah import generate_samples, get_haystack
@@ -258,14 +252,15 @@ def _too_short(name: str, length: int) -> str:
     )
 
 
-TASKS = {
-    "niah_single_1": Task("niah_single_1", _niah("repeat", "words", "numbers")),
-    "niah_multikey_2": Task("niah_multikey_2", _niah("needle", "words", "numbers")),
-    "niah_multikey_3": Task("niah_multikey_3", _niah("needle", "uuids", "uuids")),
-    "vt": Task("ruler_vt", _vt),
-    "cwe": Task("ruler_cwe", _cwe),
-    "fwe": Task("ruler_fwe", _fwe),
+TASKS: dict[str, tuple[str, Texts]] = {
+    "niah_single_1": ("niah_single_1", _niah("repeat", "words", "numbers")),
+    "niah_multikey_2": ("niah_multikey_2", _niah("needle", "words", "numbers")),
+    "niah_multikey_3": ("niah_multikey_3", _niah("needle", "uuids", "uuids")),
+    "vt": ("ruler_vt", _vt),
+    "cwe": ("ruler_cwe", _cwe),
+    "fwe": ("ruler_fwe", _fwe),
 }
+"""What lm-eval calls each, and its texts."""
 
 
 def _template_tokens(harness: Any) -> int:

@@ -6,7 +6,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HFValidationError
@@ -31,13 +31,6 @@ LONGEST_WAIT = 300.0
 """Seconds between two tries, at most."""
 WORTH_A_RETRY = (408, 409, 412, 423, 425, 429)
 """Status codes (4xx) that may pass: a time limit, a conflict with another commit, too many requests."""
-
-
-class Snapshot(NamedTuple):
-    """An adapter as it was after `step` optimizer steps, saved in `folder`."""
-
-    step: int
-    folder: Path
 
 
 class PushAdapterCallback(TrainerCallback):
@@ -135,11 +128,16 @@ class PushAdapterCallback(TrainerCallback):
         except (OSError, SafetensorError) as error:  # a full disk: it is for the run's own checkpoints to stop the run
             logger.warning(f"The adapter of step {state.global_step} could not be saved to be pushed: {error}")
             return
-        self._pusher.submit(Snapshot(state.global_step, folder))
+        self._pusher.submit(folder)
+
+
+def _step(snapshot: Path) -> int:
+    """The optimizer steps after which an adapter was saved in a folder."""
+    return int(snapshot.name.removeprefix("step-"))
 
 
 class _Pusher:
-    """A thread that pushes the newest snapshot it was given.
+    """A thread that pushes the newest snapshot it was given: an adapter in a folder `step-N`.
 
     `huggingface_hub` sets no time limit. A thread whose try has had no answer for `patience` seconds is left behind
     for a new one. Should it be answered after all, the commit it makes is refused, for each names the one it follows.
@@ -150,9 +148,9 @@ class _Pusher:
         self.retries, self.backoff, self.patience = settings.retries, settings.backoff, settings.patience
         self._api, self._token = HfApi(token=token), token
         self._changed = threading.Condition()
-        self._next: Snapshot | None = None
-        self._current: Snapshot | None = None  # on its way
-        self._last: Snapshot | None = None  # given, pushed or not
+        self._next: Path | None = None
+        self._current: Path | None = None  # on its way
+        self._last: Path | None = None  # given, pushed or not
         self._pushed = -1  # its step
         self._since: float | None = None  # when the try that is under way began
         self._error = ""
@@ -165,7 +163,7 @@ class _Pusher:
         self._thread = threading.Thread(target=self._work, name=f"push to {self.repo_id}", daemon=True)
         self._thread.start()
 
-    def submit(self, snapshot: Snapshot) -> None:
+    def submit(self, snapshot: Path) -> None:
         with self._changed:
             self._last = snapshot
             if not self._leave_stalled(snapshot):
@@ -184,15 +182,15 @@ class _Pusher:
                 self._leave_stalled(self._last)
                 age = 0.0 if self._since is None else time.monotonic() - self._since
             self._thread.join(min(left, self.patience - age))
-        if self._last is None or self._pushed >= self._last.step:
+        if self._last is None or self._pushed >= _step(self._last):
             return
         reason = self._error or f"there was no answer in {self.patience:g} s"
         logger.warning(
-            f"The adapter of step {self._last.step} is not on the Hub as {self.repo_id}: {reason}. It is whole in "
-            f"{self._last.folder}. To push it: hf upload {self.repo_id} {self._last.folder} ."
+            f"The adapter of step {_step(self._last)} is not on the Hub as {self.repo_id}: {reason}. It is whole in "
+            f"{self._last}. To push it: hf upload {self.repo_id} {self._last} ."
         )
 
-    def _leave_stalled(self, snapshot: Snapshot | None) -> bool:
+    def _leave_stalled(self, snapshot: Path | None) -> bool:
         """Put another thread in the place of one that gets no answer, to push `snapshot`."""
         if self._since is None or time.monotonic() - self._since < self.patience:
             return False
@@ -224,7 +222,7 @@ class _Pusher:
                 self._current = None
                 self._clear_overtaken()
 
-    def _push(self, snapshot: Snapshot) -> None:
+    def _push(self, snapshot: Path) -> None:
         """Until it is pushed, overtaken, or there is no use in trying on."""
         for number in range(self.retries + 1):
             self._since = time.monotonic()
@@ -238,7 +236,7 @@ class _Pusher:
                 again = number < self.retries and worth_a_retry(error)
                 wait = min(self.backoff * 2**number, LONGEST_WAIT)
                 logger.warning(
-                    f"Pushing the adapter of step {snapshot.step} to {self.repo_id} failed: {self._error}."
+                    f"Pushing the adapter of step {_step(snapshot)} to {self.repo_id} failed: {self._error}."
                     + (f" Next try in {wait:g} s." if again else "")
                 )
                 if not again:
@@ -248,24 +246,24 @@ class _Pusher:
                         return
             else:
                 with self._changed:
-                    self._pushed = max(self._pushed, snapshot.step)
+                    self._pushed = max(self._pushed, _step(snapshot))
                     if not self._left:
                         self._since, self._error, self._current = None, "", None
-                    self._clear(snapshot.folder.parent, snapshot.step)
+                    self._clear(snapshot.parent, _step(snapshot))
                 return
 
-    def _commit(self, snapshot: Snapshot) -> None:
+    def _commit(self, snapshot: Path) -> None:
         """One commit, so that the repository never holds half an adapter, on the head as it is before the upload."""
         silent = are_progress_bars_disabled()
         disable_progress_bars()  # they would run through the training's
         try:
             repo_id = self._api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
             head = self._api.repo_info(repo_id, revision=self.revision).sha
-            files = sorted(file for file in snapshot.folder.iterdir() if file.is_file())
+            files = sorted(file for file in snapshot.iterdir() if file.is_file())
             self._api.create_commit(
                 repo_id,
                 [CommitOperationAdd(file.name, file) for file in files],
-                commit_message=f"Adapter of step {snapshot.step}",
+                commit_message=f"Adapter of step {_step(snapshot)}",
                 revision=self.revision,
                 parent_commit=head,
             )
@@ -275,14 +273,12 @@ class _Pusher:
 
     def _clear_overtaken(self) -> None:
         if self._last is not None:
-            self._clear(self._last.folder.parent, self._last.step - 1)
+            self._clear(self._last.parent, _step(self._last) - 1)
 
     def _clear(self, folder: Path, step: int) -> None:
         """Remove adapters that wait from `step` or before, an earlier run's too, except the one being pushed."""
         for waiting in folder.glob("step-*"):
-            number = waiting.name.rpartition("-")[2]
-            on_its_way = self._current is not None and self._current.folder == waiting
-            if number.isdigit() and int(number) <= step and not on_its_way:
+            if waiting.name[5:].isdigit() and _step(waiting) <= step and waiting != self._current:
                 shutil.rmtree(waiting, ignore_errors=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

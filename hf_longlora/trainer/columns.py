@@ -7,6 +7,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, LargeList, List, Value
 
 from .config import LongLoraSFTConfig
+from .data import in_arrow
 
 
 def check_dataset(dataset: Any, args: LongLoraSFTConfig, formatting_func: Any) -> set[str]:
@@ -37,8 +38,8 @@ def check_dataset(dataset: Any, args: LongLoraSFTConfig, formatting_func: Any) -
 
 def check_tokens(dataset: Dataset, vocabulary: int) -> None:
     """Raise a `ValueError` on token ids of a tokenized dataset that a model's embeddings don't have."""
-    for table in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=1000):
-        found = pc.min_max(pc.list_flatten(table["input_ids"])).as_py()
+    for ids in in_arrow(dataset, "input_ids"):
+        found = pc.min_max(pc.list_flatten(ids)).as_py()
         if found["min"] is not None and not 0 <= found["min"] <= found["max"] < vocabulary:
             raise ValueError(
                 f"The data have token ids from {found['min']:,} to {found['max']:,}, and the model's are 0 to "

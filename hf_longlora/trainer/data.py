@@ -94,23 +94,24 @@ def evaluation_data(dataset: Any, examples: int | None) -> Any:
     return Dataset.from_list(list(dataset.take(examples)), features=dataset.features)
 
 
+def in_arrow(dataset: Dataset, column: str) -> Iterator[Any]:
+    """A column of lists, a thousand rows at a time."""
+    for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+        yield table[column]
+
+
 def lengths(dataset: Dataset) -> np.ndarray:
     """Tokens in each document of a prepared dataset, int64: of a row, or of those packed into it."""
     column = "seq_lengths" if "seq_lengths" in dataset.column_names else "input_ids"
-    parts = []
-    for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000):
-        values = table[column]
-        found = pc.list_flatten(values) if column == "seq_lengths" else pc.list_value_length(values)
-        parts.append(found.to_numpy().astype(np.int64))
+    measure = pc.list_flatten if column == "seq_lengths" else pc.list_value_length
+    parts = [measure(values).to_numpy().astype(np.int64) for values in in_arrow(dataset, column)]
     return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 def learned(dataset: Dataset) -> int:
     """Tokens of a prepared dataset that a model learns to predict: those that its labels don't leave out."""
-    found = 0
-    for table in dataset.select_columns(["labels"]).with_format("arrow").iter(batch_size=1000):
-        found += pc.sum(pc.not_equal(pc.list_flatten(table["labels"]), -100)).as_py() or 0
-    return found
+    learned = (pc.not_equal(pc.list_flatten(labels), -100) for labels in in_arrow(dataset, "labels"))
+    return sum(pc.sum(each).as_py() or 0 for each in learned)
 
 
 @dataclass(frozen=True)

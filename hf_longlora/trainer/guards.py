@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,51 +31,34 @@ from .sparse import settle_sparse
 logger = logging.get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run that has passed all checks.
+def checked(
+    model: str | PreTrainedModel | PeftModel,
+    args: LongLoraSFTConfig,
+    dataset: Any,
+    peft_config: PeftConfig | None,
+    others: Mapping[str, Any],
+) -> tuple[Schedule, Start, list[RopeScaling | None], set[str]]:
+    """The schedule of a run, the RoPE that it starts from, that of each stage (`None`: the model's), its columns.
 
-    Args:
-        columns: The training dataset's.
-        start: The RoPE that it starts from.
-        schedule: The stages, "auto" replaced by what it stands for.
-        ropes: The RoPE of each stage; `None` where it is the model's.
+    The model stays as it is; in `args` "auto" is settled.
+
+    Raises:
+        ValueError, TypeError: if the run can't be, or would not do what its arguments say.
     """
-
-    columns: set[str]
-    start: Start
-    schedule: Schedule
-    ropes: list[RopeScaling | None]
-
-    @classmethod
-    def of(
-        cls,
-        model: str | PreTrainedModel | PeftModel,
-        args: LongLoraSFTConfig,
-        dataset: Any,
-        peft_config: PeftConfig | None,
-        others: Mapping[str, Any],
-    ) -> "Run":
-        """The run of a trainer with these arguments, the model untouched; in `args` "auto" is settled.
-
-        Raises:
-            ValueError, TypeError: if it can't be, or would not do what its arguments say.
-        """
-        check_arguments(args)
-        check_output(model, args)
-        check_bare(model)
-        columns = check_dataset(dataset, args, others.get("formatting_func"))
-        config, model_class = supported_config(model, args)
-        own_collator = others.get("data_collator") is not None
-        start, schedule = settled(model, args, config, model_class, peft_config, columns, own_collator)
-        check_attention(args, schedule)
-        check_adapter(model, peft_config, schedule)
-        check_trainable(model, peft_config)
-        ropes = stage_ropes(start, schedule)
-        init: Any = args.model_init_kwargs or {}
-        spread = bool(init.get("device_map")) or hasattr(model, "hf_device_map")
-        check_sequences(args, schedule, ropes, config, model_class, spread, others)
-        return cls(columns, start, schedule, ropes)
+    check_arguments(args)
+    check_output(model, args)
+    columns = check_dataset(dataset, args, others.get("formatting_func"))
+    config, model_class = supported_config(model, args)
+    own_collator = others.get("data_collator") is not None
+    start, schedule = settled(model, args, config, model_class, peft_config, columns, own_collator)
+    check_attention(args, schedule)
+    check_adapter(model, peft_config, schedule)
+    check_trainable(model, peft_config)
+    ropes = stage_ropes(start, schedule)
+    init: Any = args.model_init_kwargs or {}
+    spread = bool(init.get("device_map")) or hasattr(model, "hf_device_map")
+    check_sequences(args, schedule, ropes, config, model_class, spread, others)
+    return schedule, start, ropes, columns
 
 
 def settled(

@@ -75,7 +75,7 @@ class PiecewiseTrainer(StagedTrainer):
 
 
 def pieces(ends: Sequence[int], most: int, count: int = 1) -> list[Span]:
-    """Consecutive windows taken together, up to `most` tokens; in `count` pieces at least, if there are as many windows.
+    """Consecutive windows taken together, up to `most` tokens; in `count` pieces or more, if there are so many.
 
     Args:
         ends: Where windows end, from 0.

@@ -27,7 +27,7 @@ from .checkpoints import refuse_others
 from .compiling import compiled_layers
 from .config import LongLoraSFTConfig
 from .data import describe, evaluation_data, limited
-from .guards import Run, check_replicas, check_saving
+from .guards import check_replicas, check_saving, checked
 from .offload import PartialOffload
 from .pieces import PiecewiseTrainer
 from .rows import RowsTrainer
@@ -93,9 +93,10 @@ class LongLoraSFTTrainer(RowsTrainer, SavingTrainer, WatchedTrainer, PiecewiseTr
             raise TypeError(f"`args` must be a LongLoraSFTConfig with its stages, got {type(args).__name__}.")
         # What is resolved here is of this model, and the caller may have others.
         args, peft_config = copy.copy(args), copy.deepcopy(peft_config)
-        run = Run.of(model, args, train_dataset, peft_config, kwargs)  # refused here, while the model is as it was
+        # Refused here, while the model is as it was.
+        found = checked(model, args, train_dataset, peft_config, kwargs)
+        self.schedule, self._start, self._ropes, self._columns = found
         train_dataset = limited(train_dataset, args.max_examples)
-        self.schedule, self._start, self._ropes, self._columns = run.schedule, run.start, run.ropes, run.columns
         self._stage_callback = ContextStageCallback(self.schedule, self._ropes)
         revision = None
         if isinstance(model, str):

@@ -13,6 +13,7 @@ from ..attention import check_skipping
 from ..rope import AUTO, current_rope, only_reading
 from ..schedule import Schedule
 from .config import LongLoraSFTConfig
+from .data import in_arrow
 
 logger = logging.get_logger(__name__)
 
@@ -93,6 +94,5 @@ def _check_cuttable(
 
 def check_unmasked(view: Dataset) -> None:
     """Refuse steps in windows on a prepared dataset whose labels leave out tokens."""
-    labels = view.with_format("arrow")[:]["labels"]
-    if any(pc.any(pc.equal(chunk.flatten(), -100)).as_py() for chunk in labels.chunks):
+    if any(pc.any(pc.equal(pc.list_flatten(labels), -100)).as_py() for labels in in_arrow(view, "labels")):
         raise ValueError(ANSWERS)

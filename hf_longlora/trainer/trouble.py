@@ -37,18 +37,6 @@ def has_diverged(losses: Sequence[float], vocabulary: int) -> bool:
     return len(losses) > 2 and min(losses[-2:]) > guess and min(losses) < guess - 1
 
 
-def diverged(
-    losses: Sequence[float], vocabulary: int, stage: int, step: int, documents: str, checkpoint: str | None
-) -> str:
-    """What to say of it: the step that was last done, its stage (from 0) and documents, and where to go on from."""
-    return (
-        f"The run has diverged: the loss is {losses[-1]:.2f} at step {step} (stage {stage + 1}), above the "
-        f"{math.log(vocabulary):.2f} of a uniform guess over {vocabulary:,} tokens, and was {min(losses):.2f}. The "
-        f"last batch begins with {documents}. Lower the learning rate, or look at the data. "
-        + (f"The last checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet.")
-    )
-
-
 def out_of_memory(args: Any, schedule: Schedule, global_step: int, model: Any) -> str:
     """What to say of the step after `global_step` steps, or of the evaluation then."""
     if not model.training:
@@ -143,10 +131,13 @@ class WatchedTrainer(StagedTrainer):
         vocabulary = self.model.config.get_text_config().vocab_size
         losses = [float(entry["loss"]) for entry in self.state.log_history if "loss" in entry]
         if has_diverged(losses, vocabulary):
-            stage = self.schedule.last_step(self.state.global_step).stage
-            checkpoint = last_checkpoint(str(self.args.output_dir))
+            step, checkpoint = self.state.global_step, last_checkpoint(str(self.args.output_dir))
             raise FloatingPointError(
-                diverged(losses, vocabulary, stage, self.state.global_step, self._documents, checkpoint)
+                f"The run has diverged: the loss is {losses[-1]:.2f} at step {step} (stage "
+                f"{self.schedule.last_step(step).stage + 1}), above the {math.log(vocabulary):.2f} of a uniform guess "
+                f"over {vocabulary:,} tokens, and was {min(losses):.2f}. The last batch begins with "
+                f"{self._documents}. Lower the learning rate, or look at the data. "
+                + (f"The last checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet.")
             )
 
     @property
