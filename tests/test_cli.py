@@ -585,6 +585,48 @@ def test_a_run_says_its_plan_before_its_weights_are_loaded(run, capsys, monkeypa
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Options that can't be, or would be passed over
+
+
+TEXTS = "evaluate base --documents one.txt --lengths 64"
+KEYS = "evaluate base --passkey 1 --lengths 400"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "plan --config run.yaml --lengths 64 --no-train-norms",
+            "--lengths, --no-train-norms: with --config it is run.y",
+        ),
+        ("plan base --gpus 8", "--gpus: the cards of a run; give its file by --config"),
+        (f"{KEYS} --stride 8 --sink-tokens 2", "--stride, --sink-tokens: for --documents, which aren't given"),
+        (f"{TEXTS} --depths 0 --retrieval-lengths 400", "--depths, --retrieval-lengths: for --passkey or --needles"),
+        (f"{TEXTS} --trials 3 --no-chat-template", "--trials, --chat-template: for --tasks, which aren't given"),
+        (
+            f"{TEXTS} --dense-only --group-size 16",
+            "--group-size: the pattern of training, which --dense-only leaves out",
+        ),
+        (f"{TEXTS} --device gpu", "--device gpu: Expected one of cpu, cuda"),
+        ("merge adapter out --device gpu", "--device gpu: Expected one of cpu, cuda"),
+        ("export adapter out --form lora --dtype float32", "--dtype: for a merged model"),
+        (
+            "train --config run.yaml --use_peft false --train_norms false",
+            "train_norms: of an adapter, and use_peft=false",
+        ),
+    ],
+)
+def test_options_that_say_nothing_are_refused(adapter, capsys, monkeypatch, arguments, message):
+    _, folder = adapter
+    monkeypatch.chdir(folder)
+    run = "model_name_or_path: base\ndataset_name: documents.jsonl.gz\noutput_dir: out\nuse_cpu: true\nbf16: false\n"
+    (folder / "run.yaml").write_text(run + "stages: [{max_length: 128, max_steps: 1}]\n")
+    assert main(arguments.split()) == 1
+    assert f"hf-longlora: error: {message}" in capsys.readouterr().err
+    assert not (folder / "out").exists() and not (folder / "longlora-evaluation").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # merge, export
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .data import DTYPES
+from .options import check_device, refuse_idle
 
 
 def add(commands: Any) -> None:
@@ -106,7 +107,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights")
     evaluate.add_argument("--device", help="cuda, cpu, ...; default: a GPU if there is one")
     evaluate.add_argument("--output-dir", default="longlora-evaluation", help="where evaluation.json and plots go")
-    evaluate.set_defaults(run=run, after_interruption="Nothing has been written.")
+    evaluate.set_defaults(run=run, parser=evaluate, after_interruption="Nothing has been written.")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -169,6 +170,18 @@ def _check_asked(options: argparse.Namespace) -> None:
         raise ValueError(f"--long-ppl needs --documents, and a length above its {options.long_ppl:,} tokens")
     if options.evaluator is not None and options.long_ppl is None:
         raise ValueError("--evaluator is for --long-ppl, which isn't asked for")
+    if not options.documents:
+        idle = ["--stride", "--max-windows", "--group-size", "--sink-tokens"]
+        refuse_idle(options, idle, "for --documents, which aren't given")
+    if not (options.passkey or options.needles):
+        refuse_idle(options, ["--depths", "--retrieval-lengths"], "for --passkey or --needles, which aren't asked for")
+    if not options.tasks:
+        refuse_idle(options, ["--trials", "--chat-template"], "for --tasks, which aren't given")
+    if options.dense_only:
+        idle = ["--group-size", "--sink-tokens"]
+        refuse_idle(options, idle, "the pattern of training, which --dense-only leaves out")
+    if options.device is not None:
+        check_device(options.device)
 
 
 def _check_folder(out: Path, model: str, measured: str | None) -> None:

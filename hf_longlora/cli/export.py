@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .data import DTYPES
+from .options import check_device, refuse_idle
 
 UNTOUCHED = "Nothing has been written."
 
@@ -20,7 +21,7 @@ def add(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _arguments(merge)
-    merge.set_defaults(run=run, form="merged", after_interruption=UNTOUCHED)
+    merge.set_defaults(run=run, parser=merge, form="merged", after_interruption=UNTOUCHED)
     export = commands.add_parser(
         "export",
         help="write an adapter in a form that needs no hf_longlora: merged, or a plain LoRA",
@@ -34,7 +35,7 @@ def add(commands: Any) -> None:
     )
     _arguments(export)
     export.add_argument("--form", choices=("merged", "lora"), default="merged", help="what is written")
-    export.set_defaults(run=run, after_interruption=UNTOUCHED)
+    export.set_defaults(run=run, parser=export, after_interruption=UNTOUCHED)
 
 
 def _arguments(parser: Any) -> None:
@@ -49,6 +50,9 @@ def run(options: argparse.Namespace) -> None:
     from ..hub import export_adapter
     from .data import check_writable
 
+    if options.form == "lora":
+        refuse_idle(options, ["--dtype", "--device"], "for a merged model; a plain LoRA is written as it is")
+    check_device(options.device)
     check_writable(Path(options.output_dir))
     out = export_adapter(
         options.adapter,

@@ -5,6 +5,8 @@ import json
 from dataclasses import asdict, fields
 from typing import Any
 
+from .options import given, refuse_idle
+
 HEADERS = {
     "weights": "weights",
     "gradients": "grads",
@@ -111,7 +113,7 @@ def add(commands: Any) -> None:
         "chunks); auto: windows, as for plain text, unless something says how groups are to be",
     )
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
-    plan.set_defaults(run=run, after_interruption="Nothing has been changed.")
+    plan.set_defaults(run=run, parser=plan, after_interruption="Nothing has been changed.")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -125,7 +127,10 @@ def run(options: argparse.Namespace) -> None:
     if options.gpus < 1:
         raise ValueError(f"--gpus must be at least 1, got {options.gpus}")
     if options.config is not None:
+        idle = set(given(options)) - {"--config", "--gpu", "--gpus", "--json"}
+        refuse_idle(options, idle, f"with --config it is {options.config} that says it")
         return _run_of(options)
+    refuse_idle(options, ["--gpus"], "the cards of a run; give its file by --config")
     adapter = LongLoraConfig(
         r=options.lora_r,
         target_modules=options.lora_target_modules,

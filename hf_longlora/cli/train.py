@@ -297,6 +297,9 @@ def _adapter(model: Any) -> Any:
     from ..tuner import LongLoraConfig
 
     if not model.use_peft:
+        idle = [f.name for f in own_fields() if getattr(model, f.name) != f.default]
+        if idle:
+            raise ValueError(f"{', '.join(idle)}: of an adapter, and use_peft=false trains all weights without one.")
         return None
     given = {} if model.lora_target_parameters is None else {"target_parameters": model.lora_target_parameters}
     return LongLoraConfig(
