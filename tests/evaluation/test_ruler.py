@@ -234,7 +234,7 @@ def test_evaluate_runs_tasks_without_documents(tiny_llama, tokenizer, tmp_path, 
         (task, length, 0.0, 2) for length in (700, 800) for task in ("niah_single_1", "fwe")
     ]
     printed = capsys.readouterr().out
-    assert "RULER at" in printed and "700 tokens" in printed and "grass" not in printed
+    assert "RULER, by length" in printed and "700 tokens" in printed and "grass" not in printed
     card = (out / "README.md").read_text()
     assert "| 800 tokens | 0.0% | 0.0% | 0.0% |" in card and "| dense |" in card and results["perplexity"]
     assert main([*arguments, "4096"]) == 1 and "nothing to measure" in capsys.readouterr().err
