@@ -110,6 +110,16 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, m) for name, m in model.named_modules() if is_attention(m) and hasattr(m, "config"))
 
 
+def sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """The window of each layer with softmax attention, by a text model's config; `None`: it sees all tokens."""
+    kinds: Any = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if not kinds:
+        sliding = window if getattr(config, "use_sliding_window", True) else None
+        return (sliding,) * getattr(config, "num_hidden_layers", 1)
+    return tuple(window if "sliding" in kind or "chunked" in kind else None for kind in kinds if "linear" not in kind)
+
+
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """The layers that gradient checkpointing works on, by transformers' own mark.
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..modules import attention_modules, base_model
+from ..modules import attention_modules, base_model, sliding_windows
 from ..rope import find_rope, native_window
 from ..values import check_one_of
 from .config import AttentionMode, S2AttentionConfig
@@ -104,10 +104,9 @@ def set_s2_attention(model: nn.Module, config: S2AttentionConfig | None = None) 
 def _window_everywhere(config: PreTrainedConfig) -> int | None:
     """The sliding window of a model, if all of its layers have it and it is shorter than the model's length."""
     config = config.get_text_config()
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if window is None or window >= getattr(config, "max_position_embeddings", window):
-        return None
-    return window if kinds is None or set(kinds) == {"sliding_attention"} else None
+    found = sliding_windows(config)
+    window = found[0] if len(set(found)) == 1 else None
+    return window if window is not None and window < getattr(config, "max_position_embeddings", window) else None
 
 
 def get_s2_attention(model: nn.Module) -> S2State:

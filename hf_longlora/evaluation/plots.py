@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -217,17 +217,16 @@ def plot_history(
         from_zero: begin the y axis at 0, so that heights compare.
     """
     figure, axes = _figure(*SIZE)
+    thin = dict(markersize=5, linewidth=1.2)
     for index, (name, points) in enumerate(curves.items()):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         single = marker if len(points) < 3 else None
         axes.plot(*zip(*points, strict=True), color=colour, marker=single, linewidth=1.8, label=name)
-        for each, by_name in enumerate((evaluated or {}).values()):
+        for dashes, by_name in zip(cycle(DASHES), (evaluated or {}).values()):
             if name in by_name:
-                dashed = dict(markersize=5, linewidth=1.2, linestyle=DASHES[each % len(DASHES)])
-                axes.plot(*zip(*by_name[name], strict=True), color=colour, marker=marker, **dashed)
-    for each, what in enumerate(evaluated or ()):
-        dashed = dict(markersize=5, linewidth=1.2, linestyle=DASHES[each % len(DASHES)])
-        axes.plot([], [], color="#666666", marker="o", label=what, **dashed)
+                axes.plot(*zip(*by_name[name], strict=True), dashes, color=colour, marker=marker, **thin)
+    for dashes, what in zip(cycle(DASHES), evaluated or ()):
+        axes.plot([], [], dashes, color="#666666", marker="o", label=what, **thin)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlim(left=0)
     if from_zero:

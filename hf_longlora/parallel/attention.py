@@ -65,7 +65,7 @@ class ShardedSequence:
                 raise ValueError(f"`{name}` must be of the shard's {length} tokens, got {tuple(tensor.shape)}.")
         # First what each process has to say: all have to take part in what follows, and some may see no padding.
         own = torch.tensor([batch_size, length, attention_mask is not None, position_ids is not None], device=device)
-        sizes, lengths, masks, positions = zip(*torch.stack(_gathered(own, group)).tolist(), strict=True)
+        sizes, lengths, masks, positions = zip(*torch.stack(gathered(own, group)).tolist(), strict=True)
         if len(set(sizes)) > 1 or len(set(positions)) > 1:
             raise ValueError(
                 f"Processes of a group hold the same rows, and all or none of them say positions: they have {sizes} "
@@ -77,7 +77,7 @@ class ShardedSequence:
             tensor = told[name]
             tensor = torch.ones(1, length) if tensor is None else tensor
             padded = torch.nn.functional.pad(tensor.long().to(device), (0, max(lengths) - length))
-            parts = _gathered(padded.expand(batch_size, -1).contiguous(), group)
+            parts = gathered(padded.expand(batch_size, -1).contiguous(), group)
             whole[name] = torch.cat([part[:, :size] for part, size in zip(parts, lengths, strict=True)], dim=1)
         return cls(group, shards, Documents.find(batch_size, shards.edges[-1], cu_seqlens=cu_seqlens, **whole))
 
@@ -190,7 +190,8 @@ def _dense_parts(first: int, last: int, each: int, documents: Documents) -> list
     return found
 
 
-def _gathered(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+def gathered(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """The tensors of all processes of a group, which are of one shape."""
     found = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, tensor, group=group)
     return found

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from ..attention.interface import STATE
 from ..attention.switch import get_s2_attention, transformers_model
-from ..modules import attention_modules
+from ..modules import attention_modules, sliding_windows
 from ..rope import WITH_HISTORY, RopeScaling, find_rope
 from .attention import ShardedSequence
 
@@ -20,11 +20,9 @@ def check_shardable(model_class: type, config: PreTrainedConfig) -> None:
     """
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
-    window, reach = getattr(text, "sliding_window", None), getattr(text, "max_position_embeddings", None)
-    # Without types of layers, or a switch that is off, a window is in each.
-    everywhere = not getattr(text, "layer_types", None) and getattr(text, "use_sliding_window", True)
-    if window is not None and everywhere and (reach is None or window < reach):
-        kinds.add(f"a window of {window:,} tokens")
+    reach = getattr(text, "max_position_embeddings", None)
+    windows = set() if getattr(text, "layer_types", None) else set(sliding_windows(text)) - {None}
+    kinds |= {f"a window of {window:,} tokens" for window in windows if reach is None or window < reach}
     if getattr(model_class, "_is_stateful", False):
         kinds.add("a state from token to token")
     rope = find_rope(config)

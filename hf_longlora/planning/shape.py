@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..attention import check_skipping, set_s2_attention
-from ..modules import is_attention, is_mlp, is_norm, is_projection, language_modules, meta_model
+from ..modules import is_attention, is_mlp, is_norm, is_projection, language_modules, meta_model, sliding_windows
 from ..rope import WITH_HISTORY, find_rope, native_window, natural_type
 from .settings import RunSettings
 
@@ -122,7 +122,7 @@ class Shape:
             cuttable=cuttable,
             native_window=native_window(config, getattr(settings.adapter, "base_length", None)),
             adds_up=_adds_up(config),
-            windows=_windows(text),
+            windows=sliding_windows(text),
         )
 
 
@@ -205,12 +205,3 @@ def _adds_up(config: Any) -> bool:
     text, rope = config.get_text_config(), find_rope(config)
     balanced = hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0
     return rope is not None and natural_type(rope) not in WITH_HISTORY and not balanced
-
-
-def _windows(config: Any) -> tuple[int | None, ...]:
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    if not kinds:
-        sliding = window if getattr(config, "use_sliding_window", True) else None
-        return (sliding,) * config.num_hidden_layers
-    return tuple(window if "sliding" in kind or "chunked" in kind else None for kind in kinds if "linear" not in kind)

@@ -26,19 +26,20 @@ def compiled_layers(model: nn.Module, active: bool = True) -> Iterator[None]:
     Raises:
         ValueError: if the model has no decoder layers.
     """
-    found = [child for layer in decoder_layers(model) for child in layer.children()] if active else []
+    if not active:
+        yield
+        return
+    found = [child for layer in decoder_layers(model) for child in layer.children()]
     parts = [m for m in found if is_attention(m) or is_mlp(m) or any(is_norm(part) for _, part in walk(m))]
     parts = [m for m in parts if not isinstance(m, TiledMLP)]
     before = [(part, part._compiled_call_impl) for part in parts]
     attention = ALL_ATTENTION_FUNCTIONS[NAME]
     try:
-        if active:
-            AttentionInterface.register(NAME, torch.compiler.disable(attention))
+        AttentionInterface.register(NAME, torch.compiler.disable(attention))
         for part in parts:
             part.compile()
         yield
     finally:
         for part, compiled in before:
             part._compiled_call_impl = compiled
-        if active:
-            AttentionInterface.register(NAME, attention)
+        AttentionInterface.register(NAME, attention)

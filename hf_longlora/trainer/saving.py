@@ -229,12 +229,12 @@ class SavingTrainer(StagedTrainer):
         tokens = check_signature(path, self._signature())
         scaled = getattr(self.accelerator, "scaler", None) is not None
         check_complete(path, self.args.world_size, scaled, isinstance(self.train_dataset, StreamedRows))
-        if longlora_tuner(self.model) is not None:
+        adapted = longlora_tuner(self.model) is not None
+        if adapted:
             read_shapes(path)
         self._total_train_tokens = tokens
         step = TrainerState.load_from_json(os.path.join(path, TRAINER_STATE_NAME)).global_step
         if step >= self.schedule.ends[-1] and self.is_world_process_zero():
-            adapted = longlora_tuner(self.model) is not None
             weights = "its adapter merged (hf-longlora merge)" if adapted else "its weights"
             logger.warning(
                 f"{path} is of the run's last step, {step:,}: nothing is left to train. To train further, start a run "

@@ -19,6 +19,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 from ..parallel import check_rope, check_shardable, sequence_group, shard_sequences
+from ..parallel.attention import gathered
 from ..rope import RopeScaling
 from ..schedule import Schedule
 from .config import LongLoraSFTConfig
@@ -239,9 +240,7 @@ def shards_in_turn(inputs: Mapping[str, Any], group: dist.ProcessGroup) -> Itera
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     own = torch.tensor(inputs["input_ids"].shape, device=inputs["input_ids"].device)
-    shapes = [torch.empty_like(own) for _ in range(size)]
-    dist.all_gather(shapes, own, group=group)
-    for turn, shape in enumerate(shapes):
+    for turn, shape in enumerate(gathered(own, group)):
         shard = dict(inputs)
         for name, x in sorted(inputs.items()):
             if not isinstance(x, torch.Tensor):

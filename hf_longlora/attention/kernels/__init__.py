@@ -9,7 +9,6 @@ kernel: write its file, add its row to `KERNELS`, and the tests run over it.
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from transformers.utils import logging
@@ -121,7 +120,7 @@ def select_kernel(
         lack = KERNELS[candidate].lacks(query, value, options)
         if lack is None:
             if name == "auto" and not torch.compiler.is_compiling():
-                _say(candidate)
+                logger.info_once(f"s2attn uses the kernel {candidate!r}.")
             return KERNELS[candidate].function
         reasons[candidate] = lack
     able = [other for other, kernel in KERNELS.items() if kernel.lacks(query, value, options) is None]
@@ -134,9 +133,3 @@ def select_kernel(
             else "."
         )
     )
-
-
-@cache
-def _say(kernel: str) -> None:
-    """Log a choice of `"auto"`, once."""
-    logger.info(f"s2attn uses the kernel {kernel!r}.")
