@@ -11,7 +11,6 @@ from pathlib import Path
 
 import datasets  # noqa: F401 (here, so that its log goes to none of a test's captured streams)
 import pytest
-import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
@@ -34,6 +33,8 @@ from hf_longlora.hub import refresh_card
 from hf_longlora.planning import find_gpu, plan_run
 from hf_longlora.schedule import ContextStage, Schedule
 
+from .tuner.helpers import nudge
+
 TEXT = "The quick brown fox jumps over the lazy dog, and a long book has many chapters. "
 
 
@@ -45,10 +46,7 @@ def adapter(tiny_llama, tiny_tokenizer, tmp_path):
     tiny_tokenizer.save_pretrained(tmp_path / "base")
     base.name_or_path = str(tmp_path / "base")
     model = get_peft_model(base, LongLoraConfig(r=4, target_length=256))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    nudge(model)
     stages = (ContextStage(128, 1, group_size=16), ContextStage(256, 1, group_size=32))
     attention = S2AttentionConfig(sink_tokens=0, kernel="reference")
     model.active_peft_config.schedule = Schedule(stages, attention, 0).to_dict()

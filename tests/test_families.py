@@ -17,6 +17,7 @@ from hf_longlora.families import FAMILIES, find_family
 from hf_longlora.rope import ROPE_TYPES, apply_rope, current_rope, reach, scaled_rope, type_over
 
 from .attention.oracle import oracle
+from .tuner.helpers import nudge
 
 COMMON: dict[str, Any] = {
     "vocab_size": 128,
@@ -400,10 +401,7 @@ def test_extension(family, rope_type, tmp_path):
     target = 4 * reach(base.config)[1]
     before = current_rope(base.config)
     model = get_peft_model(base, LongLoraConfig(r=4, target_length=target, rope_type=rope_type))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+    nudge(model, 0.05)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     norms = any("norm" in name for name, _ in build(family).named_parameters())  # OLMo's have no weights
     for part in ("lora_A", "embed", *["norm"] * norms):
@@ -437,10 +435,8 @@ def test_no_rope_to_scale(family, tmp_path):
     with pytest.raises(ValueError, match="has no RoPE"):
         get_peft_model(build(family), LongLoraConfig(r=4, target_length=512))
     model = get_peft_model(build(family), LongLoraConfig(r=4))
+    nudge(model, 0.05)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
         x = torch.randint(3, 128, (1, 40))
         expected = logits(model.eval(), x)
         model.save_pretrained(tmp_path / "adapter")

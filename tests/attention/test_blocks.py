@@ -7,8 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_chunked_causal_mask, create_sliding_window_causal_mask
@@ -20,6 +18,7 @@ from hf_longlora.attention.mask import S2Mask
 from hf_longlora.evaluation import compare_attention
 
 from ..test_families import CHUNKED, OWN_ATTENTION, WINDOWED, build, logits
+from .oracle import Largest
 
 
 def made(kind, window, batch, length, implementation="s2attn", padding=None, **options):
@@ -298,19 +297,6 @@ def test_evaluation_is_as_by_the_whole_mask(family, monkeypatch):
     for name, records in found[1].items():
         for ours, theirs in zip(found[0][name], records, strict=True):
             assert ours["tokens"] == theirs["tokens"] and abs(ours["nll"] - theirs["nll"]) < 1e-6
-
-
-class Largest(TorchDispatchMode):
-    """The elements of the largest tensor that an operator returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.numel())
-        return out
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", *CHUNKED])

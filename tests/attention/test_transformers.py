@@ -28,7 +28,7 @@ from hf_longlora.attention import Documents, get_s2_attention, interface, switch
 from hf_longlora.attention.reference import reference_kernel
 from hf_longlora.modules import attention_modules
 
-from .oracle import oracle
+from .oracle import Largest, oracle
 
 GROUP = 8
 
@@ -383,18 +383,6 @@ def test_which_windows_leave_a_layer_alone(monkeypatch, window, of_mask, reach, 
 
 def test_no_square_memory_in_a_padded_training_forward(tiny_llama):
     """No tensor of a padded training step at 16k tokens grows with the square of the length."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(x, torch.Tensor):
-                    self.elements = max(self.elements, x.numel())
-            return out
-
     model = tiny_llama(num_hidden_layers=1, max_position_embeddings=16384)
     set_s2_attention(model, S2AttentionConfig(group_size=512))
     largest = {}

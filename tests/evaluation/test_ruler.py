@@ -19,6 +19,7 @@ from hf_longlora.cli import main
 from hf_longlora.evaluation.ruler import TASKS, require_lm_eval
 
 from ..conftest import ASCII, CHAT_TEMPLATE
+from ..tuner.helpers import nudge
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval: make test-eval")
 WORDS = 700
@@ -136,10 +137,7 @@ def test_a_model_as_it_stands(tiny_llama, tokenizer, tmp_path):
     """An adapter with its RoPE, embeddings that are trained and tied; its tokenizer is left alone."""
     base = tiny_llama(vocab_size=WORDS, tie_word_embeddings=True)
     model = get_peft_model(base, LongLoraConfig(r=4, target_length=1024, rope_type="dynamic"))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    nudge(model)
     model.save_pretrained(tmp_path)
     torch.manual_seed(0)
     model = PeftModel.from_pretrained(tiny_llama(vocab_size=WORDS, tie_word_embeddings=True), tmp_path)

@@ -42,6 +42,12 @@ def private(hub, token, tmp_path, monkeypatch):
     return hub
 
 
+def name_base(folder, base):
+    """Write into the adapter's config what its base is called."""
+    file = folder / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}))
+
+
 def said(capsys, command, name):
     """What a command that fails says."""
     arguments = [name if argument == "NAME" else argument for argument in COMMANDS[command]]
@@ -63,8 +69,7 @@ def test_a_name_that_the_hub_does_not_give(private, token, monkeypatch, capsys, 
 
 
 def test_the_base_of_an_adapter_is_another_s(private, token, monkeypatch, capsys, tmp_path):
-    file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": MISSING}))
+    name_base(tmp_path, MISSING)
     monkeypatch.setenv("HF_TOKEN", token)
     assert f"the base of adapter, {MISSING}, can't be had: the Hub answers 404" in said(capsys, "evaluate", "adapter")
     assert f"the base of adapter, {MISSING}, can't be had: the Hub answers 404" in said(capsys, "merge", "adapter")
@@ -82,8 +87,7 @@ def test_an_adapter_that_one_may_read(private, token, monkeypatch, capsys, tmp_p
 def test_an_adapter_evaluated_by_its_name_is_that_of_the_folder(private, token, monkeypatch, tmp_path, tiny_tokenizer):
     llama().save_pretrained(tmp_path / "base")
     tiny_tokenizer.save_pretrained(tmp_path / "base")
-    file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    name_base(tmp_path, tmp_path / "base")
     (tmp_path / "adapter" / "README.md").unlink()  # PEFT's
     HfApi(endpoint=private.url, token=token).upload_folder(repo_id=PRIVATE, folder_path=tmp_path / "adapter")
     monkeypatch.setenv("HF_TOKEN", token)
@@ -96,8 +100,7 @@ def test_an_adapter_is_evaluated_with_its_own_tokenizer(private, token, monkeypa
     """It may have tokens that the base's lacks; here the base has none."""
     llama().save_pretrained(tmp_path / "base")
     tiny_tokenizer.save_pretrained(tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    name_base(tmp_path, tmp_path / "base")
     HfApi(endpoint=private.url, token=token).upload_folder(repo_id=PRIVATE, folder_path=tmp_path / "adapter")
     monkeypatch.setenv("HF_TOKEN", token)
     arguments = [PRIVATE if part == "NAME" else part for part in COMMANDS["evaluate"]]
@@ -105,8 +108,7 @@ def test_an_adapter_is_evaluated_with_its_own_tokenizer(private, token, monkeypa
 
 
 def test_an_adapter_s_name_is_no_model_s(private, token, monkeypatch, capsys, tmp_path):
-    file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    name_base(tmp_path, tmp_path / "base")
     HfApi(endpoint=private.url, token=token).upload_folder(repo_id=PRIVATE, folder_path=tmp_path / "adapter")
     llama().config.save_pretrained(tmp_path / "base")
     monkeypatch.setenv("HF_TOKEN", token)

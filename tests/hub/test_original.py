@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeo
 from hf_longlora.cli import main
 from hf_longlora.cli.evaluate import load
 
+from ..tuner.helpers import nudge
+
 LENGTH = 64
 """Of the base. Extended to 160 tokens, the scripts' factor is 3, not 2.5."""
 TARGET = 160
@@ -40,10 +42,7 @@ def trained(base, folder, target, resize=True, trainable=("embed", "norm"), base
     for name, parameter in model.named_parameters():
         if any(part in name for part in trainable):
             parameter.requires_grad_()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    nudge(model)
     model.peft_config["default"].inference_mode = True
     model.peft_config["default"].save_pretrained(folder)
     torch.save(get_peft_model_state_dict(model, save_embedding_layers=False), folder / "adapter_model.bin")

@@ -57,5 +57,13 @@ def perturbed(model, config=None):
 
 
 @torch.no_grad()
+def nudge(model, by=0.1):
+    """Move every weight that is trained away from where it is."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(by * torch.randn_like(parameter))
+
+
+@torch.no_grad()
 def logits(model, input_ids=None):
     return model(ids() if input_ids is None else input_ids).logits

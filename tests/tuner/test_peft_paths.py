@@ -32,7 +32,7 @@ from hf_longlora.rope import ROPE_TYPES, current_rope
 from hf_longlora.tuner import LongLoraConfig, hotswap_adapter
 from hf_longlora.tuner.stored import check_ranks, fit_vocabulary, trained_vocabulary
 
-from .helpers import LENGTH, TARGET, ids, llama, logits, perturbed
+from .helpers import LENGTH, TARGET, ids, llama, logits, nudge, perturbed
 
 VARIANTS = {
     "dora": {"use_dora": True},
@@ -111,9 +111,7 @@ def test_a_start_that_changes_the_base_says_so(options):
 def test_pissa_becomes_plain_lora_for_a_base_of_its_own(tmp_path):
     model = get_peft_model(llama(), LongLoraConfig(target_length=TARGET, rope_type="yarn", init_lora_weights="pissa"))
     model.save_pretrained(tmp_path / "start")
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
+    nudge(model)
     expected = logits(model.eval())
     model.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "lora").eval()
@@ -268,18 +266,23 @@ def test_a_padded_vocabulary_is_never_shrunk(tmp_path):
 # -- several adapters, and other weights for one ----
 
 
-def test_adapters_of_one_rope_switch_freely(tmp_path):
+@pytest.fixture
+def pair(tmp_path):
+    """A model with adapters "a" (active) and "b", and what each answers by itself."""
     expected = {}
     for seed, name in enumerate("ab"):
         model = perturbed(llama())
         torch.manual_seed(seed)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.1 * torch.randn_like(parameter)
+        nudge(model)
         expected[name] = logits(model)
         model.save_pretrained(tmp_path / name)
     model = PeftModel.from_pretrained(llama(), tmp_path / "a", adapter_name="a").eval()
     model.load_adapter(tmp_path / "b", "b")
+    return model, expected
+
+
+def test_adapters_of_one_rope_switch_freely(pair):
+    model, expected = pair
     for name in "baab":
         model.set_adapter(name)
         assert (logits(model) - expected[name]).abs().max() <= 1e-6
@@ -293,9 +296,7 @@ def test_adapters_of_one_rope_switch_freely(tmp_path):
 @pytest.mark.parametrize("length", [TARGET, 2 * TARGET, None], ids=["equal RoPE", "another RoPE", "none"])
 def test_hotswap(tied, length, tmp_path):
     new = perturbed(llama(tied), LongLoraConfig(target_length=length, rope_type="linear"))
-    for parameter in new.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
+    nudge(new)
     new.peft_config["default"].schedule = {"group_sizes": [16]}
     new.save_pretrained(tmp_path / "new")
     perturbed(llama(tied)).save_pretrained(tmp_path / "old")
@@ -357,23 +358,6 @@ def test_pefts_own_hotswap_refuses(tmp_path):
 
 
 # -- one of several adapters is merged ----
-
-
-@pytest.fixture
-def pair(tmp_path):
-    """A model with adapters "a" (active) and "b", and what each answers by itself."""
-    expected = {}
-    for seed, name in enumerate("ab"):
-        model = perturbed(llama())
-        torch.manual_seed(seed)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.1 * torch.randn_like(parameter)
-        expected[name] = logits(model)
-        model.save_pretrained(tmp_path / name)
-    model = PeftModel.from_pretrained(llama(), tmp_path / "a", adapter_name="a").eval()
-    model.load_adapter(tmp_path / "b", "b")
-    return model, expected
 
 
 @pytest.mark.parametrize("merged_before", [False, True])
