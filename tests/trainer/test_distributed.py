@@ -97,26 +97,31 @@ def test_two_processes_are_one_of_twice_the_batch(name, options, tmp_path):
     assert loaded.get_parameter("base_model.model.model.norm.modules_to_save.default.weight").ne(1).any()
 
 
+def check_resumed(out, steps, run):
+    """That runs which go on from checkpoints of the run in `out`, started by `run(folder)`, end as that one did."""
+    whole, whole_run = load_file(out / "adapter_model.safetensors"), told(out)
+    for step in steps:
+        again = out.with_name(f"from-{step}")
+        shutil.copytree(out, again)
+        for file in ("adapter_model.safetensors", "run.json"):
+            (again / file).unlink()
+        for later in range(step + 1, 9):  # the checkpoints after it have lost their last file
+            (again / f"checkpoint-{later}" / "trainer_state.json").unlink(missing_ok=True)
+        run(again)
+        assert told(again) == whole_run | {"from": f"checkpoint-{step}"}
+        resumed = load_file(again / "adapter_model.safetensors")
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
 @slow
 @pytest.mark.parametrize(("name", "options"), RESUMED)
 def test_two_processes_resume(name, options, tmp_path):
     """In each stage, from the last whole checkpoint, as the unbroken run; and not by a launch of another kind."""
     out, config = tmp_path / "out", CONFIGS / f"{name}.yaml"
     two_processes(config, out, *options)
-    whole, whole_run = load_file(out / "adapter_model.safetensors"), told(out)
-    assert whole_run["from"] is None
+    assert told(out)["from"] is None
     assert (out / "report.html").is_file() and "None" not in (out / "README.md").read_text()
-    for step in (2, 4):
-        again = tmp_path / f"from-{step}"
-        shutil.copytree(out, again)
-        for file in ("adapter_model.safetensors", "run.json"):
-            (again / file).unlink()
-        for later in range(step + 1, 7):  # the checkpoints after it have lost their last file
-            (again / f"checkpoint-{later}" / "trainer_state.json").unlink(missing_ok=True)
-        two_processes(config, again, *options)
-        assert told(again) == whole_run | {"from": f"checkpoint-{step}"}
-        resumed = load_file(again / "adapter_model.safetensors")
-        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    check_resumed(out, (2, 4), lambda again: two_processes(config, again, *options))
     if name != "ddp":
         with pytest.raises(AssertionError, match=f"optimizer_states was {KEPT[name]}, is whole"):
             two_processes(CONFIGS / "ddp.yaml", out, *options)
@@ -172,18 +177,7 @@ def test_shards_resume(name, processes, options, tmp_path):
     """A run in shards goes on where it was, in each stage, also in the middle of what processes have read."""
     out, config = tmp_path / "out", CONFIGS / f"{name}.yaml"
     two_processes(config, out, "shards", *options, processes=processes)
-    whole, whole_run = load_file(out / "adapter_model.safetensors"), told(out)
-    for step in (2, 6):
-        again = tmp_path / f"from-{step}"
-        shutil.copytree(out, again)
-        for file in ("adapter_model.safetensors", "run.json"):
-            (again / file).unlink()
-        for later in range(step + 1, 9):
-            (again / f"checkpoint-{later}" / "trainer_state.json").unlink(missing_ok=True)
-        two_processes(config, again, "shards", *options, processes=processes)
-        assert told(again) == whole_run | {"from": f"checkpoint-{step}"}
-        resumed = load_file(again / "adapter_model.safetensors")
-        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    check_resumed(out, (2, 6), lambda again: two_processes(config, again, "shards", *options, processes=processes))
 
 
 @slow
