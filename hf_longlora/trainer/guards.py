@@ -97,6 +97,11 @@ def check_arguments(args: LongLoraSFTConfig) -> None:
     accelerator: Any = args.accelerator_config
     if accelerator.split_batches and args.world_size > 1:
         raise ValueError("`split_batches` would change how many examples a stage sees; leave it out.")
+    if accelerator.dispatch_batches and args.packing and args.packing_strategy != "wrapped":
+        raise ValueError(
+            "`dispatch_batches` cuts off where the documents of a packed row end; leave it out, or set "
+            'packing_strategy="wrapped".'
+        )
     shared = [getattr(args.parallelism_config, f"{kind}_size", 1) for kind in ("sp", "cp", "tp")]
     if max(*shared, int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1"))) > 1:
         raise ValueError(

@@ -59,19 +59,26 @@ class PiecewiseTrainer(StagedTrainer):
         """Whether the parts of a step in windows may run one after the other.
 
         Not where a forward of one process waits for the others' (weights that are sharded), where the loss is no sum
-        over tokens (a balance of experts, a loss of the user's), where noise goes by a forward's tokens (NEFTune), and
-        where RoPE goes by its longest position.
+        over tokens (a balance of experts, a loss of the user's, as a function or a method), where noise goes by a
+        forward's tokens (NEFTune), and where RoPE goes by its longest position.
         """
         rope = find_rope(self.model.config)
         return (
             not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
             and not self.aux_loss_enabled
             and self.compute_loss_func is None
+            and self._loss_is_ours
             and self.label_smoother is None
             and not self.args.neftune_noise_alpha
             and rope is not None
             and rope.rope_type not in WITH_HISTORY
         )
+
+    @property
+    def _loss_is_ours(self) -> bool:
+        """Whether no subclass of a user's has a `compute_loss` of its own, which may be a mean."""
+        owner = next(kind for kind in type(self).__mro__ if "compute_loss" in vars(kind))
+        return owner.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def pieces(ends: Sequence[int], most: int, count: int = 1) -> list[Span]:

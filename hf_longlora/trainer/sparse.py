@@ -88,7 +88,7 @@ def _check_cuttable(
     if own_collator:
         raise ValueError('Windows are collated as they are: leave out `data_collator`, or set sparse="s2".')
     accelerator: Any = args.accelerator_config
-    if accelerator.dispatch_batches and args.world_size > 1:
+    if accelerator.dispatch_batches:
         raise ValueError("`dispatch_batches` would tear windows apart; leave it out.")
 
 

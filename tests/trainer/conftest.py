@@ -19,6 +19,7 @@ def make(tiny_llama, tiny_tokenizer, tmp_path):
         callbacks=None,
         eval_dataset=None,
         formatting_func=None,
+        kind=LongLoraSFTTrainer,
         **arguments,
     ):
         torch.manual_seed(0)
@@ -41,7 +42,7 @@ def make(tiny_llama, tiny_tokenizer, tmp_path):
             warmup_steps=1,
             gradient_checkpointing=False,
         )
-        return LongLoraSFTTrainer(
+        return kind(
             model=tiny_llama() if model is None else model,
             args=LongLoraSFTConfig(**options | arguments),
             train_dataset=texts() if dataset is None else dataset,

@@ -377,6 +377,14 @@ def test_parts_add_up_to_the_whole(make, monkeypatch, accumulation, options):
     assert max(float(p.abs().max()) for p in parts.values()) > 1e-3
 
 
+class MeanLoss(LongLoraSFTTrainer):
+    """As people write it."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
 def test_a_step_that_does_not_add_up_runs_whole(make):
     """A balance of experts is of a forward, dynamic RoPE by its longest position, NEFTune's noise by its tokens; dense
     steps need the room anyway."""
@@ -392,6 +400,7 @@ def test_a_step_that_does_not_add_up_runs_whole(make):
         "experts": {"model": experts, "stages": [ContextStage(256, 1)], "router_aux_loss_coef": 0.01},
         "dynamic": {"stages": dynamic},
         "noise": {"stages": [ContextStage(256, 1)], "neftune_noise_alpha": 5},
+        "a loss of one's own": {"stages": [ContextStage(256, 1)], "kind": MeanLoss},
         "beside dense steps": {"stages": [ContextStage(256, 2)], "dense_every": 2},
     }.items():
         trainer, forwards = make(output=name, sparse="pose", **options), []
@@ -541,13 +550,15 @@ def test_what_can_not_be_cut_is_refused(make, monkeypatch, options, message, spa
         assert options["model"].config._attn_implementation == before.config._attn_implementation
 
 
-def test_batches_are_not_dealt_out_by_one_of_several_processes(make, monkeypatch):
-    options = {"sparse": "windows", "accelerator_config": {"dispatch_batches": True}}
-    make(**options)
-    monkeypatch.setattr(LongLoraSFTConfig, "world_size", 2)
+def test_batches_are_not_dealt_out(make):
+    """accelerate cuts all that a batch has at the number of its rows, in one process, too."""
+    options = {"accelerator_config": {"dispatch_batches": True}}
     with pytest.raises(ValueError, match="would tear windows apart"):
-        make(**options)
-    make(sparse="windows")
+        make(sparse="windows", **options)
+    for strategy in ("bfd", "bfd_split"):
+        with pytest.raises(ValueError, match=r'cuts off where the documents of a packed row end.*"wrapped"'):
+            make(packing_strategy=strategy, **options)
+    make(**options).train()
 
 
 @pytest.mark.parametrize(
