@@ -1,6 +1,7 @@
 """Every kernel against the brute-force oracle, outputs and gradients, on fresh random inputs."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,10 +9,12 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend
 
 from hf_longlora import s2_attention
-from hf_longlora.attention import Documents
+from hf_longlora.attention import Documents, kernels
 from hf_longlora.attention.kernels import KERNELS, operators, ragged, sdpa, seen, select_kernel
+from hf_longlora.attention.segments import Part
 
 from .oracle import oracle
 
@@ -519,3 +522,81 @@ def test_operators_of_another_torch_are_not_called(monkeypatch, schema):
     finally:
         operators.missing.cache_clear()
     assert name in told[0] and "scaled_dot_product_attention" in told[0]
+
+
+def test_single_segments_that_are_short_are_not_cudnns(monkeypatch):
+    """Which makes a plan for each shape: lengths of documents are always others, those of groups are not."""
+
+    def taken(segments, tokens):
+        query = torch.empty(segments, 8, tokens, 64, device="meta")
+        return operators._cudnn(query, query, query, True)
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: SDPBackend.CUDNN_ATTENTION.value)
+    assert [taken(*shape) for shape in ((1, 100), (1, 8191), (1, 8192), (2, 100))] == [False, False, True, True]
+    with torch.nn.attention.sdpa_kernel(SDPBackend.CUDNN_ATTENTION):  # no FlashAttention
+        assert taken(1, 100)
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: SDPBackend.FLASH_ATTENTION.value)
+    assert not taken(1, 8192)
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+def test_cudnn_gets_queries_that_lie_as_the_output(monkeypatch, heads):
+    """torch keeps a plan by the strides of queries, and runs it on an output of others: a read out of bounds."""
+    got = []
+    name = "_scaled_dot_product_cudnn_attention_backward"
+    monkeypatch.setattr(torch.ops.aten, name, lambda grad, query, *_, **__: got.append(query) or (query,) * 3)
+    monkeypatch.setattr(operators, "_cudnn", lambda *_: True)
+    of_all = torch.empty(2, 32, 8, 16, device="meta").transpose(1, 2)
+    query, key = of_all[:, :heads], torch.empty(2, 2, 32, 16, device="meta")
+    out = torch.empty(2, 32, heads, 16, device="meta").transpose(1, 2)
+    operators.backward(out, query, key, key, out, torch.empty(2, heads, 32, device="meta"), True, 1.0)
+    assert got[0].stride() == out.stride() and got[0].shape == query.shape
+    assert (got[0] is query) == (heads == 8)  # copied only where it has to be
+
+
+@pytest.mark.gpu
+def test_a_slice_of_heads_has_the_gradients_of_the_whole():
+    """One after the other in a process, equal but for how the output lies."""
+    tensors = draw(8, 4, 2048, dim=128, dtype=torch.bfloat16, device="cuda")
+    whole = s2_attention(*tensors, group_size=256, kernel="sdpa")
+    of_whole = torch.autograd.grad(whole, tensors, torch.ones_like(whole))
+    (heads, kv_heads, rows), _ = Documents.find(1, 2048).parts(8, 4, 256, sink_tokens=4)
+    own = [x[:, slice(*span)] for x, span in zip(tensors, (heads, kv_heads, kv_heads), strict=True)]
+    part = KERNELS["sdpa"].function(*own, (Part(heads, kv_heads, rows),)).transpose(1, 2)
+    of_part = torch.autograd.grad(part, tensors, torch.ones_like(part))
+    for a, b, span in zip(of_whole, of_part, (heads, kv_heads, kv_heads), strict=True):
+        torch.testing.assert_close(a[:, slice(*span)], b[:, slice(*span)])
+
+
+@pytest.mark.parametrize(
+    ("ends", "group_size", "taken"),
+    [
+        ([4096], 64, "sdpa"),  # groups of a document are one launch however short they are
+        ([4096], None, "sdpa"),
+        (range(100, 4100, 100), None, "sdpa"),  # equal ones, too
+        ([*range(97, 4000, 97), 4000], 512, "sdpa"),
+        (list(itertools.accumulate(range(60, 140))), None, "varlen"),
+        (list(itertools.accumulate(range(60, 140))), 64, "varlen"),
+        (list(itertools.accumulate(range(2000, 2010))), 1024, "sdpa"),
+    ],
+    ids=str,
+)
+def test_auto_takes_varlen_for_many_short_documents(monkeypatch, ends, group_size, taken):
+    names = []
+
+    def noted(name):
+        return replace(
+            KERNELS[name],
+            function=lambda query, *_, **__: names.append(name) or query.transpose(1, 2),
+            missing=lambda: None,
+            devices=None,
+            dtypes=None,
+        )
+
+    monkeypatch.setattr(kernels, "preference", lambda: ("sdpa",))
+    for name in ("sdpa", "varlen"):
+        monkeypatch.setitem(KERNELS, name, noted(name))
+    tensors = draw(4, 2, ends[-1])
+    s2_attention(*tensors, group_size=group_size, cu_seqlens=torch.tensor([0, *ends], dtype=torch.int32))
+    s2_attention(*tensors, group_size=group_size, cu_seqlens=torch.tensor([0, *ends]), kernel="sdpa")
+    assert names == [taken, "sdpa"]

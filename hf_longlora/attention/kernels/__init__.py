@@ -7,14 +7,16 @@ are of tokens whose queries are elsewhere (`hf_longlora.parallel`): segments see
 kernel: write its file, add its row to `KERNELS`, and the tests run over it.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from ..autocast import computed_in
 from ..reference import reference_kernel
+from ..segments import Part
 from . import flash, flex, sdpa, varlen
 
 logger = logging.get_logger(__name__)
@@ -121,6 +123,8 @@ def select_kernel(
         if lack is None:
             if name == "auto" and not torch.compiler.is_compiling():
                 logger.info_once(f"s2attn uses the kernel {candidate!r}.")
+            if (name, candidate) == ("auto", "sdpa") and KERNELS["varlen"].lacks(query, value, options) is None:
+                return _sdpa_or_varlen
             return KERNELS[candidate].function
         reasons[candidate] = lack
     able = [other for other, kernel in KERNELS.items() if kernel.lacks(query, value, options) is None]
@@ -133,3 +137,17 @@ def select_kernel(
             else "."
         )
     )
+
+
+SHORT = 1024
+"""Tokens in a launch of `sdpa`, on average, below which "auto" takes `varlen`: one launch for all segments, which is
+slower where they are long and far faster where they are many (`benchmarks/LOG.md`)."""
+
+
+def _sdpa_or_varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[Part], **options: Any
+) -> torch.Tensor:
+    """`sdpa`, or `varlen` where that would be many launches of few tokens: short documents, packed."""
+    tokens = [launch.tokens for launch in sdpa.launches(query, key, value, parts)]
+    short = sum(tokens) < SHORT * len(tokens)
+    return KERNELS["varlen" if short else "sdpa"].function(query, key, value, parts, **options)

@@ -61,9 +61,7 @@ def sdpa_kernel(
 ) -> torch.Tensor:
     """Attention within segments: `[B, H, S, D]`, `[B, H_kv, E + S, D]` -> `[B, S, H, D_v]`, 0 in padding."""
     if dropout_p == 0.0 and operators.serve(query, value):
-        follow = rows_follow(query, own_keys(query, key), own_keys(query, value))
-        launches = encoded(tuple(parts), query.shape[2], follow, LAUNCH_TOKENS)
-        return attend_in_place("sdpa", query, key, value, launches, parts, scale)
+        return attend_in_place("sdpa", query, key, value, _numbers(query, key, value, parts), parts, scale)
     outs = []
     for heads, kv_heads, rows in parts:
         q, k, v = heads_of(query, heads), heads_of(key, kv_heads), heads_of(value, kv_heads)
@@ -73,6 +71,16 @@ def sdpa_kernel(
 
 # --------------------------------------------------------------------------------------------------------------------
 # In place, by torch's operators
+
+
+def launches(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[Part]) -> Iterator[Launch]:
+    """What a call in place is made of."""
+    return decoded(_numbers(query, key, value, parts))
+
+
+def _numbers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[Part]) -> list[int]:
+    follow = rows_follow(query, own_keys(query, key), own_keys(query, value))
+    return encoded(tuple(parts), query.shape[2], follow, LAUNCH_TOKENS)
 
 
 @lru_cache(maxsize=64)
