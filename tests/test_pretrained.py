@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from benchmarks.provenance import RESULTS, read_rows
+from benchmarks.provenance import RESULTS, append_row, read_rows
 from benchmarks.quality import example, pretrained
 from benchmarks.quality.data import save_documents
 from benchmarks.quality.models import SOURCES, Source
@@ -162,11 +162,13 @@ def test_dense_training_takes_as_many_steps_as_the_recipe_s_time_allows(folder, 
     assert steps_of(of, [row, row | {"train_seconds": "90", "shared_gpu": "1"}]) == 3
     run(folder, "windows, 2nd dense, abf 1.5", results)
     rows = read_rows(results)
-    expected = steps_of(Run(model="tiny", corpus="books", length=LENGTH, method=method, seed=0), rows)
+    results.unlink()
+    for timed in rows:  # by the machine's clock
+        append_row(results, timed | {"train_seconds": "3.1", "dense_step_p50": "1.0"})
     run(folder, method, results)
     found = read_rows(results)[-1]
-    assert found["steps"] == found["dense_steps"] == str(expected) and expected <= 4
-    assert trainers[-1].state.log_history[-1]["step"] == trainers[-1].args.max_steps == expected
+    assert found["steps"] == found["dense_steps"] == "3"
+    assert trainers[-1].state.log_history[-1]["step"] == trainers[-1].args.max_steps == 3
 
 
 def test_what_is_there_is_not_done_again(folder, tmp_path, monkeypatch, trainers):
@@ -325,3 +327,12 @@ def test_the_example_s_card_is_of_rows():
     for row, expected in zip(found, of_card, strict=True):
         for name, value in expected.items():
             assert row[name] == (f"{value:.5g}" if isinstance(value, float) else str(value)), name
+
+
+def test_what_was_trained_gives_logits_in_half_precision(folder, tmp_path, monkeypatch):
+    """Not turned to fp32 whole, as a model that is prepared for mixed precision gives them."""
+    trained, _ = pretrained.train(
+        Run(model="tiny", corpus="books", length=LENGTH, method="windows, 2nd dense", seed=0), folder
+    )
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert trained(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.dtype == torch.bfloat16
