@@ -18,8 +18,8 @@ A stage is KIND@TOKENSxSTEPS, of a length that is no shorter than the one before
 `results/million.csv` gets a row for each stage and kind of step, when the stage is over. A step's seconds go from the
 end of the one before to its own, reading and exchanging its batch included, and are those of the slowest process; the
 first step of each kind in a stage is a warm-up where the stage has others of that kind. `exchange_s` is how long the
-computation stood still for keys, values, tokens and heads of other processes (the largest of the processes), and
-`sent_gib` is what each sent for them.
+computation stood still for what other processes send, keys, values and heads, and their parts of the batch (the
+largest of the processes), and `sent_gib` is what each sent of these.
 """
 
 import argparse

@@ -39,7 +39,7 @@ def test_rows_of_two_processes(tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
     launch += ["--main_process_port", "0", *([] if torch.cuda.is_available() else ["--mixed_precision", "no"])]
     command = ["-m", "benchmarks.million", "--model", "tiny", "--results", str(tmp_path), "--dense-every", "2"]
-    stages = ["--stages", "mixed-64@256x4", "sparse-n/16@512x1"]
+    stages = ["--stages", "mixed-64@256x4", "sparse-n/16@512x2"]  # gloo gathers no batches of two lengths at once
     environment = os.environ | ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
     done = subprocess.run(
         [sys.executable, *launch, *command, *stages],
@@ -55,7 +55,7 @@ def test_rows_of_two_processes(tmp_path):
     assert [tuple(row[name] for name in names) for row in rows] == [
         ("256", "sparse", "64", "1", "1"),
         ("256", "dense", "0", "1", "1"),
-        ("512", "sparse", "32", "1", "0"),
+        ("512", "sparse", "32", "1", "1"),
     ]
     assert 0 < float(rows[0]["sent_gib"]) < float(rows[1]["sent_gib"])
     assert all(0 < float(row["exchange_s"]) < float(row["s_p50"]) for row in rows)
