@@ -47,6 +47,7 @@ def checked(
     """
     check_arguments(args)
     check_output(model, args)
+    check_bare(model)
     columns = check_dataset(dataset, args, others.get("formatting_func"))
     config, model_class = supported_config(model, args)
     own_collator = others.get("data_collator") is not None
