@@ -4,7 +4,7 @@ Trainer, card, report, comparison and planner ask it what a stage or a step is; 
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple
@@ -157,7 +157,14 @@ class Schedule:
     sparse: Sparse = "s2"
 
     def __post_init__(self) -> None:
-        check_stages(self.stages)
+        if not self.stages:
+            raise ValueError("`stages` is empty: give at least one ContextStage(max_length=..., max_steps=...).")
+        for number, (before, after) in enumerate(pairwise(self.stages), start=2):
+            if after.max_length < before.max_length:
+                raise ValueError(
+                    f"Stage {number} has max_length {after.max_length}, less than the {before.max_length} before it: "
+                    "RoPE scaling only grows. Order the stages by max_length."
+                )
         check_whole(0, dense_every=self.dense_every)
 
     @property
@@ -318,15 +325,3 @@ def auto_stages(kind: str, base_length: int, max_length: int, max_steps: int) ->
         lengths = []
     before = [ContextStage(length, each) for length in lengths]
     return [*before, ContextStage(max_length, max_steps - each * len(lengths))]
-
-
-def check_stages(stages: Sequence[ContextStage]) -> None:
-    """Raise a `ValueError` if there is no stage, or a stage is shorter than the one before it."""
-    if not stages:
-        raise ValueError("`stages` is empty: give at least one ContextStage(max_length=..., max_steps=...).")
-    for number, (before, after) in enumerate(pairwise(stages), start=2):
-        if after.max_length < before.max_length:
-            raise ValueError(
-                f"Stage {number} has max_length {after.max_length}, less than the {before.max_length} before it: RoPE "
-                "scaling only grows. Order the stages by max_length."
-            )

@@ -204,15 +204,11 @@ def _say_reach(model: Any, options: argparse.Namespace) -> None:
     """Print which lengths the model, with its adapter, does not reach; nothing where its config does not say."""
     from ..modules import base_model
     from ..rope import find_rope, readings
-    from ..tuner import LongLoraConfig
 
-    config, adapter = base_model(model).config, getattr(model, "active_peft_config", None)
-    if isinstance(adapter, LongLoraConfig) and adapter.scaling is not None:
-        reached = adapter.scaling.length
-    elif find_rope(config) is not None:
-        reached = max(longest for _, longest in readings(config))
-    else:
+    config = base_model(model).config
+    if find_rope(config) is None:
         return
+    reached = max(longest for _, longest in readings(config))
     beyond = sorted({length for length in (*options.lengths, *(options.retrieval_lengths or ())) if length > reached})
     if beyond:
         lengths = ", ".join(f"{length:,}" for length in beyond)
@@ -255,7 +251,9 @@ def _on_documents(model: Any, documents: Sequence[Any], options: argparse.Namesp
         how = {"attention": attention, "name": _pattern(attention, model), "stride": options.stride}
         records = compare_attention(model, documents, options.lengths, **how, **windows)
     longest = max(options.lengths)
-    positions = loss_by_position(model, documents, longest, buckets=_doubling(longest), **windows)
+    # Buckets of positions, each twice as long as the one before, down to a 64th of the length.
+    edges = [0, *sorted({longest // 2**i for i in range(7) if longest // 2**i > 1})]
+    positions = loss_by_position(model, documents, longest, buckets=edges, **windows)
     return {"perplexity": records, "positions": positions, "far_context": far_context(positions)}
 
 
@@ -280,11 +278,6 @@ def _pattern(asked: Any, model: Any) -> str:
     if same and all(getattr(asked, name) == getattr(trained, name) for name in ("group_size", "sink_tokens")):
         return AS_TRAINED
     return f"groups of {asked.group_size:,}, {asked.sink_tokens} sink tokens"
-
-
-def _doubling(length: int) -> list[int]:
-    """Edges of position buckets, each twice as long as the one before, down to a 64th of the length."""
-    return [0, *sorted({length // 2**i for i in range(7) if length // 2**i > 1})]
 
 
 def _extension(model: Any) -> dict[str, int]:

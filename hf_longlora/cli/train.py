@@ -256,7 +256,8 @@ def parse(arguments: list[str]) -> Any:
     import yaml
 
     parser = make_parser()
-    arguments = [part for argument in arguments for part in _apart(argument)]
+    # TRL wants `--config=FILE` in two.
+    arguments = [part for one in arguments for part in (one.split("=", 1) if one.startswith("--config=") else [one])]
     rest = list(arguments)
     if "--config" in rest:
         at = rest.index("--config")
@@ -285,11 +286,6 @@ def _meant(name: str, known: list[str]) -> str:
         return f"{name} (each stage has its own: see stages)"
     near = difflib.get_close_matches(name, known, n=1)
     return f"{name} (did you mean {near[0]}?)" if near else name
-
-
-def _apart(argument: str) -> list[str]:
-    """`--config=FILE` in two, as TRL wants it."""
-    return ["--config", argument.removeprefix("--config=")] if argument.startswith("--config=") else [argument]
 
 
 def _adapter(model: Any) -> Any:

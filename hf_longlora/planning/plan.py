@@ -106,7 +106,7 @@ def plan_run(
     if shape.native_window is None and settings.sparse != "s2":
         raise ValueError(f"Steps in windows can't be planned: {UNKNOWN}")
     rows = tuple(_plan_length(shape, settings, card, length) for length in lengths)
-    notes += _notes(config.get_text_config(), shape, settings, card)
+    notes += _notes(config.get_text_config(), shape, settings, card, lengths)
     return RunPlan(
         model=name,
         gpu=card,
@@ -114,7 +114,7 @@ def plan_run(
         trainable=shape.trainable,
         lengths=rows,
         longest=longest(shape, settings, card),
-        notes=(*notes, *_dense_lengths(shape, settings, lengths)),
+        notes=tuple(notes),
     )
 
 
@@ -126,7 +126,7 @@ def as_plain_text(window: int | None) -> str:
     )
 
 
-def _notes(config: Any, shape: Shape, settings: RunSettings, gpu: Gpu) -> tuple[str, ...]:
+def _notes(config: Any, shape: Shape, settings: RunSettings, gpu: Gpu, lengths: Sequence[int]) -> list[str]:
     notes = []
     if settings.sequence_parallel > 1:
         notes.append(
@@ -142,16 +142,11 @@ def _notes(config: Any, shape: Shape, settings: RunSettings, gpu: Gpu) -> tuple[
         notes.append(f"Groups without a size or a ratio are a quarter of the length: {UNKNOWN}")
     if not gpu.measured:
         notes.append(f"No step on this card has been measured: the {gpu.name}'s seconds are from its data sheet.")
-    return tuple(notes)
-
-
-def _dense_lengths(shape: Shape, settings: RunSettings, lengths: Sequence[int]) -> list[str]:
-    """The note on the longest of the lengths that fit into one group, if any does."""
-    if settings.sparse != "s2":
-        return []
-    window = shape.native_window
-    said = (settings.attention.resolved(n, window).dense_at(n) for n in sorted(lengths, reverse=True))
-    return [words for words in said if words is not None][:1]
+    if settings.sparse == "s2":
+        falling, window = sorted(lengths, reverse=True), shape.native_window
+        dense = (settings.attention.resolved(length, window).dense_at(length) for length in falling)
+        notes += [words for words in dense if words is not None][:1]  # of the longest that one group holds
+    return notes
 
 
 def _window_seconds(shape: Shape, settings: RunSettings, gpu: Gpu, length: int, host: float) -> float:
