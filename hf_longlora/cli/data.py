@@ -3,7 +3,6 @@
 import glob
 import json
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
@@ -46,20 +45,6 @@ ALPACA = (
 """The prompt of Alpaca and of LongLoRA's own supervised fine-tuning, for tokenizers without a chat template."""
 
 KINDS = f"{', '.join(SUFFIXES)}, and {', '.join(COMPRESSED)} of them"
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""What the weights of a model may be loaded in."""
-
-
-def check_writable(folder: Path) -> None:
-    """Raise an `OSError` if a folder can't be made or written to: now, and not when the work is done."""
-    found = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not found.is_dir():
-        raise NotADirectoryError(f"{folder} can't be written to: {found} is no folder")
-    try:
-        tempfile.TemporaryFile(dir=found).close()  # permissions alone don't tell: a full disk, a read-only mount
-    except OSError as error:
-        raise OSError(f"{folder} can't be written to: {error.strerror or error} in {found}") from error
 
 
 def load_data(name: str, config: str | None = None, streaming: bool = False) -> Any:

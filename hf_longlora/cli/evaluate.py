@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .data import DTYPES
-from .options import check_device, refuse_idle
+from .options import DTYPES, check_device, check_writable, refuse_idle
 
 
 def add(commands: Any) -> None:
@@ -119,7 +118,7 @@ def run(options: argparse.Namespace) -> None:
     from ..evaluation.scoring import vocabulary_size
     from ..evaluation.windows import as_token_ids
     from ..hub.card import base_name, weights_sha256
-    from .data import check_writable, load_documents, texts_of
+    from .data import load_documents, texts_of
 
     tasks = check_tasks(options.tasks) if options.tasks else []
     _check_asked(options)

@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .data import DTYPES
-from .options import check_device, refuse_idle
+from .options import DTYPES, check_device, check_writable, refuse_idle
 
 UNTOUCHED = "Nothing has been written."
 
@@ -48,7 +47,6 @@ def _arguments(parser: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..hub import export_adapter
-    from .data import check_writable
 
     if options.form == "lora":
         refuse_idle(options, ["--dtype", "--device"], "for a merged model; a plain LoRA is written as it is")

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .options import check_writable
+
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
@@ -32,7 +34,6 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..hub import import_original
-    from .data import check_writable
 
     check_writable(Path(options.output_dir))
     out = import_original(options.folder, options.output_dir, target_length=options.target_length, base=options.base)

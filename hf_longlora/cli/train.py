@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from .data import DTYPES
+from .options import DTYPES, check_writable
 
 OF_THE_STAGES = {"target_length", "rope_type", "rope_parameters"}
 RESOLVED = {"rope", "base_rope", "schedule", "resolved"}
@@ -94,7 +94,7 @@ def make_parser() -> Any:
 
 def run(options: argparse.Namespace) -> None:
     from ..trainer import LongLoraSFTTrainer
-    from .data import as_trl_reads, check_writable, load_data, split_of
+    from .data import as_trl_reads, load_data, split_of
 
     script, model, args = parse(options.arguments)
     if script.dataset_name is None:
