@@ -1,6 +1,7 @@
 """What TRL reads of a dataset: its columns of texts and messages, and what of them can't be trained on."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow.compute as pc
@@ -14,26 +15,67 @@ def check_dataset(dataset: Any, args: LongLoraSFTConfig, formatting_func: Any) -
     """The columns of a dataset or a stream, if it can be trained on."""
     if isinstance(dataset, Mapping):
         raise TypeError(f"`train_dataset` must be one split of a dataset, not all of them: {', '.join(dataset)}.")
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise TypeError(
-            f"`train_dataset` must be a datasets.Dataset or a datasets.IterableDataset, got {type(dataset).__name__}. "
-            "Of a list one is made by Dataset.from_list, of a generator a stream by IterableDataset.from_generator."
-        )
+    check_type(dataset, "train_dataset")
     if isinstance(dataset, IterableDataset):
         check_stream(args)
         dataset = Dataset.from_list(list(dataset.take(1)), features=dataset.features)
+    if "seq_lengths" in dataset.column_names:
+        raise ValueError(
+            "The dataset has a column 'seq_lengths', which says what documents rows are packed of. Stages pack by "
+            "themselves (packing=True): give each document a row of its own, or remove_columns('seq_lengths')."
+        )
+    check_rows_of(dataset, args, formatting_func)
+    return set(dataset.column_names)
+
+
+def check_evaluated(dataset: Any, args: LongLoraSFTConfig, formatting_func: Any, name: str) -> str:
+    """What to call data for evaluation, if they are fit for it: they come after so many steps, and would end a run.
+
+    `name` is "eval", or what `eval_dataset` calls one of several.
+    """
+    what = "eval_dataset" if name == "eval" else f"eval_dataset[{name!r}]"
+    check_type(dataset, what)
+    if isinstance(dataset, Dataset):
+        with said_of(what):
+            check_rows_of(dataset, args, formatting_func)
+    return what
+
+
+@contextmanager
+def said_of(what: str) -> Iterator[None]:
+    """Inside, a `ValueError` says which data it is of."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"`{what}`: {error}") from error
+
+
+def check_type(dataset: Any, what: str) -> None:
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"`{what}` must be a datasets.Dataset or a datasets.IterableDataset, got {type(dataset).__name__}. "
+            "Of a list one is made by Dataset.from_list, of a generator a stream by IterableDataset.from_generator."
+        )
+
+
+def check_rows_of(dataset: Dataset, args: LongLoraSFTConfig, formatting_func: Any) -> None:
+    """Raise a `ValueError` unless TRL can make tokens of each row."""
     if len(dataset) == 0:
-        raise ValueError("`train_dataset` is empty.")
+        raise ValueError("The dataset is empty.")
     columns = set(dataset.column_names)
     if columns & {"image", "images"}:
         raise ValueError("Datasets with images are not supported: stages cut text to their length.")
-    if "input_ids" in columns:
-        kind: Any = dataset.features["input_ids"]
+    if "labels" in columns and "input_ids" not in columns:
+        raise ValueError(
+            "The dataset has a column 'labels', which TRL takes for those of tokens, and no 'input_ids'. Rename it, "
+            "or remove_columns('labels')."
+        )
+    for name in columns & {"input_ids", "labels"}:
+        kind: Any = dataset.features[name]
         if not (isinstance(kind, List | LargeList) and "int" in getattr(kind.feature, "dtype", "")):
-            raise ValueError(f"The column 'input_ids' of the dataset holds {kind}, not lists of token ids.")
+            raise ValueError(f"The column {name!r} of the dataset holds {kind}, not lists of token ids.")
     if formatting_func is None:
         check_columns(dataset, args.dataset_text_field)
-    return columns
 
 
 def check_tokens(dataset: Dataset, vocabulary: int) -> None:

@@ -12,7 +12,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .checkpoints import STREAM_NAME
-from .columns import check_rows, check_tokens, read_columns
+from .columns import check_evaluated, check_rows, check_tokens, read_columns, said_of
 from .data import COLUMNS, StageData, column_names, lengths, order, say_data, with_length
 from .identity import data_fingerprint
 from .ropes import check_lengths
@@ -39,12 +39,18 @@ class RowsTrainer(StagedTrainer):
         formatting_func: Callable[[dict[str, Any]], str] | None,
         dataset_name: str,
     ) -> Any:
-        """The training dataset as each stage will see it, one stage after the other. Other datasets: as TRL does."""
+        """The training dataset as each stage will see it, one after the other. Data for evaluation: as TRL does."""
         prepare = super()._prepare_dataset
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         getattr(tokenizer, "deprecation_warnings", {})[SAID] = True
+        vocabulary = self._start.config.get_text_config().vocab_size
         if dataset is not self._train_source:
-            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+            what = check_evaluated(dataset, args, formatting_func, dataset_name)
+            prepared = prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+            if isinstance(prepared, Dataset):
+                with said_of(what):
+                    check_tokens(prepared, vocabulary)
+            return prepared
         self._train_source = None  # the first that TRL prepares; an evaluation set may be the same object
         if isinstance(dataset, IterableDataset) and formatting_func is None:
             dataset = check_rows(dataset, read_columns(self._columns, args.dataset_text_field))
@@ -65,7 +71,6 @@ class RowsTrainer(StagedTrainer):
             if self.schedule.has_windows(number):
                 check_unmasked(view)
 
-        vocabulary = self._start.config.get_text_config().vocab_size
         if isinstance(tokenized, IterableDataset):
             documents = tokenized.select_columns([name for name in COLUMNS if name in names])
             rows = StreamedRows(documents, args, self.schedule, masked, vocabulary)

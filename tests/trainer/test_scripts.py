@@ -1,9 +1,11 @@
 """What people's scripts for TRL's trainer do, done with ours."""
 
 import copy
+import re
 
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import TrainerCallback
@@ -120,6 +122,44 @@ def test_rows_are_not_replaced(make, change):
     with pytest.raises(ValueError, match=r"train_dataset. has been replaced"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+BAD = {
+    "none": (Dataset.from_dict({"text": []}), "The dataset is empty"),
+    "no column": (Dataset.from_dict({"content": ["a"]}), "The dataset has no text: its columns are ['content']"),
+    "null": (Dataset.from_dict({"text": ["a", None]}), "has no text in 1 of 2 rows, such as row 1"),
+    "no completion": (Dataset.from_dict({"prompt": ["a"]}), "has a 'prompt' and no 'completion'"),
+    "tokens": (Dataset.from_dict({"input_ids": [[5, 128]]}), "token ids from 5 to 128, and the model's are 0 to 127"),
+    "classes": (Dataset.from_dict({"text": ["a"], "labels": [1]}), "has a column 'labels', which TRL takes for those"),
+    "bad labels": (Dataset.from_dict({"input_ids": [[5]], "labels": [1]}), "The column 'labels' of the dataset holds"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), BAD.values(), ids=BAD)
+def test_data_for_evaluation_are_held_to_what_training_is(make, data, message):
+    """A run would have ended at its first evaluation, by whatever TRL or torch say."""
+    message = re.escape(message)
+    with pytest.raises(ValueError, match=message):
+        make(dataset=data)
+    for evaluated, what in (
+        (data, "`eval_dataset`: "),
+        ({"good": texts(2), "bad": data}, r"`eval_dataset\['bad'\]`: "),
+    ):
+        with pytest.raises(ValueError, match=f"^{what}.*{message}"):
+            make(eval_dataset=evaluated)
+    trainer = make(eval_dataset=texts(2))
+    with pytest.raises(ValueError, match=f"^`eval_dataset`: .*{message}"):
+        trainer.evaluate(data)
+    trainer.evaluate(trainer.eval_dataset)  # prepared, and so token ids with labels
+    trainer.evaluate({"more": texts(3)})
+    with pytest.raises(TypeError, match=r"`eval_dataset` must be a datasets\.Dataset"):
+        make(eval_dataset=[{"text": "a"}])
+
+
+def test_rows_that_are_packed_already_are_refused(make):
+    packed = Dataset.from_dict({"input_ids": [[5] * 300] * 4, "seq_lengths": [[200, 100]] * 4})
+    with pytest.raises(ValueError, match="column 'seq_lengths', which says what documents rows are packed of"):
+        make(dataset=packed, packing=False)
 
 
 def test_a_script_s_own_peft_model_is_trained(make, tiny_llama):
