@@ -131,7 +131,8 @@ def _notes(config: Any, shape: Shape, settings: RunSettings, gpu: Gpu, lengths: 
     if settings.sequence_parallel > 1:
         notes.append(
             f"{settings.sequence_parallel} cards share a sequence: what they send each other takes time that is not "
-            "planned, and none of it has been measured."
+            "planned, and each is planned with all of the optimizer's states. Four measured ones took 8 to 18% longer "
+            "and 4 to 7% less memory."
         )
     if config.model_type not in COUNTED:
         notes.append(
