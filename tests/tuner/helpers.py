@@ -1,5 +1,8 @@
 """Tiny models for the tuner's tests."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -67,3 +70,13 @@ def nudge(model, by=0.1):
 @torch.no_grad()
 def logits(model, input_ids=None):
     return model(ids() if input_ids is None else input_ids).logits
+
+
+@contextmanager
+def refused(model, error, match):
+    """That what is done inside raises an error, and leaves the model's modules and answers as they were."""
+    before, modules = logits(model), [n for n, _ in model.named_modules()]
+    with pytest.raises(error, match=match):
+        yield
+    assert [n for n, _ in model.named_modules()] == modules
+    assert torch.equal(logits(model), before)

@@ -48,7 +48,7 @@ from hf_longlora.modules import is_projection
 from hf_longlora.rope import current_rope, native_window, scaled_rope
 from hf_longlora.tuner import LongLoraConfig, LongLoraModel, base_rope, register
 
-from .helpers import LENGTH, TARGET, ids, llama, logits, perturbed
+from .helpers import LENGTH, TARGET, ids, llama, logits, perturbed, refused
 
 NORMS = {f"model.layers.{i}.{n}" for i in (0, 1) for n in ("input_layernorm", "post_attention_layernorm")}
 NORMS.add("model.norm")
@@ -368,11 +368,8 @@ def test_explicit_rope_parameters_and_none(tmp_path):
 def test_base_with_another_rope_is_refused(saved):
     base, adapter, _, _ = saved
     merged = by_peft(base, adapter).merge_and_unload()
-    before, modules = logits(merged), [n for n, _ in merged.named_modules()]
-    with pytest.raises(ValueError, match="another RoPE"):
+    with refused(merged, ValueError, "another RoPE"):
         PeftModel.from_pretrained(merged, adapter)
-    assert [n for n, _ in merged.named_modules()] == modules
-    assert torch.equal(logits(merged), before)
 
 
 def truncate(folder):
@@ -402,18 +399,12 @@ def test_damaged_files_leave_the_model_alone(damage, error, tmp_path):
     perturbed(llama()).save_pretrained(tmp_path)
     damage(tmp_path)
     model = llama()
-    before, modules = logits(model), [n for n, _ in model.named_modules()]
-    with pytest.raises(error, match="adapter_model"):
+    with refused(model, error, "adapter_model"):
         PeftModel.from_pretrained(model, tmp_path)
-    assert [n for n, _ in model.named_modules()] == modules
-    assert torch.equal(logits(model), before)
     # The same through an adapter that is there already.
     model = perturbed(llama())
-    before, modules = logits(model), [n for n, _ in model.named_modules()]
-    with pytest.raises(error, match="adapter_model"):
+    with refused(model, error, "adapter_model"):
         model.load_adapter(tmp_path, "second")
-    assert [n for n, _ in model.named_modules()] == modules
-    assert torch.equal(logits(model), before)
 
 
 def test_config_alone_loads(tmp_path):

@@ -32,7 +32,7 @@ from hf_longlora.rope import ROPE_TYPES, current_rope
 from hf_longlora.tuner import LongLoraConfig, hotswap_adapter
 from hf_longlora.tuner.stored import check_ranks, fit_vocabulary, trained_vocabulary
 
-from .helpers import LENGTH, TARGET, ids, llama, logits, nudge, perturbed
+from .helpers import LENGTH, TARGET, ids, llama, logits, nudge, perturbed, refused
 
 VARIANTS = {
     "dora": {"use_dora": True},
@@ -235,11 +235,8 @@ def test_added_tokens_come_back_on_a_resized_base_only(tied, tmp_path):
     tokens = torch.cat([ids(20), torch.tensor([[128, 130]])], 1)
     expected = logits(model, tokens)
     plain = type(base).from_pretrained(tmp_path / "base").eval()
-    before, modules = logits(plain), [n for n, _ in plain.named_modules()]
-    with pytest.raises(ValueError, match=r"resize_token_embeddings\(131\)"):
+    with refused(plain, ValueError, r"resize_token_embeddings\(131\)"):
         PeftModel.from_pretrained(plain, tmp_path / "adapter")
-    assert [n for n, _ in plain.named_modules()] == modules
-    assert torch.equal(logits(plain), before)
     plain.resize_token_embeddings(131)
     loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     assert (logits(loaded, tokens) - expected).abs().max() <= 1e-6
@@ -788,8 +785,5 @@ def test_tokens_beyond_the_base_are_no_damage(indices, tmp_path):
     base.save_pretrained(tmp_path / "base")
     perturbed(base, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     plain = llama()
-    before, modules = logits(plain), [n for n, _ in plain.named_modules()]
-    with pytest.raises(ValueError, match=r"has token 130, .* 128 tokens: call model.resize_token_embeddings\(140\)"):
+    with refused(plain, ValueError, r"has token 130, .* 128 tokens: call model.resize_token_embeddings\(140\)"):
         PeftModel.from_pretrained(plain, tmp_path / "adapter")
-    assert [n for n, _ in plain.named_modules()] == modules
-    assert torch.equal(logits(plain), before)
