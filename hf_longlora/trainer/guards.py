@@ -182,6 +182,12 @@ def check_adapter(model: Any, peft_config: PeftConfig | None, schedule: Schedule
                 f"An adapter of type {model.active_peft_config.peft_type.value} can't carry the RoPE of the stages. "
                 "Merge it (merge_and_unload) and train a LongLoraConfig adapter on the result."
             )
+        if isinstance(model.base_model, LongLoraModel) and model.active_adapters != ["default"]:
+            raise ValueError(
+                f"The adapter that would be trained is called {', '.join(model.active_adapters)}, and PEFT saves one "
+                "of that name in a folder of its own, where no checkpoint of Trainer's is resumed from. Call it "
+                '"default": leave out `adapter_name` where it is made, or loaded with is_trainable=True.'
+            )
         return
     if peft_config is None:
         return

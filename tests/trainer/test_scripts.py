@@ -162,6 +162,17 @@ def test_rows_that_are_packed_already_are_refused(make):
         make(dataset=packed, packing=False)
 
 
+def test_an_adapter_of_another_name_is_refused(make, tiny_llama):
+    """It ended in a file that isn't there, at the first checkpoint; Trainer finds no best model there either."""
+    model = get_peft_model(tiny_llama(), LongLoraConfig(r=4), adapter_name="books")
+    with pytest.raises(ValueError, match=r"is called books.*leave out `adapter_name`"):
+        make(model=model, peft_config=None)
+    model.add_adapter("default", LongLoraConfig(r=4))
+    model.set_adapter("default")
+    model.delete_adapter("books")
+    make(model=model, peft_config=None, save_strategy="steps", save_steps=2).train()
+
+
 def test_a_script_s_own_peft_model_is_trained(make, tiny_llama):
     model = get_peft_model(tiny_llama(), LongLoraConfig(r=4))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
