@@ -41,6 +41,10 @@ RUNS: dict[str, dict[str, Any]] = {
     RESULT: {},
 }
 """Three ways to extend the same base: what is special in each stage, by the name in table and plot."""
+SCRIPT = """\
+  from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
+  args = LongLoraSFTConfig(stages=[ContextStage(8192, 200), ContextStage(32768, 800)], ...)
+  LongLoraSFTTrainer(model, args, train_dataset=dataset, peft_config=LongLoraConfig()).train()"""
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,16 @@ def _run(console: Console, out: Path, seed: int, minutes: float, full: bool) -> 
     if abs(again / expected - 1) > 1e-5:
         raise RuntimeError(f"The reloaded adapter gives perplexity {again:.4f}, the trained one gave {expected:.4f}.")
 
+    _show(console, records, again)
+    files = f"Base {base}\nAdapter {adapter}\nPlot: {plot}"
+    console.print(f"{files}\n{time.perf_counter() - started:.0f} s in all\n", highlight=False, soft_wrap=True)
+    console.print("[bold]The same for your model[/bold], in your TRL script:")
+    console.print(SCRIPT, highlight=False, soft_wrap=True)
+    return records
+
+
+def _show(console: Console, records: dict[str, list[dict[str, Any]]], again: float) -> None:
+    """Perplexity by model and length, of the reloaded adapter, and what becomes of it beyond the base's length."""
     table = Table(*("Perplexity at", *(f"{n:,}" for n in LENGTHS)))
     for name, rows in records.items():
         table.add_row(name, *(f"{row['perplexity']:.2f}" for row in rows))
@@ -191,17 +205,6 @@ def _run(console: Console, out: Path, seed: int, minutes: float, full: bool) -> 
         f"{held:.2f} in the extended model.",
         highlight=False,
     )
-    files = f"Base {base}\nAdapter {adapter}\nPlot: {plot}"
-    console.print(f"{files}\n{time.perf_counter() - started:.0f} s in all\n", highlight=False, soft_wrap=True)
-    console.print("[bold]The same for your model[/bold], in your TRL script:")
-    console.print(
-        "  from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer\n"
-        "  args = LongLoraSFTConfig(stages=[ContextStage(8192, 200), ContextStage(32768, 800)], ...)\n"
-        "  LongLoraSFTTrainer(model, args, train_dataset=dataset, peft_config=LongLoraConfig()).train()",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return records
 
 
 def _adapter(out: Path, name: str) -> Path:

@@ -147,17 +147,9 @@ def check_model(
         return found
     wanted = adapter or LongLoraConfig(target_length=target_length, rope_type=rope_type, base_length=base_length)
     native = native_window(built, wanted.base_length)
-    try:
-        check_skipping(type(built), config)
-        found.window = native
-    except ValueError as error:
-        found.notes.append(f"No steps in windows: {error}")
+    found.window = native if _can(found, "steps in windows", check_skipping, type(built), config) else None
     _put_adapter(built, found, wanted)
-    try:
-        check_shardable(type(built), built.config)  # with the RoPE that it is given
-        found.shared = True
-    except ValueError as error:
-        found.notes.append(f"No sequence_parallel: {error}")
+    found.shared = _can(found, "sequence_parallel", check_shardable, type(built), built.config)  # with its new RoPE
     _group_size(found, built.config, native, target_length, attention or S2AttentionConfig())
     _run(built, found)
     _judge(found, built.config)
@@ -248,6 +240,16 @@ def _put_adapter(model: PreTrainedModel, found: ModelCheck, wanted: LongLoraConf
         if any(name == kept or name.endswith(f".{kept}") for kept in whole):
             (found.norms if is_norm(module) else found.embeddings).append(name)
     found.parameters = tuned.get_nb_trainable_parameters()
+
+
+def _can(found: ModelCheck, what: str, check: Callable[..., None], *args: Any) -> bool:
+    """Whether a check passes; why it doesn't is noted."""
+    try:
+        check(*args)
+    except ValueError as error:
+        found.notes.append(f"No {what}: {error}")
+        return False
+    return True
 
 
 def _rope_of(model: PreTrainedModel) -> tuple[RopeScaling | None, str]:
