@@ -137,8 +137,6 @@ def _pickled(file: Path) -> dict[str, torch.Tensor]:
         weights = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{file} is damaged, or holds more than weights, and such a pickle is not loaded") from error
-    if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
-        raise ValueError(f"{file} is no state dict: a name for each of its tensors is missing")
     check_finite(weights, str(file))
     return weights
 

@@ -1,13 +1,14 @@
 """Checkpoints of the original LongLoRA, made as its scripts make them, and its own pipeline beside ours."""
 
 import copy
+import json
 import math
 import os
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from hf_longlora.cli import main
@@ -73,6 +74,10 @@ def original_logits(base, folder, target, ids, resize=True):
         return model(ids).logits
 
 
+def edit(file, values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
 @pytest.fixture
 def base(tiny_llama, tiny_tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -112,6 +117,11 @@ def test_the_logits_are_the_original_pipelines(base, tiny_llama, case, target, r
         trainable, options = (), options | {"modules_to_save": ["embed_tokens", "lm_head"]}
     theirs = base / "theirs"
     trained("base", theirs, target, resize, trainable, **options)
+    if case == "modules_to_save":  # and as PEFT writes it by now
+        file = theirs / "adapter_model.bin"
+        weights = {key: weight.clone() for key, weight in torch.load(file, weights_only=True).items()}
+        save_file(weights, file.with_suffix(".safetensors"))
+        file.unlink()
     assert main(["import", "theirs", "ours", "--target-length", str(target)]) == 0
     assert ("are left out" in caplog.text) == (resize and bool(trainable))
     assert ("LoRA alone is taken" in caplog.text) == (case == "lora")
@@ -171,6 +181,8 @@ def test_the_whole_command_line_says_what_such_a_folder_is(base, capsys):
         ("nothing", "it has no adapter_config.json"),
         ("no base", "pass base"),
         ("weights", "adapter_model.bin does not exist"),
+        ("type", "theirs is an adapter of type LONGLORA, not a LoRA"),
+        ("rope", "the base has RoPE of type 'yarn', which the original LongLoRA's scripts never had"),
     ],
 )
 def test_what_is_none_is_refused(base, capsys, change, message):
@@ -191,6 +203,11 @@ def test_what_is_none_is_refused(base, capsys, change, message):
         whole["model.norm.weight"] = whole["model.norm.weight"] * math.nan
     torch.save(whole, theirs / "trainable_params.bin")
     torch.save(lora, theirs / "adapter_model.bin")
+    if change == "type":
+        edit(theirs / "adapter_config.json", {"peft_type": "LONGLORA"})
+    if change == "rope":
+        rope = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10_000.0}
+        edit(base / "base" / "config.json", {"rope_parameters": rope})
     if change in ("nothing", "weights"):
         (theirs / ("adapter_config.json" if change == "nothing" else "adapter_model.bin")).unlink()
     assert main(["import", "theirs", "ours", "--target-length", str(TARGET)]) == 1
