@@ -56,21 +56,12 @@ from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLor
 
 from .parallel import Exchanges, own_kernel
 from .provenance import RESULTS, append_row, provenance
+from .step_methods import QWEN3_8B
 from .train_step import synchronize
 
 CUDA = torch.cuda.is_available()
 SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-8b": {
-        "vocab_size": 151_936,
-        "hidden_size": 4096,
-        "intermediate_size": 12_288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
-        "max_position_embeddings": 40_960,
-    },
+    "qwen3-8b": QWEN3_8B,
     "tiny": {
         "vocab_size": 512,
         "hidden_size": 64,

@@ -1,4 +1,4 @@
-"""The planner against measured steps: for each row of results/train_step.csv, the plan and by how much it errs.
+"""The planner against measured steps: the plan of each row of train_step.csv and million.csv, and by how much it errs.
 
     python -m benchmarks.planning            # a table, and the largest errors
     python -m benchmarks.planning --csv      # the same as results/planning.csv
@@ -14,11 +14,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import Qwen3Config
+
 from hf_longlora import LongLoraConfig, S2AttentionConfig, plan_run
 from hf_longlora.planning import LengthPlan, RunSettings, gpu_called
 
 from .provenance import RESULTS, read_rows
-from .step_methods import model_config
+from .step_methods import QWEN3_8B, model_config
 
 KNOWN = {"cudnn", "flash", "liger", "compile", "tile", "selective", "offload", "qlora"}
 TILE = 8192
@@ -49,28 +51,62 @@ def planned(row: Mapping[str, str]) -> tuple[LengthPlan, float] | None:
     return found, found.seconds_sparse if group else found.seconds_dense
 
 
+def planned_shared(row: Mapping[str, str]) -> tuple[LengthPlan, float]:
+    """The plan of a row of `million.csv`, whose cards share a sequence, and its seconds a step."""
+    group, share = int(row["group"]), float(row["offload"])
+    settings = RunSettings(
+        adapter=LongLoraConfig(r=8),
+        fused=row["liger"] == "1",
+        mlp_tile=int(row["mlp_tile"]) or None,
+        activation_offloading=share > 0,
+        offload_share=share or 1.0,
+        attention=S2AttentionConfig(group_size=group or None),
+        dense_every=0,
+        backend="cudnn" if row["kernel"] == "sdpa" else "flash",
+        sequence_parallel=int(row["processes"]),
+        sparse="s2",
+    )
+    config = Qwen3Config(**QWEN3_8B, tie_word_embeddings=False)
+    card, length = gpu_called(row["gpu"]), int(row["tokens"])
+    assert card is not None
+    (found,) = plan_run(config, [length], gpu=card, settings=settings).lengths
+    return found, found.seconds_sparse if group else found.seconds_dense
+
+
 def compared(rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    """A line for each row that was measured to its end; of rows for the same thing the last, first steps aside."""
+    """A line for each row of `train_step.csv` that was measured to its end; of rows for the same thing the last, first
+    steps aside."""
     rows = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: row["warm"] != "0")
     latest = {(row["gpu"], row["model"], row["method"], row["length"]): row for row in rows}
     for row in latest.values():
         found = planned(row)
-        if found is None:
-            continue
-        plan, seconds = found
-        gib, measured = float(row["peak_gpu_gib"]), float(row["s_p50"])
-        yield {
-            "gpu": row["gpu"],
-            "model": row["model"],
-            "method": row["method"],
-            "length": int(row["length"]),
-            "gib": gib,
-            "planned_gib": round(plan.total, 2),
-            "gib_error": plan.total / gib - 1,
-            "s": measured,
-            "planned_s": round(seconds, 3),
-            "s_error": None if row["warm"] == "0" else seconds / measured - 1,
-        }
+        if found is not None:
+            yield line(row, row["method"], int(row["length"]), *found)
+
+
+def compared_shared(rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    """A line for each row of `million.csv` on a card of the planner's table."""
+    for row in rows:
+        if gpu_called(row["gpu"]) is not None:
+            step = row["group"] if row["step"] == "sparse" else "dense"
+            yield line(row, f"{step} on {row['processes']}", int(row["tokens"]), *planned_shared(row))
+
+
+def line(row: Mapping[str, str], method: str, length: int, plan: LengthPlan, seconds: float) -> dict[str, Any]:
+    """What was measured, what was planned, and by how much that errs: time not where it is of first steps."""
+    gib, measured = float(row["peak_gpu_gib"]), float(row["s_p50"])
+    return {
+        "gpu": row["gpu"],
+        "model": row["model"],
+        "method": method,
+        "length": length,
+        "gib": gib,
+        "planned_gib": round(plan.total, 2),
+        "gib_error": plan.total / gib - 1,
+        "s": measured,
+        "planned_s": round(seconds, 3),
+        "s_error": None if row["warm"] == "0" else seconds / measured - 1,
+    }
 
 
 def percent(error: float | None) -> str:
@@ -79,10 +115,11 @@ def percent(error: float | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS / "train_step.csv")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the tables' folder")
     parser.add_argument("--csv", action="store_true", help="write results/planning.csv")
     args = parser.parse_args()
-    lines = list(compared(read_rows(args.results)))
+    lines = list(compared(read_rows(args.results / "train_step.csv")))
+    lines += compared_shared(read_rows(args.results / "million.csv"))
     if not lines:
         raise SystemExit(
             f"{args.results} has no row that the planner covers: run benchmarks.train_step on a GPU first."

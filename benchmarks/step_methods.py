@@ -31,6 +31,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """What sets a model apart from Llama 3: 8 key/value heads, a vocabulary of 128,256, theta 500,000."""
 
+QWEN3_8B: dict[str, Any] = {
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    "max_position_embeddings": 40_960,
+}
+"""Qwen3-8B as its config says it, for `Qwen3Config`."""
+
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 OPTIONS = ("cudnn", "flash", "fa3", "fa4", "liger", "casts", "compile", "tile", "selective", "offload", "qlora")
 OURS = {"casts", "compile", "tile"}

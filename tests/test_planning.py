@@ -24,7 +24,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from benchmarks.planning import compared
+from benchmarks.planning import compared, compared_shared
 from benchmarks.provenance import RESULTS, read_rows
 from hf_longlora import (
     ContextStage,
@@ -351,6 +351,7 @@ def test_the_plan_is_near_what_was_measured(monkeypatch):
 
     monkeypatch.setattr(Shape, "of", of)
     lines = list(compared(read_rows(RESULTS / "train_step.csv")))
+    lines += compared_shared(read_rows(RESULTS / "million.csv"))
     timed = [line for line in lines if line["s_error"] is not None]
     assert len({line["length"] for line in timed}) > 3
     assert all(abs(line["gib_error"]) < 0.1 for line in lines)
@@ -487,6 +488,7 @@ def test_cards_that_share_a_sequence():
     half = plan_run(config, [32768], gpu="H100")
     assert two.lengths[0].activations == half.lengths[0].activations
     assert two.lengths[0].weights == one.lengths[0].weights
+    assert two.lengths[0].optimizer == half.lengths[0].optimizer / 2  # DeepSpeed's ZeRO
     assert half.lengths[0].seconds_dense < two.lengths[0].seconds_dense < one.lengths[0].seconds_dense
     assert two.longest >= 2 * one.longest - 2048
     assert any("2 cards share a sequence" in note for note in two.notes)

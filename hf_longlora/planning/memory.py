@@ -112,7 +112,8 @@ def bytes_at_peak(shape: Shape, settings: RunSettings, length: int) -> tuple[dic
 
     element = 4.0 if settings.adapter is not None or settings.dtype == "float32" else 2.0
     gradients = shape.trainable * element
-    optimizer = shape.trainable * 2 * element  # AdamW's two moments; fused, so without temporaries
+    # AdamW's two moments; fused, so without temporaries. Processes that share sequences run by DeepSpeed's ZeRO.
+    optimizer = shape.trainable * 2 * element / settings.sequence_parallel
     earlier = gradients if settings.gradient_accumulation_steps > 1 else 0.0
     end = working + stream * h * tokens if settings.adapter is None else 2.0 * h * tokens
     phases = {  # gradients, activations, logits

@@ -130,9 +130,8 @@ def _notes(config: Any, shape: Shape, settings: RunSettings, gpu: Gpu, lengths: 
     notes = []
     if settings.sequence_parallel > 1:
         notes.append(
-            f"{settings.sequence_parallel} cards share a sequence: what they send each other takes time that is not "
-            "planned, and each is planned with all of the optimizer's states. Four measured ones took 8 to 18% longer "
-            "and 4 to 7% less memory."
+            f"{settings.sequence_parallel} cards share a sequence, and the optimizer's states by ZeRO: what they send "
+            "each other takes time that is not planned. Four measured ones took 6 to 18% longer."
         )
     if config.model_type not in COUNTED:
         notes.append(
