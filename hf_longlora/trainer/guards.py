@@ -55,6 +55,12 @@ def checked(
     check_attention(args, schedule)
     check_adapter(model, peft_config, schedule)
     check_trainable(model, peft_config)
+    adapted = peft_config is not None or isinstance(model, PeftModel)
+    if not adapted and args.learning_rate == LongLoraSFTConfig.learning_rate:
+        logger.warning(
+            f"All weights are trained at a learning rate of {args.learning_rate:g}, the default, which is for "
+            "adapters: they usually want less, such as 2e-5."
+        )
     ropes = stage_ropes(start, schedule)
     init: Any = args.model_init_kwargs or {}
     spread = bool(init.get("device_map")) or hasattr(model, "hf_device_map")

@@ -229,6 +229,18 @@ def test_bf16_base_resumes_exactly_and_saves_in_its_dtype(make, tiny_llama, tmp_
     assert {t.dtype for name, t in saved.items() if "norm" in name or "embed" in name} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [({}, 0), ({"peft_config": None}, 1), ({"peft_config": None, "learning_rate": 2e-5}, 0)],
+    ids=["adapter", "all weights", "all weights, at a rate of their own"],
+)
+def test_the_rate_of_adapters_is_not_that_of_all_weights(make, monkeypatch, options, warned):
+    said = []
+    monkeypatch.setattr(guards.logger, "warning", said.append)
+    make(**{"learning_rate": LongLoraSFTConfig.learning_rate} | options)
+    assert ["All weights are trained at a learning rate of 0.0001" in words for words in said] == [True] * warned
+
+
 def test_full_fine_tuning_writes_rope_to_the_config(make, tmp_path):
     trainer = make(peft_config=None)
     trainer.train()
