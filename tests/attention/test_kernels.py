@@ -532,7 +532,8 @@ def test_single_segments_that_are_short_are_not_cudnns(monkeypatch):
         return operators._cudnn(query, query, query, True)
 
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: SDPBackend.CUDNN_ATTENTION.value)
-    assert [taken(*shape) for shape in ((1, 100), (1, 8191), (1, 8192), (2, 100))] == [False, False, True, True]
+    shapes = ((1, 100), (1, 8191), (1, 8193), (2, 100), (1, 2048))
+    assert [taken(*shape) for shape in shapes] == [False, False, True, True, True]
     with torch.nn.attention.sdpa_kernel(SDPBackend.CUDNN_ATTENTION):  # no FlashAttention
         assert taken(1, 100)
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: SDPBackend.FLASH_ATTENTION.value)

@@ -90,13 +90,16 @@ def serve(query: torch.Tensor, value: torch.Tensor) -> bool:
 
 
 PLANNED = 8192
-"""Tokens from which a single segment is cuDNN's. It makes a plan for each shape that it meets, in 0.1 s, and lengths
-of short documents are always others (`benchmarks/LOG.md`)."""
+"""Tokens from which a single segment is cuDNN's, whatever its length. It makes a plan for each shape that it meets, in
+0.1 s, and the lengths of short documents are always others (`benchmarks/LOG.md`); a multiple of `CHOSEN` is one that
+somebody has set, and will come again."""
+CHOSEN = 256
 
 
 def _cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> bool:
     """Whether cuDNN is to attend, as `scaled_dot_product_attention` would have it, and not FlashAttention."""
-    if query.shape[0] == 1 and query.shape[2] < PLANNED and torch.backends.cuda.flash_sdp_enabled():
+    segments, tokens = query.shape[0], query.shape[2]
+    if segments == 1 and tokens < PLANNED and tokens % CHOSEN and torch.backends.cuda.flash_sdp_enabled():
         return False
     choice = torch._fused_sdp_choice(query, key, value, is_causal=causal, enable_gqa=True)
     return choice == SDPBackend.CUDNN_ATTENTION.value
