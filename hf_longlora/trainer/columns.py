@@ -10,6 +10,9 @@ from datasets import Dataset, IterableDataset, LargeList, List, Value
 from .config import LongLoraSFTConfig
 from .data import in_arrow
 
+TOLD = ("tool_calls", "thinking", "reasoning_content")
+"""What a message may say in the place of content."""
+
 
 def check_dataset(dataset: Any, args: LongLoraSFTConfig, formatting_func: Any) -> set[str]:
     """The columns of a dataset or a stream, if it can be trained on."""
@@ -152,10 +155,9 @@ def says_nothing(value: Any) -> bool:
     """Whether there is no text or no message, or a message has no content, of which chat templates make "None"."""
     if not isinstance(value, list):
         return value is None
-    told = ("tool_calls", "thinking", "reasoning_content")
     return not value or any(
         not isinstance(message, Mapping)
-        or (message.get("content") is None and message.get("value") is None and not any(map(message.get, told)))
+        or (message.get("content") is None and message.get("value") is None and not any(map(message.get, TOLD)))
         for message in value
     )
 
@@ -168,7 +170,8 @@ def check_texts(dataset: Dataset, name: str, plain: bool) -> None:
     if plain and not text:
         raise ValueError(f"The column {name!r} of the dataset holds {kind}, not text alone.")
     fields = kind.feature if messages and isinstance(kind.feature, dict) else None
-    known = fields is None or {"role", "content"} <= fields.keys() or {"from", "value"} <= fields.keys()
+    roles = fields is not None and "role" in fields and not fields.keys().isdisjoint({"content", *TOLD})
+    known = fields is None or roles or {"from", "value"} <= fields.keys()
     if not (messages and known) and (not text or name in ("messages", "conversations")):
         raise ValueError(
             f"The column {name!r} of the dataset holds {kind}, not a list of messages in each row, with 'role' and "
@@ -180,8 +183,8 @@ def check_texts(dataset: Dataset, name: str, plain: bool) -> None:
         missing = pc.or_kleene(missing, pc.equal(pc.list_value_length(column), 0))
     rows = pc.indices_nonzero(missing).to_pylist()
     what = "text" if text else "message"
-    content = "value" if fields is None or "content" not in fields else "content"
-    if not rows and messages and (fields is None or pc.struct_field(pc.list_flatten(column), content).null_count):
+    content = next((field for field in ("content", "value") if field in (fields or ())), None)
+    if not rows and messages and (content is None or pc.struct_field(pc.list_flatten(column), content).null_count):
         rows = [index for index, value in enumerate(dataset[name]) if says_nothing(value)]
         what = "content in a message"
     if rows:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from hf_longlora import ContextStage, LongLoraConfig
 
-from .helpers import Stop, texts
+from .helpers import TEXT, Stop, texts
 
 
 class Events(TrainerCallback):
@@ -154,6 +154,31 @@ def test_data_for_evaluation_are_held_to_what_training_is(make, data, message):
     trainer.evaluate({"more": texts(3)})
     with pytest.raises(TypeError, match=r"`eval_dataset` must be a datasets\.Dataset"):
         make(eval_dataset=[{"text": "a"}])
+
+
+CALL = {"type": "function", "function": {"name": "search", "arguments": {"query": TEXT}}}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("said", [{"tool_calls": [CALL]}, {"reasoning_content": TEXT}], ids=["calls", "thoughts"])
+def test_answers_may_have_no_content(make, tiny_tokenizer, said, streamed):
+    """As in TRL's own example of tool calls: a column of messages in which none has any."""
+    (name,) = said
+    tiny_tokenizer.chat_template = (
+        "{%- for message in messages -%}{{ message['role'] }}: {{ message.get('content') or (message['"
+        + name
+        + "'] | tojson) }}{{ eos_token }}{%- endfor -%}"
+    )
+    row = {"prompt": [{"role": "user", "content": TEXT}], "completion": [{"role": "assistant", **said}]}
+    rows = Dataset.from_list([row] * 8)
+    options = dict(packing=False, stages=[ContextStage(256, 2)])
+    trainer = make(dataset=rows.to_iterable_dataset() if streamed else rows, eval_dataset=rows, **options)
+    (data,) = trainer._stage_data.values()
+    assert data.masked and data.used == data.tokens > 8 * 50
+    trainer.train()
+    empty = Dataset.from_list([row, row | {"completion": [{"role": "assistant", name: None}]}])
+    with pytest.raises(ValueError, match=r"'completion' of the dataset has no content in a message in 1 of 2 rows"):
+        make(dataset=empty, **options)
 
 
 def test_rows_that_are_packed_already_are_refused(make):
