@@ -220,8 +220,7 @@ class LongLoraSFTConfig(SFTConfig):
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LongLoraSFTConfig":
-        made = object.__new__(type(self))
-        memo[id(self)] = made
+        memo[id(self)] = made = copy.copy(self)
         vars(made).update(copy.deepcopy(vars(self), memo))
         return made
 

@@ -1,5 +1,6 @@
 """Pushing an adapter to a Hub, one with a bad day too. The Hub is `server.py`'s."""
 
+import copy
 import json
 import logging
 import threading
@@ -427,7 +428,8 @@ def test_tokens_are_in_nothing_that_is_kept_or_pushed(make, hub, token, tiny_lla
         hub_always_push=True,
         callbacks=[PushAdapterCallback("user/other", patience=60)],
     )
-    assert trainer.args.hub_token == token  # it works, though
+    for args in (trainer.args, copy.copy(trainer.args), copy.deepcopy(trainer.args)):
+        assert args.hub_token == args.model_init_kwargs["token"] == token  # it works, though
     trainer.train()
     trainer.push_to_hub()
     secret = token.encode()
