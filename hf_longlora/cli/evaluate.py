@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +139,19 @@ def run(options: argparse.Namespace) -> None:
         _say_short(documents, max(options.lengths))
     measured = weights_sha256(options.model) if isinstance(model, PeftModel) else None
     _check_folder(out, options.model, measured)
-    texts = options.retrieval_lengths or options.lengths
-    retrieval = [("passkey", passkey_accuracy), ("needles", multi_needle_accuracy)]
-    for name, measure in retrieval:
-        # A text too short to hide its passkeys is refused now, not after an hour of windows.
+    asked: dict[
+        str, tuple[Any, list[int], int]
+    ] = {}  # what is measured on texts made for it, their lengths and number
+    for name, found in (("passkey", passkey_accuracy), ("needles", multi_needle_accuracy)):
         if trials := getattr(options, name):
-            measure(model, tokenizer, min(texts), options.depths, trials=min(trials, 1), progress=False)
-    how = {"batch_size": options.batch_size, "chat_template": options.chat_template}
-    if tasks:  # likewise
-        ruler_accuracy(model, tokenizer, min(options.lengths), tasks, trials=1, progress=False, **how)
+            measure = partial(found, model, tokenizer, depths=options.depths)
+            asked[name] = measure, options.retrieval_lengths or options.lengths, trials
+    if tasks:
+        how = {"batch_size": options.batch_size, "chat_template": options.chat_template}
+        asked["ruler"] = partial(ruler_accuracy, model, tokenizer, tasks=tasks, **how), options.lengths, options.trials
+    for measure, lengths, trials in asked.values():
+        # A text too short for what it is to hide is refused now, not after an hour of windows.
+        measure(lengths=min(lengths), trials=min(trials, 1), progress=False)
     results: dict[str, Any] = {"model": base_name(options.model), "adapter_sha256": measured}
     if documents is not None:
         # Of this machine's files the names alone: a card is published.
@@ -154,11 +159,8 @@ def run(options: argparse.Namespace) -> None:
         results |= _on_documents(model, documents, options)
         if options.long_ppl is not None:
             results["long_ppl"] = _long_ppl(model, documents, options)
-    for name, measure in retrieval:
-        if trials := getattr(options, name):
-            results[name] = measure(model, tokenizer, texts, options.depths, trials=trials)
-    if tasks:
-        results["ruler"] = ruler_accuracy(model, tokenizer, options.lengths, tasks, trials=options.trials, **how)
+    for name, (measure, lengths, trials) in asked.items():
+        results[name] = measure(lengths=lengths, trials=trials)
     _report(results, out, _extension(model), plots=missing is None)
 
 
@@ -185,12 +187,9 @@ def _check_asked(options: argparse.Namespace) -> None:
 
 def _check_folder(out: Path, model: str, measured: str | None) -> None:
     """Refuse a folder of another model or its run; `measured` is the SHA-256 of the adapter's weights."""
-    from peft.utils import CONFIG_NAME
-    from transformers.trainer import TRAINER_STATE_NAME
-
     from ..hub.card import weights_sha256
 
-    taken = any((out / name).is_file() for name in (CONFIG_NAME, "config.json", TRAINER_STATE_NAME))
+    taken = any((out / name).is_file() for name in ("adapter_config.json", "config.json", "trainer_state.json"))
     own = out.is_dir() and Path(model).is_dir() and out.samefile(model)
     if taken and not own and (measured is None or weights_sha256(out) != measured):
         raise ValueError(
@@ -291,10 +290,8 @@ def _extension(model: Any) -> dict[str, int]:
 
 
 def _report(results: dict[str, Any], out: Path, extension: dict[str, int], plots: bool) -> None:
-    from peft.utils import CONFIG_NAME
     from rich.console import Console
     from rich.table import Table
-    from transformers.trainer import TRAINER_STATE_NAME
 
     from ..evaluation import plot_perplexity, plot_positions, plot_retrieval
     from ..evaluation.tables import RETRIEVAL, perplexity_of, sections
@@ -329,9 +326,9 @@ def _report(results: dict[str, Any], out: Path, extension: dict[str, int], plots
     for kind in (kind for kind in RETRIEVAL if plots and kind in results):
         title = f"{name}: {RETRIEVAL[kind].lower()}"
         written.append(plot_retrieval(results[kind], out / f"{kind}.png", title=title))
-    if (out / TRAINER_STATE_NAME).is_file():
+    if (out / "trainer_state.json").is_file():
         written.append(update_report(out))  # of the run that has ended there
-    if (out / CONFIG_NAME).is_file() and refresh_card(out):
+    if (out / "adapter_config.json").is_file() and refresh_card(out):
         written.append(out / "README.md")
     print(f"Written to {out}: {', '.join(path.name for path in written)}")
 

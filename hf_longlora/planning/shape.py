@@ -141,15 +141,8 @@ class _Layers:
 
     @classmethod
     def of(cls, base: Any, head: Any, hidden: int, of_heads: int, experts: int) -> _Layers:
-        """Read off a model's modules.
-
-        Args:
-            base: The model.
-            head: Its output head, which is counted elsewhere.
-            hidden: Its hidden size.
-            of_heads: Width of the norms of queries or keys, over all heads.
-            experts: To how many a token is sent.
-        """
+        """Read off a model's modules, but for its head; `of_heads` is what its norms of queries or keys are wide over
+        all heads, `experts` to how many of them a token is sent."""
         modules, found = language_modules(base), cls()
         inside = tuple(f"{name}." for name, module in modules if name and is_attention(module))
         if not inside:
