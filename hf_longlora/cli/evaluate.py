@@ -113,7 +113,6 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     from peft import PeftModel
 
-    from ..evaluation import multi_needle_accuracy, passkey_accuracy, ruler_accuracy
     from ..evaluation.plots import no_plots
     from ..evaluation.ruler import check_tasks, require_lm_eval
     from ..evaluation.scoring import vocabulary_size
@@ -139,16 +138,7 @@ def run(options: argparse.Namespace) -> None:
         _say_short(documents, max(options.lengths))
     measured = weights_sha256(options.model) if isinstance(model, PeftModel) else None
     _check_folder(out, options.model, measured)
-    asked: dict[
-        str, tuple[Any, list[int], int]
-    ] = {}  # what is measured on texts made for it, their lengths and number
-    for name, found in (("passkey", passkey_accuracy), ("needles", multi_needle_accuracy)):
-        if trials := getattr(options, name):
-            measure = partial(found, model, tokenizer, depths=options.depths)
-            asked[name] = measure, options.retrieval_lengths or options.lengths, trials
-    if tasks:
-        how = {"batch_size": options.batch_size, "chat_template": options.chat_template}
-        asked["ruler"] = partial(ruler_accuracy, model, tokenizer, tasks=tasks, **how), options.lengths, options.trials
+    asked = _on_made_texts(model, tokenizer, tasks, options)
     for measure, lengths, trials in asked.values():
         # A text too short for what it is to hide is refused now, not after an hour of windows.
         measure(lengths=min(lengths), trials=min(trials, 1), progress=False)
@@ -265,6 +255,23 @@ def _long_ppl(model: Any, documents: Sequence[Any], options: argparse.Namespace)
     how = {"short": options.long_ppl, "max_windows": options.max_windows, "batch_size": options.batch_size}
     records = long_perplexity(model, documents, lengths, evaluator=evaluator, **how)
     return [record | {"evaluator": base_name(options.evaluator)} for record in records]
+
+
+def _on_made_texts(
+    model: Any, tokenizer: Any, tasks: list[str], options: argparse.Namespace
+) -> dict[str, tuple[Any, list[int], int]]:
+    """What is measured on texts that are made for it: how, at which lengths, and on how many texts."""
+    from ..evaluation import multi_needle_accuracy, passkey_accuracy, ruler_accuracy
+
+    asked: dict[str, tuple[Any, list[int], int]] = {}
+    for name, accuracy in (("passkey", passkey_accuracy), ("needles", multi_needle_accuracy)):
+        if trials := getattr(options, name):
+            measure = partial(accuracy, model, tokenizer, depths=options.depths)
+            asked[name] = measure, options.retrieval_lengths or options.lengths, trials
+    if tasks:
+        how = {"batch_size": options.batch_size, "chat_template": options.chat_template}
+        asked["ruler"] = partial(ruler_accuracy, model, tokenizer, tasks=tasks, **how), options.lengths, options.trials
+    return asked
 
 
 def _pattern(asked: Any, model: Any) -> str:

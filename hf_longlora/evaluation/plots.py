@@ -54,7 +54,7 @@ def plot_perplexity(
         ValueError: there is nothing to draw.
     """
     figure, axes = _figure(*SIZE)
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     curves = {
         name: sorted((int(record["length"]), float(record["perplexity"])) for record in records)
@@ -67,19 +67,8 @@ def plot_perplexity(
     lengths = sorted({length for curve in curves.values() for length, _ in curve})
     ceiling = min(max(finite), CLIP * min(finite))
     log_scale = max(finite) > EXPLODES * min(finite)
-
     axes.set_xscale("log", base=2)
-    if log_scale:
-        axes.set_yscale("log")
-        low, high = min(finite) / 1.15, ceiling * 1.25
-        axes.set_ylim(low, high)
-        subs = (1, 2, 5) if high / low < 300 else (1,)
-        axes.yaxis.set_major_locator(LogLocator(base=10, subs=subs))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
-    else:
-        margin = 0.08 * (ceiling - min(finite)) or 0.05 * ceiling
-        axes.set_ylim(min(finite) - margin, ceiling + margin)
+    _scale_y(axes, min(finite), ceiling, log_scale)
 
     for label, length in (("base context", base_length), ("trained to", train_length)):
         if length is not None:
@@ -247,6 +236,22 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
+
+
+def _scale_y(axes: Any, lowest: float, ceiling: float, log_scale: bool) -> None:
+    """Room for values from `lowest` to `ceiling`."""
+    if not log_scale:
+        margin = 0.08 * (ceiling - lowest) or 0.05 * ceiling
+        axes.set_ylim(lowest - margin, ceiling + margin)
+        return
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    low, high = lowest / 1.15, ceiling * 1.25
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high / low < 300 else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _style(axes: Any, xlabel: str, ylabel: str) -> None:
