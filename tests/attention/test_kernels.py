@@ -553,6 +553,11 @@ def test_cudnn_gets_queries_that_lie_as_the_output(monkeypatch, heads):
     operators.backward(out, query, key, key, out, torch.empty(2, heads, 32, device="meta"), True, 1.0)
     assert got[0].stride() == out.stride() and got[0].shape == query.shape
     assert (got[0] is query) == (heads == 8)  # copied only where it has to be
+    if heads == 8:
+        row, others = of_all[:1], (key[:1], key[:1], out[:1], torch.empty(1, heads, 32, device="meta"))
+        row = row.as_strided(row.shape, (7, *row.stride()[1:]))
+        operators.backward(out[:1], row, *others, True, 1.0)
+        assert got[1] is row
 
 
 @pytest.mark.gpu
