@@ -152,7 +152,7 @@ class StreamedRows(torch.utils.data.IterableDataset[Row]):
             stage = bisect_right(self._ends, mark.row)
             left = self._ends[stage] - mark.row
             block, more = self._block(documents, stage, left, mark)
-            if "digest" in state and data_fingerprint(block) != state["digest"]:
+            if "digest" in state and _digest(block) != state["digest"]:
                 logger.warning(
                     "The stream doesn't go on where it stopped (datasets keeps no shuffle buffer), and is read from "
                     "its start. The trainer shuffles by itself, as `shuffle_buffer` says."
@@ -161,7 +161,7 @@ class StreamedRows(torch.utils.data.IterableDataset[Row]):
                 for _ in islice(documents, mark.read):
                     pass
                 block, more = self._block(documents, stage, left, mark)
-                if data_fingerprint(block) != state["digest"]:
+                if _digest(block) != state["digest"]:
                     raise ValueError(
                         "The stream gives other examples than it gave the run that is resumed, so that this would be "
                         "another run. Let it give the same ones in the same order each time, or start anew."
@@ -181,7 +181,7 @@ class StreamedRows(torch.utils.data.IterableDataset[Row]):
                 told = json.dumps(
                     {
                         "mark": asdict(mark),
-                        "digest": data_fingerprint(block),
+                        "digest": _digest(block),
                         "seen": {number: asdict(data) for number, data in before.items()},
                         "data": {number: asdict(data) for number, data in seen.items()},
                     }
@@ -237,6 +237,11 @@ class StreamedRows(torch.utils.data.IterableDataset[Row]):
 def stage_data(state: str) -> dict[int, StageData]:
     """What stages, counted from 0, have seen of a stream, by the state of a row."""
     return {int(stage): StageData(**data) for stage, data in json.loads(state)["data"].items()} if state else {}
+
+
+def _digest(block: Dataset) -> str | None:
+    """What tells a block from others; `None` of no examples, where a buffer had read a short stream to its end."""
+    return data_fingerprint(block) if len(block) > 0 else None
 
 
 def _table(document: Mapping[str, Any]) -> pa.Table:

@@ -176,13 +176,14 @@ def test_the_account_is_of_what_was_read(make, stream, tmp_path):
     assert line in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_stream_with_a_buffer_of_its_own_is_replayed(make, stream, caplog):
+@pytest.mark.parametrize("own", [True, False], ids=["of some", "TRL's, of all"])
+def test_a_stream_with_a_buffer_of_its_own_is_replayed(make, stream, caplog, own):
     """`datasets` keeps no buffer: where the state brings other examples, the stream is read from its start."""
 
     def data():
-        return stream(documents=30).shuffle(seed=1, buffer_size=7)
+        return stream(documents=30).shuffle(seed=1, buffer_size=7) if own else stream(documents=30)
 
-    options = dict(packing=False, shuffle_buffer=4)
+    options = dict(packing=False, shuffle_buffer=4, shuffle_dataset=not own)
     whole_run = make(dataset=data(), output="whole", **options)
     whole_run.train()
     make(dataset=data(), callbacks=[Stop(4)], **options).train()
