@@ -605,6 +605,12 @@ KEYS = "evaluate base --passkey 1 --lengths 400"
             f"{TEXTS} --dense-only --group-size 16",
             "--group-size: the pattern of training, which --dense-only leaves out",
         ),
+        (f"{KEYS} --batch-size 2", "--batch-size: for --documents or --tasks, which aren't given"),
+        ("check base --rope-type yarn", "--rope-type: of a longer RoPE; give its --target-length"),
+        (
+            "plan base --no-use-peft --lora-r 4 --base-length 32",
+            "--lora-r, --base-length: of an adapter, and --no-use-",
+        ),
         (f"{TEXTS} --device gpu", "--device gpu: Expected one of cpu, cuda"),
         ("merge adapter out --device gpu", "--device gpu: Expected one of cpu, cuda"),
         ("export adapter out --form lora --dtype float32", "--dtype: for a merged model"),

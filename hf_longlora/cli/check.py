@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
+from .options import refuse_idle
+
 
 def add(commands: Any) -> None:
     check = commands.add_parser(
@@ -42,13 +44,15 @@ def add(commands: Any) -> None:
         help="first tokens of a document that every group sees; default: the adapter's, or 4 as in the trainer",
     )
     check.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
-    check.set_defaults(run=run, after_interruption="Nothing has been written.")
+    check.set_defaults(run=run, parser=check, after_interruption="Nothing has been written.")
 
 
 def run(options: argparse.Namespace) -> None:
     from ..attention import S2AttentionConfig
     from ..planning import check_model
 
+    if options.target_length is None:
+        refuse_idle(options, ["--rope-type"], "of a longer RoPE; give its --target-length")
     given = {name: getattr(options, name) for name in ("group_size", "sink_tokens")}
     given = {name: value for name, value in given.items() if value is not None}
     found = check_model(

@@ -164,6 +164,8 @@ def _check_asked(options: argparse.Namespace) -> None:
     if not options.documents:
         idle = ["--stride", "--max-windows", "--group-size", "--sink-tokens"]
         refuse_idle(options, idle, "for --documents, which aren't given")
+    if not (options.documents or options.tasks):
+        refuse_idle(options, ["--batch-size"], "for --documents or --tasks, which aren't given")
     if not (options.passkey or options.needles):
         refuse_idle(options, ["--depths", "--retrieval-lengths"], "for --passkey or --needles, which aren't asked for")
     if not options.tasks:

@@ -18,6 +18,7 @@ HEADERS = {
 }
 """Columns of memory, in GiB; those that are 0 at every length and not in `ALWAYS` are left out."""
 ALWAYS = ("weights", "activations", "total")
+OF_AN_ADAPTER = ("--lora-r", "--lora-target-modules", "--no-train-embeddings", "--no-train-norms", "--base-length")
 NEARLY_DENSE = 1.25
 """Dense training that takes so many times as long is advised: no mixture measured is better at the end of novels."""
 
@@ -131,6 +132,8 @@ def run(options: argparse.Namespace) -> None:
         refuse_idle(options, idle, f"with --config it is {options.config} that says it")
         return _run_of(options)
     refuse_idle(options, ["--gpus"], "the cards of a run; give its file by --config")
+    if options.no_use_peft:
+        refuse_idle(options, OF_AN_ADAPTER, "of an adapter, and --no-use-peft has none")
     adapter = LongLoraConfig(
         r=options.lora_r,
         target_modules=options.lora_target_modules,
