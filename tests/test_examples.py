@@ -472,6 +472,7 @@ def test_serve_merged(shell, adapter):
 # The notebook, and what is said of all
 
 
+@pytest.mark.slow
 def test_quickstart(folder, monkeypatch, capsys):
     """Its cells, one after the other in one namespace, as a reader runs them, but with fewer windows."""
     fewer = {'"max_windows": 64': '"max_windows": 8'}

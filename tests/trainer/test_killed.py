@@ -58,7 +58,8 @@ def finish(child, folder: Path):
     assert child.exitcode == 0, log(folder)[-3000:]
 
 
-@pytest.mark.parametrize("planned, seed", [(2, 0), pytest.param(20, None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("planned, seed", [(2, 0), (20, None)])
 def test_killed_at_random_points(start, whole, unbroken, tmp_path, planned, seed):
     """By SIGTERM and SIGKILL at random moments, between the files of a checkpoint, and with a file half written.
 
