@@ -6,11 +6,11 @@ An adapter's layers and wrappers are passed through: what is found are the modul
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _find_minimal_target_modules
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -137,4 +137,19 @@ def attention_projections(model: nn.Module) -> set[str]:
     modules = language_modules(model)
     attentions = tuple(f"{name}." for name, module in modules if name and is_attention(module))
     found = {name for name, module in modules if name.startswith(attentions) and is_projection(module)}
-    return _find_minimal_target_modules(found, {name for name, _ in walk(model)} - found) if found else found
+    return _shortest_suffixes(found, [name for name, _ in walk(model)])
+
+
+def _shortest_suffixes(names: Iterable[str], every: list[str]) -> set[str]:
+    wanted, suffixes = set(names), set()
+    matches: dict[str, bool] = {}  # suffix -> whether all that ends with it is wanted
+    for name in sorted(wanted):
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):
+            suffix = ".".join(parts[-length:])
+            if suffix not in matches:
+                matches[suffix] = all(n in wanted for n in every if n == suffix or n.endswith(f".{suffix}"))
+            if matches[suffix]:
+                suffixes.add(suffix)
+                break
+    return suffixes
