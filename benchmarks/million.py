@@ -52,7 +52,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer
+from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, LongLoraSFTTrainer, S2AttentionConfig
 
 from .parallel import Exchanges, own_kernel
 from .provenance import RESULTS, append_row, provenance
@@ -247,7 +247,7 @@ def rows(
             "processes": dist.get_world_size(),
             "step": "dense" if dense else "sparse",
             "group": 0 if dense else stage.group,
-            "sink_tokens": 0 if dense else 4,
+            "sink_tokens": 0 if dense else S2AttentionConfig.sink_tokens,
             "kernel": own_kernel(),
             "liger": int(args.liger),
             "mlp_tile": args.tile,

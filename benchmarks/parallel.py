@@ -464,6 +464,8 @@ class Bench:
         dist.barrier(self.meeting)
 
     def _measure(self, run: Run, steps: int, warm: int, profile: bool, results: Path | None) -> None:
+        from hf_longlora import S2AttentionConfig
+
         seconds, stalls, reductions, sent = [], [], [], 0.0
         loss = torch.tensor(math.nan)
         self.use(run)
@@ -497,7 +499,7 @@ class Bench:
                 "tokens": run.tokens,
                 "processes": run.processes,
                 "group": method.group_at(run.tokens),
-                "sink_tokens": 4 if method.group_at(run.tokens) else 0,
+                "sink_tokens": S2AttentionConfig.sink_tokens if method.group_at(run.tokens) else 0,
                 "kernel": method.theirs or own_kernel(),
                 "liger": int(self.liger),
                 "mlp_tile": self.tile,
