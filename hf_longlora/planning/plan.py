@@ -131,7 +131,7 @@ def _notes(config: Any, shape: Shape, settings: RunSettings, gpu: Gpu, lengths: 
     if settings.sequence_parallel > 1:
         notes.append(
             f"{settings.sequence_parallel} cards share a sequence, and the optimizer's states by ZeRO: what they send "
-            "each other takes time that is not planned. Four measured ones took 6 to 18% longer."
+            "each other takes time that is not planned. Four measured ones took 8 to 18% longer."
         )
     if config.model_type not in COUNTED:
         notes.append(

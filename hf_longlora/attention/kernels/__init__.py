@@ -141,7 +141,7 @@ def select_kernel(
 
 SHORT = 1024
 """Tokens in a launch of `sdpa`, on average, below which "auto" takes `varlen`: one launch for all segments, which is
-slower where they are long and far faster where they are many (`benchmarks/LOG.md`)."""
+slower where they are long and faster where they are many. The number is a guess (`benchmarks/LOG.md`)."""
 
 
 def _sdpa_or_varlen(

@@ -90,9 +90,8 @@ def serve(query: torch.Tensor, value: torch.Tensor) -> bool:
 
 
 PLANNED = 8192
-"""Tokens from which a single segment is cuDNN's, whatever its length. It makes a plan for each shape that it meets, in
-0.1 s, and the lengths of short documents are always others (`benchmarks/LOG.md`); a multiple of `CHOSEN` is one that
-somebody has set, and will come again."""
+"""Tokens from which a single segment is cuDNN's, whatever its length. It makes a plan for each shape it meets, and the
+lengths of short documents are always others; a multiple of `CHOSEN` is one that somebody has set, and comes again."""
 CHOSEN = 256
 
 
