@@ -46,7 +46,6 @@ def long_perplexity(
     max_windows: int | None = None,
     positions_per_window: int = 8192,
     progress: bool = True,
-    device: str | torch.device | None = None,
 ) -> list[dict[str, Any]]:
     """LongPPL of `model` at each context length.
 
@@ -54,7 +53,7 @@ def long_perplexity(
     that makes no use of the long context has hardly any.
 
     Args:
-        model, documents, tokenizer, batch_size, max_windows, progress, device: as in `perplexity_by_length`. Windows
+        model, documents, tokenizer, batch_size, max_windows, progress: as in `perplexity_by_length`. Windows
             do not overlap.
         lengths: context lengths in tokens, each above `short`.
         evaluator: finds the key tokens; a model with the same tokenizer that reaches the longest length. Default: the
@@ -91,12 +90,12 @@ def long_perplexity(
             targets_K = torch.tensor([short + i * (length - short) // count for i in range(count)])
             nll, keys = 0.0, 0
             for batch in batches(windows, batch_size):
-                ids_BS = input_ids(token_ids, batch, device or embedding_device(judge))
+                ids_BS = input_ids(token_ids, batch, embedding_device(judge))
                 long_BK = position_nll(judge, ids_BS, targets_K).cpu()
                 short_BK = _short_nll(judge, ids_BS, targets_K, short, stride)
                 key_BK = (short_BK - long_BK > alpha) & (-long_BK > beta)
                 if evaluator is not None:
-                    ids_BS = input_ids(token_ids, batch, device or embedding_device(model))
+                    ids_BS = input_ids(token_ids, batch, embedding_device(model))
                     long_BK = position_nll(model, ids_BS, targets_K).cpu()
                 nll += long_BK[key_BK].double().sum().item()
                 keys += int(key_BK.sum())

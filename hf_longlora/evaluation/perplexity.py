@@ -40,13 +40,11 @@ def perplexity_by_length(
     stride: int | None = None,
     *,
     tokenizer: Any = None,
-    align: bool = True,
     batch_size: int = 1,
     max_windows: int | None = None,
     progress: bool = True,
-    device: str | torch.device | None = None,
 ) -> list[dict[str, Any]]:
-    """Perplexity of `model` at each context length, over the same target tokens.
+    """Perplexity of `model` at each context length, over the same tokens: those that the longest length can score.
 
     Logits are computed for the scored tokens only where the model's forward takes `logits_to_keep`, so memory grows
     with `batch_size * stride * vocabulary` and not with the length. The model is put into eval mode and every
@@ -61,17 +59,14 @@ def perplexity_by_length(
         stride: tokens by which a window moves, and so the tokens scored in each. Default: 256 (the paper's), or half
             of the shortest length where that is less. A smaller stride gives every token more context and costs more.
         tokenizer: turns texts into ids.
-        align: score exactly the same tokens at every length: those that the longest length can score, in documents of
-            at least `max(lengths)` tokens. Without it each length uses every document that is long enough for it, and
-            the numbers of two lengths speak of different text.
         batch_size: windows per forward.
         max_windows: at most this many windows per length, spread evenly over the documents. Default: all.
         progress: show a progress bar.
-        device: where the ids are put. Default: the device of the model's embeddings.
 
     Returns:
         One record per length, in the order given: `length`, `perplexity` (`exp(nll)`), `nll` (nats per token, the mean
-        over all scored tokens of all documents), `tokens` (scored), `documents` (used) and `windows`.
+        over all scored tokens of all documents), `tokens` (scored), `documents` (of `max(lengths)` tokens or more)
+        and `windows`.
 
     Raises:
         ValueError: a length below 2; a stride below 1 or above the shortest length; no documents, or an empty one; no
@@ -90,41 +85,33 @@ def perplexity_by_length(
     check_whole(1, none=True, max_windows=max_windows)
 
     token_ids = as_token_ids(documents, tokenizer, vocabulary_size(model))
-    # A window's first token has nothing to predict it from: with stride == length one token less is scored, and under
-    # `align` at every length.
-    needed = {length: max(lengths) if align else length for length in lengths}
-    scored = {length: min(stride, (min(lengths) if align else length) - 1) for length in lengths}
-    for length in lengths:
-        check_long_enough(token_ids, needed[length])
-    by_length = {
-        length: spread(
-            [
-                Window(index, end - length, end, min(new, scored[length]))
-                for index, ids in enumerate(token_ids)
-                for end, new in window_ends(len(ids), needed[length], stride)
-            ],
-            max_windows,
-        )
-        for length in lengths
-    }
+    longest = max(lengths)
+    check_long_enough(token_ids, longest)
+    # A window's first token has nothing to predict it from: one token less is scored where the stride is a window.
+    most = min(stride, min(lengths) - 1)
+    windows = [
+        Window(document, end - longest, end, min(new, most))
+        for document, ids in enumerate(token_ids)
+        for end, new in window_ends(len(ids), longest, stride)
+    ]
+    windows = spread(windows, max_windows)
+    tokens = sum(window.scored for window in windows)
 
     records = []
-    total = sum(len(windows) for windows in by_length.values())
+    total = len(lengths) * len(windows)
     with evaluating(model), logging.tqdm(total=total, desc="perplexity", unit="window", disable=not progress) as bar:
         for length in lengths:
-            windows = by_length[length]
-            nll_sum = 0.0
-            for batch in batches(windows, batch_size):
+            nll = 0.0
+            for batch in batches([window._replace(start=window.end - length) for window in windows], batch_size):
                 keep = max(window.scored for window in batch)
-                nll_BK = suffix_nll(model, input_ids(token_ids, batch, device or embedding_device(model)), keep)
+                nll_BK = suffix_nll(model, input_ids(token_ids, batch, embedding_device(model)), keep)
                 for row, window in zip(nll_BK, batch, strict=True):
-                    nll_sum += row[keep - window.scored :].double().sum().item()
+                    nll += row[keep - window.scored :].double().sum().item() / tokens
                 bar.update(len(batch))
-            tokens = sum(window.scored for window in windows)
             record = {
                 "length": length,
-                "perplexity": _exp(nll_sum / tokens),
-                "nll": nll_sum / tokens,
+                "perplexity": _exp(nll),
+                "nll": nll,
                 "tokens": tokens,
                 "documents": len({window.document for window in windows}),
                 "windows": len(windows),
@@ -145,7 +132,6 @@ def loss_by_position(
     max_windows: int | None = None,
     positions_per_window: int = 2048,
     progress: bool = True,
-    device: str | torch.device | None = None,
 ) -> list[dict[str, Any]]:
     """Mean loss by position in windows of `length` tokens: where it stops falling, further context stopped helping.
 
@@ -153,7 +139,7 @@ def loss_by_position(
     targets than `positions_per_window`, evenly spaced ones stand for all, so that the logits stay small.
 
     Args:
-        model, documents, tokenizer, batch_size, max_windows, progress, device: as in `perplexity_by_length`.
+        model, documents, tokenizer, batch_size, max_windows, progress: as in `perplexity_by_length`.
         length: tokens per window.
         buckets: how many equal buckets to cut positions `[0, length)` into, or the rising edges themselves, for
             instance `[1, 256, 1024, 4096]` for three buckets.
@@ -182,7 +168,7 @@ def loss_by_position(
     sums = torch.zeros(2, len(edges) - 1, dtype=torch.float64)  # of the losses, and of their squares
     with evaluating(model), logging.tqdm(total=len(windows), desc="loss", unit="window", disable=not progress) as bar:
         for batch in batches(windows, batch_size):
-            nll_BK = position_nll(model, input_ids(token_ids, batch, device or embedding_device(model)), targets_K)
+            nll_BK = position_nll(model, input_ids(token_ids, batch, embedding_device(model)), targets_K)
             nll_BK = nll_BK.double().cpu()
             sums.index_add_(1, bucket_K, torch.stack([nll_BK.sum(dim=0), nll_BK.square().sum(dim=0)]))
             bar.update(len(batch))

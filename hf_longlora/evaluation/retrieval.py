@@ -120,12 +120,10 @@ def passkey_accuracy(
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     *,
     trials: int = 10,
-    digits: int = 5,
     seed: int = 0,
     progress: bool = True,
-    device: str | torch.device | None = None,
 ) -> list[dict[str, Any]]:
-    """How often a model finds a passkey of `digits` digits, by length and depth.
+    """How often a model finds a passkey of five digits, by length and depth.
 
     A trial counts if greedy decoding would give the passkey: every token of it is the likeliest one after the text and
     the tokens before it, which one forward tells.
@@ -136,10 +134,8 @@ def passkey_accuracy(
         lengths: lengths of the whole text in tokens.
         depths: where the passkey stands, 0 for the beginning and 1 for the end.
         trials: texts for each length and depth, each with another passkey.
-        digits: digits of a passkey.
         seed: of the passkeys; the same ones for every model.
         progress: show a progress bar.
-        device: where the ids are put. Default: the device of the model's embeddings.
 
     Returns:
         One record for each length and depth: `length`, `depth`, `accuracy` (0 to 1), `trials`.
@@ -147,13 +143,13 @@ def passkey_accuracy(
     Raises:
         ValueError: a length too short for the text, a depth outside [0, 1], a count below 1.
     """
-    check_whole(1, trials=trials, digits=digits)
+    check_whole(1, trials=trials)
     keys = random.Random(seed)
 
     def example(length: int, depth: float) -> Passkey:
-        return passkey_example(tokenizer, length, depth, _key(keys, digits))
+        return passkey_example(tokenizer, length, depth, _key(keys))
 
-    return _accuracy(model, example, lengths, depths, trials, "passkey", progress, device)
+    return _accuracy(model, example, lengths, depths, trials, "passkey", progress)
 
 
 def multi_needle_accuracy(
@@ -163,15 +159,13 @@ def multi_needle_accuracy(
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     *,
     trials: int = 10,
-    digits: int = 5,
     seed: int = 0,
     progress: bool = True,
-    device: str | torch.device | None = None,
 ) -> list[dict[str, Any]]:
     """How often a model finds the passkey that is asked for among one at each of `depths`, by length and its depth.
 
     Args:
-        model, tokenizer, lengths, trials, digits, seed, progress, device: as in `passkey_accuracy`.
+        model, tokenizer, lengths, trials, seed, progress: as in `passkey_accuracy`.
         depths: where the passkeys stand; each in turn is the one asked for. From 2 to 16 of them.
 
     Returns:
@@ -180,22 +174,22 @@ def multi_needle_accuracy(
     Raises:
         ValueError: as `passkey_accuracy`, or for fewer than 2 or more than 16 different depths.
     """
-    check_whole(1, trials=trials, digits=digits)
+    check_whole(1, trials=trials)
     depths = sorted(set(depths))
     if not 2 <= len(depths) <= len(NAMES):
         raise ValueError(f"several needles need 2 to {len(NAMES)} different depths, got {depths}")
     draw = random.Random(seed)
 
     def example(length: int, depth: float) -> Passkey:
-        names, keys = draw.sample(NAMES, len(depths)), [_key(draw, digits) for _ in depths]
+        names, keys = draw.sample(NAMES, len(depths)), [_key(draw) for _ in depths]
         return multi_needle_example(tokenizer, length, depths, keys, names, depths.index(depth))
 
-    records = _accuracy(model, example, lengths, depths, trials, "needles", progress, device)
+    records = _accuracy(model, example, lengths, depths, trials, "needles", progress)
     return [record | {"needles": len(depths)} for record in records]
 
 
-def _key(draw: random.Random, digits: int) -> str:
-    return str(draw.randrange(10 ** (digits - 1), 10**digits))
+def _key(draw: random.Random) -> str:
+    return str(draw.randrange(10_000, 100_000))
 
 
 def _accuracy(
@@ -206,7 +200,6 @@ def _accuracy(
     trials: int,
     what: str,
     progress: bool,
-    device: str | torch.device | None,
 ) -> list[dict[str, Any]]:
     lengths = [lengths] if isinstance(lengths, int) else list(lengths)
     records = []
@@ -216,14 +209,14 @@ def _accuracy(
             for depth in depths:
                 found = 0
                 for _ in range(trials):
-                    found += _answers(model, example(length, depth), device)
+                    found += _answers(model, example(length, depth))
                     bar.update()
                 records.append({"length": length, "depth": depth, "accuracy": found / trials, "trials": trials})
     return records
 
 
-def _answers(model: nn.Module, passkey: Passkey, device: str | torch.device | None) -> bool:
-    ids = torch.tensor([passkey.prompt_ids + passkey.answer_ids], device=device or embedding_device(model))
+def _answers(model: nn.Module, passkey: Passkey) -> bool:
+    ids = torch.tensor([passkey.prompt_ids + passkey.answer_ids], device=embedding_device(model))
     keep = len(passkey.answer_ids)
     likeliest = suffix_logits(model, ids, keep).argmax(-1)
     return bool((likeliest == ids[:, -keep:].to(likeliest.device)).all())

@@ -79,7 +79,6 @@ def test_a_real_model_answers_as_it_generates(tiny_llama, tiny_tokenizer):
         ({"lengths": 20}, "at least .* tokens"),
         ({"depths": (1.5,)}, "depth"),
         ({"trials": 0}, "trials"),
-        ({"digits": 0}, "digits"),
     ],
 )
 def test_bad_arguments(tiny_llama, tiny_tokenizer, arguments, message):
