@@ -54,7 +54,7 @@ def plot_perplexity(
         ValueError: there is nothing to draw.
     """
     figure, axes = _figure(*SIZE)
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import LogLocator
 
     curves = {
         name: sorted((int(record["length"]), float(record["perplexity"])) for record in records)
@@ -66,9 +66,11 @@ def plot_perplexity(
         raise ValueError("nothing to draw: no record with a finite perplexity")
     lengths = sorted({length for curve in curves.values() for length, _ in curve})
     ceiling = min(max(finite), CLIP * min(finite))
-    log_scale = max(finite) > EXPLODES * min(finite)
     axes.set_xscale("log", base=2)
-    _scale_y(axes, min(finite), ceiling, log_scale)
+    if log_scale := max(finite) > EXPLODES * min(finite):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
 
     for label, length in (("base context", base_length), ("trained to", train_length)):
         if length is not None:
@@ -86,17 +88,16 @@ def plot_perplexity(
 
     for index, (name, curve) in enumerate(curves.items()):
         colour = COLOURS[index % len(COLOURS)]
-        drawn = [(length, min(value, ceiling) if value == value else math.nan) for length, value in curve]
         axes.plot(
-            [length for length, _ in drawn],
-            [value for _, value in drawn],
+            [length for length, _ in curve],
+            [min(value, ceiling) for _, value in curve],
             color=colour,
             marker=MARKERS[index % len(MARKERS)],
             markersize=5,
             markeredgecolor="white",
             markeredgewidth=0.7,
             linewidth=1.8,
-            label=name,
+            label=f"{name}  {_number(curve[-1][1])}",
             zorder=3 + index,
         )
         for length, value in curve:
@@ -111,13 +112,10 @@ def plot_perplexity(
                     fontsize=7.5,
                     color=colour,
                 )
-    _label_ends(axes, curves, ceiling)
-
     ticks = sorted({*lengths, *(length for length in (base_length, train_length) if length)})
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(round(value))))
-    axes.set_xlim(ticks[0] / 1.12, ticks[-1] * 1.12 if len(ticks) > 1 else ticks[0] * 2)
+    axes.set_xticks(ticks, [_short(length) for length in ticks])
+    axes.minorticks_off()
+    axes.legend(fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     _style(axes, "context length (tokens)", "perplexity" + (" (log scale)" if log_scale else ""))
     _title(axes, title, pad=18 if base_length or train_length else 8)
     return _save(figure, path)
@@ -238,22 +236,6 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _scale_y(axes: Any, lowest: float, ceiling: float, log_scale: bool) -> None:
-    """Room for values from `lowest` to `ceiling`."""
-    if not log_scale:
-        margin = 0.08 * (ceiling - lowest) or 0.05 * ceiling
-        axes.set_ylim(lowest - margin, ceiling + margin)
-        return
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axes.set_yscale("log")
-    low, high = lowest / 1.15, ceiling * 1.25
-    axes.set_ylim(low, high)
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high / low < 300 else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-
-
 def _style(axes: Any, xlabel: str, ylabel: str) -> None:
     """What is along the axes; faint lines to read values off, and no box."""
     axes.set_xlabel(xlabel)
@@ -273,47 +255,6 @@ def _save(figure: Any, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
-
-
-def _label_ends(axes: Any, curves: Mapping[str, list[tuple[int, float]]], ceiling: float) -> None:
-    """Write each curve's name and last value right of the axes in the curve's colour, moved apart where they touch."""
-    ends = []
-    for index, (name, curve) in enumerate(curves.items()):
-        value = next((value for _, value in reversed(curve) if value == value), math.nan)
-        if value != value:
-            continue
-        _, height = axes.transAxes.inverted().transform(axes.transData.transform((curve[-1][0], min(value, ceiling))))
-        ends.append((float(height), name, value, COLOURS[index % len(COLOURS)]))
-    ends.sort()
-    heights = _spread_apart([height for height, *_ in ends], gap=0.062)
-    for height, (_, name, value, colour) in zip(heights, ends, strict=True):
-        axes.text(
-            1.02,
-            height,
-            f"{name}  {_number(value)}",
-            transform=axes.transAxes,
-            va="center",
-            fontsize=8.5,
-            color=colour,
-        )
-
-
-def _spread_apart(heights: list[float], gap: float) -> list[float]:
-    """Heights (sorted, in axes fractions) moved as little as needed to stand `gap` apart, and kept inside the axes."""
-    groups = [[height, 1] for height in heights]  # centre, members
-    index = 0
-    while index + 1 < len(groups):
-        (low, low_count), (high, high_count) = groups[index], groups[index + 1]
-        if high - low < gap * (low_count + high_count) / 2:
-            count = low_count + high_count
-            groups[index : index + 2] = [[(low * low_count + high * high_count) / count, count]]
-            index = max(index - 1, 0)
-        else:
-            index += 1
-    placed: list[float] = []
-    for centre, count in groups:
-        placed += [centre + gap * (member - (count - 1) / 2) for member in range(int(count))]
-    return placed
 
 
 def _number(value: float) -> str:
