@@ -298,8 +298,7 @@ def test_sink_tokens_are_said(tmp_path, capsys):
     LlamaConfig(**COMMON).save_pretrained(tmp_path)
     for options, words in (
         ([], "groups      64 tokens and the first 4 of a document, at 256"),
-        (["--sink-tokens", "0"], "groups      64 tokens, at 256"),
-        (["--sink-tokens", "16", "--group-size", "8"], "groups      8 tokens and the first 16 of a document, at 256"),
+        (["--group-size", "8"], "groups      8 tokens and the first 4 of a document, at 256"),
     ):
         assert main(["check", str(tmp_path), "--target-length", "256", *options]) == 0
         assert words in capsys.readouterr().out

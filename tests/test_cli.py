@@ -594,11 +594,11 @@ KEYS = "evaluate base --passkey 1 --lengths 400"
     ("arguments", "message"),
     [
         (
-            "plan --config run.yaml --lengths 64 --no-train-norms",
-            "--lengths, --no-train-norms: with --config it is run.y",
+            "plan --config run.yaml --lengths 64 --no-train-embeddings",
+            "--lengths, --no-train-embeddings: with --config it is r",
         ),
         ("plan base --gpus 8", "--gpus: the cards of a run; give its file by --config"),
-        (f"{KEYS} --stride 8 --sink-tokens 2", "--stride, --sink-tokens: for --documents, which aren't given"),
+        (f"{KEYS} --stride 8 --group-size 2", "--stride, --group-size: for --documents, which aren't given"),
         (f"{TEXTS} --depths 0 --retrieval-lengths 400", "--depths, --retrieval-lengths: for --passkey or --needles"),
         (f"{TEXTS} --trials 3 --no-chat-template", "--trials, --chat-template: for --tasks, which aren't given"),
         (
@@ -608,8 +608,8 @@ KEYS = "evaluate base --passkey 1 --lengths 400"
         (f"{KEYS} --batch-size 2", "--batch-size: for --documents or --tasks, which aren't given"),
         ("check base --rope-type yarn", "--rope-type: of a longer RoPE; give its --target-length"),
         (
-            "plan base --no-use-peft --lora-r 4 --base-length 32",
-            "--lora-r, --base-length: of an adapter, and --no-use-",
+            "plan base --no-use-peft --no-train-embeddings --base-length 32",
+            "--no-train-embeddings, --base-length: of an adapter, and",
         ),
         (f"{TEXTS} --device gpu", "--device gpu: Expected one of cpu, cuda"),
         ("merge adapter out --device gpu", "--device gpu: Expected one of cpu, cuda"),

@@ -37,12 +37,6 @@ def add(commands: Any) -> None:
         metavar="N",
         help="default: the adapter's, or as in the trainer: the base's native window, at most a quarter of the length",
     )
-    check.add_argument(
-        "--sink-tokens",
-        type=int,
-        metavar="N",
-        help="first tokens of a document that every group sees; default: the adapter's, or 4 as in the trainer",
-    )
     check.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
     check.set_defaults(run=run, parser=check, after_interruption="Nothing has been written.")
 
@@ -53,14 +47,12 @@ def run(options: argparse.Namespace) -> None:
 
     if options.target_length is None:
         refuse_idle(options, ["--rope-type"], "of a longer RoPE; give its --target-length")
-    given = {name: getattr(options, name) for name in ("group_size", "sink_tokens")}
-    given = {name: value for name, value in given.items() if value is not None}
     found = check_model(
         options.model,
         target_length=options.target_length,
         rope_type=options.rope_type,
         base_length=options.base_length,
-        attention=S2AttentionConfig(**given) if given else None,
+        attention=None if options.group_size is None else S2AttentionConfig(group_size=options.group_size),
         trust_remote_code=options.trust_remote_code,
     )
     print(in_words(found))

@@ -44,13 +44,6 @@ def add(commands: Any) -> None:
         type=int,
         help="of the training's pattern; default: as the adapter says; a model that says nothing is evaluated densely",
     )
-    evaluate.add_argument(
-        "--sink-tokens",
-        type=int,
-        metavar="N",
-        help="first tokens of a document that every group sees, in the training's pattern; default: as the adapter "
-        "says, 4 for a model that says nothing",
-    )
     evaluate.add_argument("--dense-only", action="store_true", help="for models that can't have training's pattern")
     evaluate.add_argument(
         "--passkey", type=int, default=0, metavar="TRIALS", help="passkey texts at each length and depth"
@@ -162,8 +155,7 @@ def _check_asked(options: argparse.Namespace) -> None:
     if options.evaluator is not None and options.long_ppl is None:
         raise ValueError("--evaluator is for --long-ppl, which isn't asked for")
     if not options.documents:
-        idle = ["--stride", "--max-windows", "--group-size", "--sink-tokens"]
-        refuse_idle(options, idle, "for --documents, which aren't given")
+        refuse_idle(options, ["--stride", "--max-windows", "--group-size"], "for --documents, which aren't given")
     if not (options.documents or options.tasks):
         refuse_idle(options, ["--batch-size"], "for --documents or --tasks, which aren't given")
     if not (options.passkey or options.needles):
@@ -171,8 +163,7 @@ def _check_asked(options: argparse.Namespace) -> None:
     if not options.tasks:
         refuse_idle(options, ["--trials", "--chat-template"], "for --tasks, which aren't given")
     if options.dense_only:
-        idle = ["--group-size", "--sink-tokens"]
-        refuse_idle(options, idle, "the pattern of training, which --dense-only leaves out")
+        refuse_idle(options, ["--group-size"], "the pattern of training, which --dense-only leaves out")
     if options.device is not None:
         check_device(options.device)
 
@@ -236,8 +227,6 @@ def _on_documents(model: Any, documents: Sequence[Any], options: argparse.Namesp
         attention = trained_attention(model) or S2AttentionConfig()
         if options.group_size is not None:
             attention = replace(attention, group_size=options.group_size)
-        if options.sink_tokens is not None:
-            attention = replace(attention, sink_tokens=options.sink_tokens)
         how = {"attention": attention, "name": _pattern(attention, model), "stride": options.stride}
         records = compare_attention(model, documents, options.lengths, **how, **windows)
     longest = max(options.lengths)

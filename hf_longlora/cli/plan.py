@@ -18,7 +18,7 @@ HEADERS = {
 }
 """Columns of memory, in GiB; those that are 0 at every length and not in `ALWAYS` are left out."""
 ALWAYS = ("weights", "activations", "total")
-OF_AN_ADAPTER = ("--lora-r", "--lora-target-modules", "--no-train-embeddings", "--no-train-norms", "--base-length")
+OF_AN_ADAPTER = ("--no-train-embeddings", "--base-length")
 NEARLY_DENSE = 1.25
 """Dense training that takes so many times as long is advised: no mixture measured is better at the end of novels."""
 
@@ -31,7 +31,8 @@ def add(commands: Any) -> None:
             "Say what a training step takes on a GPU: memory by what it is for, seconds, and the longest sequence "
             "that fits. Only the model's config is read. Memory is what torch counts as allocated at its peak; a "
             "length fits if it leaves room for CUDA and fragmentation. Parts are as they stand at the peak, where "
-            "gradients may not be there yet. Seconds are those of an optimizer step on one card."
+            "gradients may not be there yet. Seconds are those of an optimizer step on one card. A run's file says "
+            "(--config) what has no option here: LoRA's rank and targets, checkpointing, dtypes, sink tokens."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -58,52 +59,26 @@ def add(commands: Any) -> None:
         metavar="N",
         help="forwards in an optimizer step",
     )
-    plan.add_argument("--lora-r", type=int, default=8, help="LoRA's rank")
-    plan.add_argument("--lora-target-modules", nargs="+", metavar="NAME", help="default: the attention projections")
     plan.add_argument("--no-train-embeddings", action="store_true", help="leave the embeddings as they are")
-    plan.add_argument("--no-train-norms", action="store_true", help="leave the norms as they are")
-    plan.add_argument("--no-use-peft", action="store_true", help="train all weights")
-    plan.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        help="of the base's weights; default: bfloat16, float32 without PEFT",
-    )
+    plan.add_argument("--no-use-peft", action="store_true", help="train all weights, in float32")
     plan.add_argument(
         "--quantized", dest="quantization", choices=("4bit", "8bit"), help="a base quantized by bitsandbytes"
     )
-    plan.add_argument(
-        "--no-gradient-checkpointing",
-        dest="gradient_checkpointing",
-        action="store_false",
-        help="keep all activations",
-    )
-    plan.add_argument("--selective-checkpointing", action="store_true", help="keep attention's output, alone")
     plan.add_argument("--activation-offloading", action="store_true", help="checkpoints wait in the host's memory")
-    plan.add_argument("--offload-share", type=float, default=1.0, metavar="SHARE", help="of the checkpoints, which do")
     plan.add_argument("--fused", action="store_true", help="with use_liger_kernel or compile_layers")
     plan.add_argument("--mlp-tile", type=int, metavar="N", help="tokens that an MLP takes at a time; default: all")
     plan.add_argument("--sequence-parallel", type=int, default=1, metavar="N", help="cards that share a sequence")
-    plan.add_argument(
-        "--no-chunked-loss", dest="chunked_loss", action="store_false", help="all logits at once, as TRL before 1.16"
-    )
     plan.add_argument(
         "--base-length",
         type=int,
         metavar="N",
         help="tokens that the base was trained at before any scaling; default: as its config says",
     )
-    plan.add_argument("--group-size", type=int, help="tokens in a group; default: by the ratio")
     plan.add_argument(
-        "--group-size-ratio",
-        type=float,
-        help="a group's share of the length; default: the base's native window, at most a quarter of the length",
-    )
-    plan.add_argument(
-        "--sink-tokens",
+        "--group-size",
         type=int,
-        default=4,
         metavar="N",
-        help="first tokens of a document that every group sees",
+        help="tokens in a group; default: the base's native window, at most a quarter of the length",
     )
     plan.add_argument("--dense-every", type=int, default=2, metavar="K", help="each K-th step is dense; 0: none")
     plan.add_argument(
@@ -120,7 +95,6 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     from ..attention import S2AttentionConfig
     from ..planning import RunSettings, local_gpu, plan_run
-    from ..schedule import GROUPS
     from ..tuner import LongLoraConfig
 
     if (options.model is None) == (options.config is None):
@@ -135,16 +109,13 @@ def run(options: argparse.Namespace) -> None:
     if options.no_use_peft:
         refuse_idle(options, OF_AN_ADAPTER, "of an adapter, and --no-use-peft has none")
     adapter = LongLoraConfig(
-        r=options.lora_r,
-        target_modules=options.lora_target_modules,
         train_embeddings=not options.no_train_embeddings,
-        train_norms=not options.no_train_norms,
         base_length=options.base_length,
     )
     named = {field.name: getattr(options, field.name) for field in fields(RunSettings) if field.name in options}
-    named["dtype"] = options.dtype or ("float32" if options.no_use_peft else "bfloat16")
-    attention = S2AttentionConfig(**{name: getattr(options, name) for name in GROUPS})
-    settings = RunSettings(adapter=None if options.no_use_peft else adapter, attention=attention, **named)
+    named["attention"] = S2AttentionConfig(group_size=options.group_size)
+    whole = {"adapter": None, "dtype": "float32"} if options.no_use_peft else {"adapter": adapter}
+    settings = RunSettings(**named, **whole)
     plan = plan_run(options.model, options.lengths, gpu=options.gpu or local_gpu() or "H100", settings=settings)
     if options.json:
         print(json.dumps(asdict(plan), indent=2))

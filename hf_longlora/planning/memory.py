@@ -24,7 +24,7 @@ CONTEXT_GIB = 0.8
 FRAGMENTATION = 1.06
 """Memory reserved over memory allocated, at the peak: 1.055 in the first row of train_step.csv."""
 LOSS_TOKENS, LOSS_VOCABULARY = 4096, 8192
-"""TRL's chunked loss computes logits by tiles of so many tokens and entries."""
+"""TRL's loss (1.16 and later) computes logits by tiles of so many tokens and entries."""
 NORM_BACKWARD, NORM_BACKWARD_FUSED = 20, 6
 """Bytes of h and token in the backward of a norm, beside what is kept of its layer."""
 TOKEN_BYTES = 96
@@ -103,12 +103,9 @@ def bytes_at_peak(shape: Shape, settings: RunSettings, length: int) -> tuple[dic
         again = tokens * (outside + max((kept_of_a_window(shape, window) for window in windows), default=0))
         of_mlp += tokens * inside
     working = again + max(of_mlp, of_norm) + 2.0 * shape.largest_matrix
-    if settings.chunked_loss:
-        logits = 2 * min(tokens, LOSS_TOKENS) * min(shape.vocabulary, LOSS_VOCABULARY)
-        # The last norm's, its output twice, and its gradient in fp32 and bf16.
-        logits += tokens * (14 if settings.fused else 20) * h
-    else:
-        logits = 12.0 * tokens * shape.vocabulary  # bf16, fp32, and a gradient in each
+    logits = 2 * min(tokens, LOSS_TOKENS) * min(shape.vocabulary, LOSS_VOCABULARY)
+    # The last norm's, its output twice, and its gradient in fp32 and bf16.
+    logits += tokens * (14 if settings.fused else 20) * h
 
     element = 4.0 if settings.adapter is not None or settings.dtype == "float32" else 2.0
     gradients = shape.trainable * element

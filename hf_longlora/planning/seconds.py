@@ -57,7 +57,7 @@ def step_seconds(
     tokens = settings.batch_size * length / settings.sequence_parallel
     passes = 2 + settings.gradient_checkpointing  # forward, backward to the inputs, and the forward again
     products = 2 * tokens * (passes * shape.layer_matrices + shape.trained_matrices)
-    products += 2 * tokens * shape.head_matrix * (2 + settings.chunked_loss)
+    products += 2 * tokens * shape.head_matrix * 3
     kept = kept_outside_the_mlp(shape, settings) + kept_of_the_mlp(shape, settings)
     moved = tokens * shape.layers * kept * (TRAFFIC_FUSED if settings.fused else TRAFFIC) * passes / 3
     if settings.quantization:

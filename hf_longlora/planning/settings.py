@@ -39,7 +39,6 @@ class RunSettings:
             `gradient_checkpointing_kwargs={"selective": True}`.
         activation_offloading: Whether checkpoints wait in the host's memory.
         offload_share: Of the checkpoints, which share then does; the others stay on the card.
-        chunked_loss: Whether the loss is computed by tiles (TRL >= 1.16 does) and never has all logits.
         attention: Groups and sink tokens; by default groups are of the base's native window.
         dense_every: As the trainer's.
         sparse: As the trainer's: "s2", or "windows" or "pose" for windows of the base's native window; "auto" is what
@@ -60,7 +59,6 @@ class RunSettings:
     selective_checkpointing: bool = False
     activation_offloading: bool = False
     offload_share: float = 1.0
-    chunked_loss: bool = True
     attention: S2AttentionConfig = field(default_factory=S2AttentionConfig)
     dense_every: int = DENSE_EVERY
     sparse: SparseOption = "auto"
