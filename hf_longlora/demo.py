@@ -285,7 +285,7 @@ def _extend(folder: Path, base: str, dataset: Dataset, tokenizer: Any, stages: l
         packing=True,
         packing_strategy="wrapped",
         per_device_train_batch_size=1,
-        learning_rate=3e-3,  # a tiny model wants far more than the 2e-5 of a large one
+        learning_rate=3e-3,  # a tiny model wants far more than the default, which is for large ones
         warmup_steps=5,
         lr_scheduler_type="cosine",
         gradient_checkpointing=False,

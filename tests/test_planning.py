@@ -150,7 +150,7 @@ def peak_of_a_step(config, tokens, adapter, tokenizer, folder, **options):
 def test_bytes_a_token_are_those_that_torch_holds(
     config, adapter, options, tolerance, tiny_tokenizer, tmp_path, monkeypatch
 ):
-    loss = pytest.importorskip("trl.kernels.chunked_logprob", reason="TRL < 1.16 has another loss")
+    loss = pytest.importorskip("trl.kernels.chunked_logprob", reason="TRL < 1.15 has another loss")
     monkeypatch.setattr(loss, "TOKEN_CHUNK_SIZE", 16)  # its tiles outweigh so small a model
     monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 64)
     short, long = (

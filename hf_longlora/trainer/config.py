@@ -137,7 +137,7 @@ class LongLoraSFTConfig(SFTConfig):
             with suppress(json.JSONDecodeError):
                 self.stages = json.loads(self.stages)
         if getattr(self, "activation_checkpointing", True) is None and self.gradient_checkpointing is True:
-            # TRL's default by the name that transformers deprecates since 5.24; the old one alone would be warned of.
+            # TRL's default by the name that transformers deprecates since 5.23; the old one alone would be warned of.
             self.activation_checkpointing = True
         if self.stages in AUTO_STAGES:  # all that is wrong is said now, but for the model's length
             self._schedule_of(auto_stages(str(self.stages), 0, self.max_length or 0, self.max_steps))

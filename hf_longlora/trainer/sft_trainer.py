@@ -111,7 +111,7 @@ class LongLoraSFTTrainer(RowsTrainer, SavingTrainer, WatchedTrainer, PiecewiseTr
             args.parallelism_config = parallelism_config(args.sequence_parallel, args.world_size)
         self._train_source, self._stage_examples, self._stage_data = train_dataset, [], {}
         self._stream_state, self._steps_done, self._last_log, self._last_batch = "", 0, None, {}
-        set_seed(args.seed)  # TRL before 1.16 leaves the adapter's random start unseeded
+        set_seed(args.seed)  # TRL before 1.15 leaves the adapter's random start unseeded
         super().__init__(
             model=model,
             args=args,
@@ -154,7 +154,7 @@ class LongLoraSFTTrainer(RowsTrainer, SavingTrainer, WatchedTrainer, PiecewiseTr
     def _save_memory(self) -> None:
         """Put on the model what saves memory in long sequences, as far as it is asked for."""
         if self.args.selective_checkpointing and isinstance(self.model, PeftModel):
-            # TRL changes the method of the PeftModel, and transformers >= 5.24 calls another.
+            # TRL changes the method of the PeftModel, and transformers >= 5.23 calls another.
             trl.models.enable_selective_activation_checkpointing(base_model(self.model))
         if self.args.mlp_tile is not None:
             tile_mlps(self.model, self.args.mlp_tile)

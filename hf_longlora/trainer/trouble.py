@@ -65,7 +65,7 @@ def memory_remedies(args: Any, model: Any) -> list[str]:
     """
     batch = args.per_device_train_batch_size
     steps = batch * args.gradient_accumulation_steps
-    # transformers 5.24 renamed it, and keeps the old name in step with the new.
+    # transformers 5.23 renamed it, and keeps the old name in step with the new.
     checkpointing = "gradient_checkpointing"
     if hasattr(args, "activation_checkpointing"):
         checkpointing = "activation_checkpointing"
