@@ -22,11 +22,11 @@ from .provenance import RESULTS, append_row, provenance
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 
 
-def ends(tokens: int, mean: int, draw: random.Random) -> torch.Tensor:
-    """Where documents of a random length begin and end: `[documents + 1]`."""
+def ends(tokens: int, mean: int, draw: random.Random, longer: int = 0) -> torch.Tensor:
+    """Where documents of a random length, and of so many tokens more, begin and end: `[documents + 1]`."""
     found = [0]
     while found[-1] < tokens:
-        found.append(min(tokens, found[-1] + max(1, round(draw.expovariate(1 / mean)))))
+        found.append(min(tokens, found[-1] + 1 + longer + round(draw.expovariate(1 / mean))))
     return torch.tensor(found, dtype=torch.int32)
 
 
@@ -43,8 +43,14 @@ def milliseconds(tensors: list[torch.Tensor], cu_seqlens: torch.Tensor, group_si
     return 1e3 * (time.perf_counter() - start)
 
 
-def measure(tokens: int, mean: int, group_size: int, kernel: str, repeats: int, device: str) -> dict[str, Any]:
-    """Quantiles over draws of documents, the same for each kernel; one draw before them starts libraries."""
+def measure(
+    tokens: int, mean: int, group_size: int, kernel: str, repeats: int, device: str, longer: int
+) -> dict[str, Any]:
+    """Quantiles over draws of documents; one draw before them starts libraries.
+
+    Args:
+        longer: Tokens more in each document, another number for each kernel: it would find the plans of another one.
+    """
     draw, dtype = random.Random(0), torch.bfloat16 if device == "cuda" else torch.float32
     tensors = [
         torch.randn(1, tokens, heads, HEAD_DIM, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
@@ -52,7 +58,7 @@ def measure(tokens: int, mean: int, group_size: int, kernel: str, repeats: int, 
     ]
     first, again, documents = [], [], []
     for number in range(1 + repeats):
-        cu_seqlens = ends(tokens, mean, draw).to(device)
+        cu_seqlens = ends(tokens, mean, draw, longer).to(device)
         taken = [milliseconds(tensors, cu_seqlens, group_size, kernel) for _ in range(2)]
         if number:
             first.append(taken[0])
@@ -78,9 +84,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("This benchmark needs a CUDA device.")
     for mean in args.documents:
-        for kernel in args.kernels:
+        for longer, kernel in enumerate(args.kernels):
             known = {"kernel": kernel, "tokens": args.tokens, "mean": mean, "group": args.group_size}
-            row = known | measure(args.tokens, mean, args.group_size, kernel, args.repeats, args.device)
+            row = known | measure(args.tokens, mean, args.group_size, kernel, args.repeats, args.device, longer)
             append_row(args.results, row | provenance())
             print(
                 f"{kernel:7} {args.tokens:,} tokens, documents of {mean:,}: first {row['first_p50']:.1f} ms, "

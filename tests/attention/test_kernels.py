@@ -524,7 +524,7 @@ def test_operators_of_another_torch_are_not_called(monkeypatch, schema):
     assert name in told[0] and "scaled_dot_product_attention" in told[0]
 
 
-def test_single_segments_that_are_short_are_not_cudnns(monkeypatch):
+def test_short_launches_are_not_cudnns(monkeypatch):
     """Which makes a plan for each shape: lengths of documents are always others, those of groups are not."""
 
     def taken(segments, tokens):
@@ -532,8 +532,8 @@ def test_single_segments_that_are_short_are_not_cudnns(monkeypatch):
         return operators._cudnn(query, query, query, True)
 
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: SDPBackend.CUDNN_ATTENTION.value)
-    shapes = ((1, 100), (1, 8191), (1, 8193), (2, 100), (1, 2048))
-    assert [taken(*shape) for shape in shapes] == [False, False, True, True, True]
+    shapes = ((1, 100), (1, 8191), (2, 100), (1, 8193), (90, 100), (1, 2048), (2, 256))
+    assert [taken(*shape) for shape in shapes] == [False] * 3 + [True] * 4
     with torch.nn.attention.sdpa_kernel(SDPBackend.CUDNN_ATTENTION):  # no FlashAttention
         assert taken(1, 100)
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: SDPBackend.FLASH_ATTENTION.value)
@@ -583,7 +583,10 @@ def test_a_slice_of_heads_has_the_gradients_of_the_whole():
         ([*range(97, 4000, 97), 4000], 512, "sdpa"),
         (list(itertools.accumulate(range(60, 140))), None, "varlen"),
         (list(itertools.accumulate(range(60, 140))), 64, "varlen"),
-        (list(itertools.accumulate(range(2000, 2010))), 1024, "sdpa"),
+        (list(itertools.accumulate(range(2000, 2010))), 1024, "varlen"),
+        ([4100], 1024, "sdpa"),  # a document of a length that its groups don't divide
+        ([3000, 4100], None, "sdpa"),  # few
+        ([*range(8200, 49800, 8300), 49800], None, "sdpa"),  # long
     ],
     ids=str,
 )

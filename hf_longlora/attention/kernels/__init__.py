@@ -139,9 +139,11 @@ def select_kernel(
     )
 
 
-SHORT = 1024
-"""Tokens in a launch of `sdpa`, on average, below which "auto" takes `varlen`: one launch for all segments, which is
-slower where they are long and faster where they are many. The number is a guess (`benchmarks/LOG.md`)."""
+SHORT, FEW = 8192, 5
+"""Tokens in a launch of `sdpa`, on average, below which "auto" takes `varlen`: one launch for all segments. And
+launches that stay those of `sdpa`, as many as one document may take: where shapes come again, cuDNN is 1.6 times as
+fast as FlashAttention 2 (`benchmarks/results/attention.csv`). Lengths of documents are always others, and cuDNN makes
+a plan for each, which takes longer than many layers gain by it (`packed.csv`)."""
 
 
 def _sdpa_or_varlen(
@@ -149,5 +151,5 @@ def _sdpa_or_varlen(
 ) -> torch.Tensor:
     """`sdpa`, or `varlen` where that would be many launches of few tokens: short documents, packed."""
     tokens = [launch.tokens for launch in sdpa.launches(query, key, value, parts)]
-    short = sum(tokens) < SHORT * len(tokens)
+    short = len(tokens) > FEW and sum(tokens) < SHORT * len(tokens)
     return KERNELS["varlen" if short else "sdpa"].function(query, key, value, parts, **options)

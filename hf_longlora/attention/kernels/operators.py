@@ -90,7 +90,7 @@ def serve(query: torch.Tensor, value: torch.Tensor) -> bool:
 
 
 PLANNED = 8192
-"""Tokens from which a single segment is cuDNN's, whatever its length. It makes a plan for each shape it meets, and the
+"""Tokens from which a launch is cuDNN's, whatever its segments' length. It makes a plan for each shape it meets, and
 lengths of short documents are always others; a multiple of `CHOSEN` is one that somebody has set, and comes again."""
 CHOSEN = 256
 
@@ -98,7 +98,7 @@ CHOSEN = 256
 def _cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> bool:
     """Whether cuDNN is to attend, as `scaled_dot_product_attention` would have it, and not FlashAttention."""
     segments, tokens = query.shape[0], query.shape[2]
-    if segments == 1 and tokens < PLANNED and tokens % CHOSEN and torch.backends.cuda.flash_sdp_enabled():
+    if segments * tokens < PLANNED and tokens % CHOSEN and torch.backends.cuda.flash_sdp_enabled():
         return False
     choice = torch._fused_sdp_choice(query, key, value, is_causal=causal, enable_gqa=True)
     return choice == SDPBackend.CUDNN_ATTENTION.value
