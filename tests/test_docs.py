@@ -4,7 +4,9 @@ A block stands by itself: it gets the names of `given` and the files of `folder`
 folders there, with tiny random models; tokens are divided by `SCALE`, so that every ratio of lengths stays.
 """
 
+import argparse
 import ast
+import dataclasses
 import html
 import importlib.util
 import itertools
@@ -35,9 +37,9 @@ from transformers import (
 )
 
 import hf_longlora
-from hf_longlora import LongLoraConfig
+from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, S2AttentionConfig
 from hf_longlora.attention.kernels import KERNELS
-from hf_longlora.cli import main
+from hf_longlora.cli import COMMANDS, main
 from hf_longlora.cli.train import make_parser
 from hf_longlora.evaluation import retrieval
 
@@ -308,6 +310,84 @@ def test_the_kernels_are_as_their_table_says():
         can = ["yes" if it else "no" for it in able]
         steps = f", in steps of {kernel.head_step}" if kernel.head_step > 1 else ""
         assert shown[name] == [devices, dtypes, f"{kernel.head_dim or 'any'}{steps}", *can]
+
+
+def prose(page: Path) -> str:
+    return BLOCK.sub("", page.read_text())
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub and MkDocs make them."""
+    heads = re.findall(r"^#+ (.*)$", prose(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"\]\(.*?\)", "", head).lower()).replace(" ", "-") for head in heads}
+
+
+def test_links_and_paths_lead_somewhere():
+    folders = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/**/*.md", "examples/*.md", "model_cards/**/*.md")
+    pages = [*PAGES, *(page for folder in folders for page in ROOT.glob(folder))]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", prose(page))]
+    assert len(links) > 80
+    for page, link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+    inside = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != ".")
+    for page in [*pages, *ROOT.glob("examples/*.*")]:
+        for path in re.findall(rf"(?<![\w/.-])((?:{inside})/[\w/.-]*\w)", page.read_text()):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+OTHERS = {
+    *("--config_file", "--num_processes", "--hf-overrides", "--max-model-len"),
+    *("is_trainable", "device_map", "use_reentrant", "save_embedding_layers", "sliding_window", "output_attentions"),
+    *("fsdp_state_dict_type", "allow_all_kernels", "selective", "callbacks", "gpu", "buffer_size"),
+}
+"""Options of other programs and arguments of functions, as the pages name them beside ours and TRL's."""
+
+
+def test_the_options_named_are_there():
+    runs = make_parser()
+    known = {*OTHERS, *(option for action in runs._actions for option in (action.dest, *action.option_strings))}
+    known |= {f.name for c in (LongLoraConfig, ContextStage, S2AttentionConfig) for f in dataclasses.fields(c)}
+    commands = argparse.ArgumentParser().add_subparsers()
+    for command in COMMANDS:
+        command.add(commands)
+    known |= {option for parser in commands.choices.values() for a in parser._actions for option in a.option_strings}
+    for page in PAGES:
+        # In a table of another program's keys ours stand in the last column; one of errors quotes in the first.
+        others = r"^\|.*\|(?=[^|]+\|$)" if page.name == "migrating.md" else r"^\| `[^|]+\|"
+        text = (
+            re.sub(others, "", prose(page), flags=re.M)
+            if page.name in ("migrating.md", "troubleshooting.md")
+            else prose(page)
+        )
+        for span in re.findall(r"`([^`\n]+)`", text):
+            named = re.findall(r"(?<![\w-])--\w[\w-]*", span) + re.findall(r"^\{?([a-z]\w*)(?:=(?!=)|: )", span)
+            assert set(named) <= known, f"{page.name}: {span}"
+
+
+def test_the_defaults_said_are_the_defaults():
+    run, adapter = LongLoraSFTConfig(stages=[ContextStage(8, 1)], use_cpu=True, bf16=False), LongLoraConfig()
+    rate = f"{run.learning_rate:.0e}".replace("e-0", "e-")
+    said = {
+        "README.md": [
+            f"a rate of {rate}, constant after {run.warmup_steps} steps of warm-up, and AdamW's beta2 of "
+            f"{run.adam_beta2}.",
+            f"`sink_tokens` is {run.sink_tokens};",
+            f"{run.dense_every} by default, 0 for never.",
+        ],
+        "groups.md": [
+            f"`sink_tokens` tokens of its document, {run.sink_tokens} by default",
+            f"each k-th optimizer step is dense; {run.dense_every} by default",
+            f"Its rank is the paper's {adapter.r}, and the trainer's rate {rate}",
+        ],
+        "migrating.md": [f"here {make_parser().get_default('lora_alpha')})", f"here {adapter.lora_alpha})"],
+        "run.md": [f"at once, {run.per_device_eval_batch_size} by default"],
+    }
+    for page in PAGES:
+        for words in said.get(page.name, ()):
+            assert words in " ".join(page.read_text().split()), f"{page.name}: {words}"
 
 
 def test_each_error_quoted_is_one_that_is_raised():
