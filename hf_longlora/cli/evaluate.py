@@ -337,22 +337,14 @@ def load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..hub.export import causal_adapter, own_tokenizer
-    from ..lookup import reason, refuse_adapted_base
+    from ..hub.export import base_of, causal_adapter, own_tokenizer
+    from ..lookup import read_config
     from ..tuner.stored import fit_vocabulary
 
     adapter = causal_adapter(name)  # none of a model, or a name that loading will refuse
-    base = name if adapter is None else adapter.base_model_name_or_path
-    revision = None if adapter is None else adapter.revision  # the base's
-    if base is None:
-        raise ValueError(f"the adapter {name} doesn't name its base model (base_model_name_or_path)")
-    if adapter is not None:
-        refuse_adapted_base(base, name)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision)
-    except OSError as error:
-        what = name if adapter is None else f"the base of {name}, {base},"
-        raise OSError(f"{what} can't be had: {reason(error)}") from error
+    # A config that can't be had says why.
+    base, revision, _ = (name, None, read_config(name)) if adapter is None else base_of(name, adapter)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision)
     own = None if adapter is None else own_tokenizer(name)
     tokenizer = AutoTokenizer.from_pretrained(base, revision=revision) if own is None else own
     if adapter is not None:

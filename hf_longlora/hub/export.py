@@ -26,7 +26,7 @@ from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import cached_file, logging
 
@@ -84,11 +84,14 @@ def export_adapter(
     if not isinstance(config, LongLoraConfig):
         kind = getattr(config and config.peft_type, "value", None)
         raise ValueError(f"{adapter} is an adapter of type {kind}, not LONGLORA: PEFT merges it, and it has no RoPE")
-    base_name = str(base or config.base_model_name_or_path or "")
-    if not base_name:
-        raise ValueError(f"the adapter {adapter} doesn't name its base model: pass base")
-    revision = None if base else config.revision
-    base_config = _base_config(str(adapter), config, base_name, revision, form)
+    base_name, revision, base_config = base_of(str(adapter), config, base)
+    if config.base_rope is not None:
+        refuse_other_base(config, current_rope(base_config))
+    if form == "merged" and getattr(base_config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{base_name} is quantized, and merging would round what was trained to its few bits. Merge into the "
+            "model that it was quantized from (base), or export a plain LoRA (form 'lora')."
+        )
     tokenizer = own_tokenizer(source)
     tokens = 0 if tokenizer is None else len(tokenizer)
     with new_folder(Path(output_dir)) as out:
@@ -156,23 +159,16 @@ def causal_adapter(name: str) -> PeftConfig | None:
     return LongLoraConfig.from_pretrained(name) if isinstance(config, LongLoraConfig) else config
 
 
-def _base_config(
-    adapter: str, config: LongLoraConfig, base_name: str, revision: str | None, form: ExportForm
-) -> PreTrainedConfig:
-    """The config of an adapter's base, if the adapter can be exported on it."""
-    refuse_adapted_base(base_name, adapter)
+def base_of(adapter: str, config: PeftConfig, base: str | Path | None = None) -> tuple[str, str | None, Any]:
+    """The name, the revision and the config of an adapter's base: the one that it names, unless another is given."""
+    name, revision = str(base or config.base_model_name_or_path or ""), None if base else config.revision
+    if not name:
+        raise ValueError(f"the adapter {adapter} doesn't name its base model: pass base")
+    refuse_adapted_base(name, adapter)
     try:
-        base_config = AutoConfig.from_pretrained(base_name, revision=revision)
+        return name, revision, AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise OSError(f"the base of {adapter}, {base_name}, can't be had: {reason(error)}") from error
-    if config.base_rope is not None:
-        refuse_other_base(config, current_rope(base_config))
-    if form == "merged" and getattr(base_config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{base_name} is quantized, and merging would round what was trained to its few bits. Merge into the "
-            "model that it was quantized from (base), or export a plain LoRA (form 'lora')."
-        )
-    return base_config
+        raise OSError(f"the base of {adapter}, {name}, can't be had: {reason(error)}") from error
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from ..modules import base_model
 from ..rope import find_rope
 from ..tuner import longlora_tuner
 from ..tuner.config import read_shapes
+from ..tuner.masters import full_precision
 from ..tuner.stored import rope_seen_to
 from .callbacks import ContextStageCallback
 from .checkpoints import (
@@ -141,15 +142,8 @@ class SavingTrainer(StagedTrainer):
             if self._stream_state:
                 Path(folder, STREAM_NAME).write_text(self._stream_state)
         # A checkpoint holds the fp32 masters, so that a resumed run is the same run; a saved adapter the base's dtype.
-        tuner = longlora_tuner(self.model)
-        if tuner is not None:
-            tuner.save_state.full_precision = True
-        try:
-            with self._clock_stopped():
-                super()._save_checkpoint(model, trial)
-        finally:
-            if tuner is not None:
-                tuner.save_state.full_precision = False
+        with full_precision(), self._clock_stopped():
+            super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with rope_seen_to():  # the stage that is resumed sets it

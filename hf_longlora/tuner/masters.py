@@ -10,7 +10,9 @@ therefore asks for the masters anew whenever it is put in training mode, as each
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +26,17 @@ from ..modules import is_norm
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
-class SaveState:
-    """Shared by a tuner and its masters: whether their full precision goes into a state dict."""
+_FULL_PRECISION = ContextVar("whether state dicts hold masters in fp32", default=False)
 
-    def __init__(self) -> None:
-        self.full_precision = False
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside, state dicts hold masters in fp32, as a run's checkpoints do, and not in the base's dtype."""
+    token = _FULL_PRECISION.set(True)
+    try:
+        yield
+    finally:
+        _FULL_PRECISION.reset(token)
 
 
 @dataclass
@@ -36,7 +44,6 @@ class _Master:
     """What a promoted module carries along."""
 
     original: nn.Module  # the base's, whose dtype may change: `model.float()`
-    state: SaveState
     hooks: list[Any]
 
     @property
@@ -115,7 +122,7 @@ def _output_to_base(module: nn.Module, args: tuple[Any, ...], output: Any) -> An
 
 def _state_in_base_dtype(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     master = _master(module)
-    if master is None or master.state.full_precision:
+    if master is None or _FULL_PRECISION.get():
         return
     for name, _ in module.named_parameters():
         value = state_dict.get(prefix + name)
@@ -166,13 +173,12 @@ def is_low(parameter: nn.Parameter) -> bool:
     return parameter.dtype in LOW_PRECISION and not of_deepspeed(parameter)
 
 
-def promote(copy: nn.Module, original: nn.Module, state: SaveState) -> None:
+def promote(copy: nn.Module, original: nn.Module) -> None:
     """Make the weights of a copy fp32, in place. Safe to call again.
 
     Args:
         copy: What is trained.
         original: The base's module that it is a copy of; it says in which dtype the copy takes part.
-        state: The tuner's.
     """
     upcast(copy.parameters())
     plain = base_dtype(original) not in LOW_PRECISION or any(of_deepspeed(p) for p in copy.parameters())
@@ -185,7 +191,7 @@ def promote(copy: nn.Module, original: nn.Module, state: SaveState) -> None:
         hooks.append(copy.register_forward_hook(_output_to_base))
         if not isinstance(copy, nn.Embedding) and not _mixes_dtypes(copy):
             hooks.append(copy.register_forward_pre_hook(_inputs_to_weights))
-    vars(copy)["_master"] = _Master(original, state, hooks)
+    vars(copy)["_master"] = _Master(original, hooks)
 
 
 def demote(copy: nn.Module, dtype: torch.dtype | None) -> None:

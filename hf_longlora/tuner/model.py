@@ -53,7 +53,6 @@ class LongLoraModel(LoraModel):
 
     # Class-level defaults: BaseTuner.__init__ injects before a subclass could set anything.
     _adapters_off = False
-    _save_state: masters.SaveState | None = None
     _with_masters: frozenset[str] = frozenset()  # adapters whose weights are to be fp32 in training
 
     # -- putting an adapter on -------------------------------------------------------------------------------------
@@ -298,19 +297,12 @@ class LongLoraModel(LoraModel):
             if parameters and not left.get(part) and not any(p.requires_grad for p in parameters)
         ]
 
-    @property
-    def save_state(self) -> masters.SaveState:
-        """Whether state dicts hold masters in fp32 (a run's checkpoints) or in the base's dtype (the default)."""
-        if self._save_state is None:
-            self._save_state = masters.SaveState()
-        return self._save_state
-
     def upcast_masters(self, adapter_name: str | None = None) -> None:
         """Make fp32 masters of all that is trained. Call it again if something has cast the weights down."""
         for name in self._with_masters if adapter_name is None else (adapter_name,):
             masters.upcast(self._trained(name))
             for _, wrapper, module in self._copies(name):
-                masters.promote(module, wrapper.original_module, self.save_state)
+                masters.promote(module, wrapper.original_module)
 
     def _trained(self, adapter_name: str) -> Iterator[nn.Parameter]:
         for layer in self.model.modules():

@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from hf_longlora.tuner import LongLoraConfig
+from hf_longlora.tuner.masters import full_precision
 
 from .helpers import TARGET, ids, llama, logits, perturbed
 
@@ -71,9 +72,8 @@ def test_training_computes_what_the_saved_adapter_will(tied, tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_full_precision_state_resumes_bitwise(tied, tmp_path):
     model = train(get_peft_model(llama(tied, dtype=torch.bfloat16), LongLoraConfig(target_length=TARGET)), lr=1e-3)
-    model.base_model.save_state.full_precision = True
-    model.save_pretrained(tmp_path / "checkpoint")
-    model.base_model.save_state.full_precision = False
+    with full_precision():
+        model.save_pretrained(tmp_path / "checkpoint")
     model.save_pretrained(tmp_path / "adapter")
     assert {v.dtype for v in load_file(tmp_path / "checkpoint/adapter_model.safetensors").values()} == {torch.float32}
     base = llama(tied, dtype=torch.bfloat16)
