@@ -89,9 +89,12 @@ def test_a_text_field_that_is_named_comes_first():
         ({"body": LONG, "title": "a"}, "the columns are 'body', 'title', and what is read is 'text' (dataset_text_"),
         ({"prompt": QUESTION}, "the columns are 'prompt'"),
         ({"messages": LONG}, "Row 0 has no messages in 'messages' but 'The quick"),
-        ({"messages": []}, "'messages' of the dataset has no message in 1 of 2 rows, such as row 1"),
-        ({"conversations": []}, "'messages' of the dataset has no message in 1 of 2 rows, such as row 1"),
-        ({"prompt": CHAT[:1], "completion": []}, "'completion' of the dataset has no message in 1 of 2 rows"),
+        ({"messages": []}, "'messages' of the dataset has no message with content in 1 of 2 rows, such as row 1"),
+        ({"conversations": []}, "'messages' of the dataset has no message with content in 1 of 2 rows, such as row 1"),
+        (
+            {"prompt": CHAT[:1], "completion": []},
+            "'completion' of the dataset has no message with content in 1 of 2 rows",
+        ),
         ({"prompt": QUESTION, "response": None}, "'completion' of the dataset has no text in 1 of 2 rows"),
         (
             {"messages": [{"rolle": "user", "content": QUESTION}]},
@@ -99,10 +102,10 @@ def test_a_text_field_that_is_named_comes_first():
         ),
         (
             {"messages": [{"role": "user", "content": None}]},
-            "has no content in a message in 1 of 2 rows, such as row 1",
+            "has no message with content in 1 of 2 rows, such as row 1",
         ),
-        ({"conversations": [{"from": "gpt", "value": None}]}, "no content in a message in 1 of 2 rows, such as row 1"),
-        ({"prompt": CHAT[:1], "completion": [{"role": "assistant", "content": None}]}, "no content in a message in 1"),
+        ({"conversations": [{"from": "gpt", "value": None}]}, "no message with content in 1 of 2 rows, such as row 1"),
+        ({"prompt": CHAT[:1], "completion": [{"role": "assistant", "content": None}]}, "no message with content in 1"),
         ({"instruction": QUESTION, "output": None}, "Row 1 has no text in 'output' but 'None'"),
         ({"instruction": None, "input": LONG, "output": ANSWER}, "Row 1 has no text in 'instruction' but 'None'"),
         ({"instruction": QUESTION, "output": [ANSWER]}, "Row 0 has no text in 'output' but"),
@@ -162,7 +165,7 @@ def test_the_trainer_refuses_what_trl_would_stumble_over(tiny_llama, tiny_tokeni
         data = Dataset.from_list(rows)
         return LongLoraSFTTrainer(tiny_llama(), args, train_dataset=data, processing_class=tiny_tokenizer)
 
-    with pytest.raises(ValueError, match="no message in 1 of 2 rows, such as row 1"):
+    with pytest.raises(ValueError, match="no message with content in 1 of 2 rows, such as row 1"):
         make([{column: CHAT}, {column: []}])
     with pytest.raises(ValueError, match="not a list of messages in each row"):
         make([{column: QUESTION}])

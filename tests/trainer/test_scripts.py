@@ -177,7 +177,7 @@ def test_answers_may_have_no_content(make, tiny_tokenizer, said, streamed):
     assert data.masked and data.used == data.tokens > 8 * 50
     trainer.train()
     empty = Dataset.from_list([row, row | {"completion": [{"role": "assistant", name: None}]}])
-    with pytest.raises(ValueError, match=r"'completion' of the dataset has no content in a message in 1 of 2 rows"):
+    with pytest.raises(ValueError, match=r"'completion' of the dataset has no message with content in 1 of 2 rows"):
         make(dataset=empty, **options)
 
 
