@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -135,14 +134,6 @@ class LongLoraConfig(LoraConfig):
             raise ValueError(f"rope_parameters must be a dict, got {type(self.rope_parameters).__name__}.")
         for name in ("rope", "base_rope"):
             _check_stored_rope(name, getattr(self, name))
-        alpha: Any = self.lora_alpha
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise ValueError(f"lora_alpha must be a finite number, got {alpha!r}.")
-        tokens: Any = self.alora_invocation_tokens
-        if tokens is not None and not (isinstance(tokens, list) and all(type(t) is int for t in tokens)):
-            raise ValueError(f"alora_invocation_tokens must be a list of token ids, got {tokens!r}.")
-        if self.megatron_config is not None:  # PEFT imports whatever megatron_core names
-            raise ValueError("megatron_config is not supported: LongLoRA works on transformers' models.")
         targets = self.target_modules
         if isinstance(targets, str):
             hit = re.fullmatch(targets, "lm_head") is not None

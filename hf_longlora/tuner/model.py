@@ -40,7 +40,7 @@ from .merging import (
     warn_of_changed_base,
 )
 from .resolve import refuse_offloaded, resolve_modules, tie_by_module
-from .stored import check_fit, check_ranks, check_tokens, refuse_foreign_rope
+from .stored import check_fit, check_tokens, refuse_foreign_rope
 from .undo import undone_if_refused, undone_on_failure
 
 
@@ -80,7 +80,6 @@ class LongLoraModel(LoraModel):
             refuse_offloaded(model, config, first=len(self.peft_config) == 1)
             resolve_rope(model, config)
             refuse_other_rope(self.peft_config, config.rope, adapter_name)
-            check_ranks(config)
             check_tokens(model, config)
             if not config.inference_mode:
                 masters.refuse_biases(model, config.bias)

@@ -117,22 +117,6 @@ def _rope(stored: dict[str, Any] | None) -> Any:
     return "unknown" if stored is None else stored["rope_parameters"]
 
 
-def check_ranks(config: LongLoraConfig) -> None:
-    """Raise a `ValueError` on ranks that a file's weights don't have, before memory is taken for them."""
-    stored = config.stored_shapes
-    if stored is None:
-        return
-    pattern: Any = config.rank_pattern
-    ranks = [config.r, *(pattern.values() if isinstance(pattern, dict) else ())]
-    widest = max((size for shape in stored.values() for size in shape), default=0)
-    most = max((shape[0] for key, shape in stored.items() if ".lora_" in key and "_A" in key), default=widest)
-    if any(type(rank) is not int or not 0 < rank <= (widest if pattern else most) for rank in ranks):
-        raise ValueError(
-            f"the ranks of adapter_config.json (r={config.r!r}, rank_pattern={pattern!r}) are not those of the "
-            f"weights, which have {most} at most."
-        )
-
-
 def check_fit(tuner: BaseTuner, adapter_name: str, stored: StoredShapes) -> None:
     """Raise one `ValueError` unless the weights of an adapter are what this model's adapter needs.
 

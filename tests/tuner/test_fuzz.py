@@ -196,8 +196,8 @@ def test_configs(adapter, tmp_path, capsys):
         else:
             stored[key] = value
         (tmp_path / CONFIG).write_text(json.dumps(stored))
-        model = cases.load(tmp_path)
-        if not isinstance(model, ValueError):
+        model = cases.load(tmp_path, (ValueError, ImportError))  # megatron_config needs megatron
+        if not isinstance(model, Exception):
             assert logits(model).isfinite().all()
             cases.take_off(model)
 
