@@ -81,7 +81,7 @@ def test_evaluate(adapter, tiny_tokenizer, capsys):
     assert f"{results['perplexity']['dense'][1]['perplexity']:.2f}" in printed and "as trained" in printed
 
 
-def test_evaluate_says_what_its_numbers_do_not_rest_on(adapter, capsys):
+def test_evaluate_says_what_its_numbers_do_not_rest_on(adapter, capsys, caplog):
     """Documents too short for the longest length, and lengths that the model, with its adapter, doesn't reach."""
     _, folder = adapter
     (folder / "short.jsonl").write_text("\n".join(json.dumps({"text": TEXT * n}) for n in (1, 2, 12, 12)))
@@ -90,13 +90,13 @@ def test_evaluate_says_what_its_numbers_do_not_rest_on(adapter, capsys):
 
     def said(name, *lengths):
         assert main(["evaluate", str(folder / name), "--lengths", *map(str, lengths), *arguments]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        return [line for line in lines if " reaches " in line], [line for line in lines if "Shorter than" in line]
+        short = [record.getMessage() for record in caplog.records if "documents have" in record.getMessage()]
+        return [line for line in capsys.readouterr().out.splitlines() if " reaches " in line], short
 
     assert said("adapter", 16) == ([], [])
     reach, short = said("adapter", 64, 256, 300)
     assert reach == [f"{folder / 'adapter'} reaches 256 tokens: at 300 it is measured beyond that"]
-    assert len(short) == 1 and short[0].startswith("Shorter than 300 tokens") and "2 of 4 documents" in short[0]
+    assert short == ["2 of 4 documents have fewer than 300 tokens: left out."]
     longest = AutoConfig.from_pretrained(folder / "base").max_position_embeddings
     reach, _ = said("base", longest, longest + 1, longest + 2)
     assert len(reach) == 1 and f"reaches {longest:,} tokens: at {longest + 1:,}, {longest + 2:,} it" in reach[0]

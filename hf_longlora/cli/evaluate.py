@@ -128,7 +128,6 @@ def run(options: argparse.Namespace) -> None:
     documents = None
     if splits is not None:
         documents = as_token_ids(texts_of(splits, tokenizer), tokenizer, vocabulary_size(model))
-        _say_short(documents, max(options.lengths))
     measured = weights_sha256(options.model) if isinstance(model, PeftModel) else None
     _check_folder(out, options.model, measured)
     asked = _on_made_texts(model, tokenizer, tasks, options)
@@ -194,13 +193,6 @@ def _say_reach(model: Any, options: argparse.Namespace) -> None:
     if beyond:
         lengths = ", ".join(f"{length:,}" for length in beyond)
         print(f"{options.model} reaches {reached:,} tokens: at {lengths} it is measured beyond that")
-
-
-def _say_short(documents: Sequence[Any], length: int) -> None:
-    short = sum(len(ids) < length for ids in documents)
-    if 0 < short < len(documents):  # of none that is long enough the error says it
-        left_out = f"{short:,} of {len(documents):,} documents"
-        print(f"Shorter than {length:,} tokens, the longest of --lengths, and left out at all of them: {left_out}")
 
 
 def _on_documents(model: Any, documents: Sequence[Any], options: argparse.Namespace) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def check_long_enough(token_ids: list[torch.Tensor], length: int) -> None:
         longest = max(len(ids) for ids in token_ids)
         raise ValueError(f"no document has {length} tokens: the longest of {len(token_ids)} has {longest}")
     if short:
-        logger.info(f"{short} of {len(token_ids)} documents have fewer than {length} tokens and are not used")
+        logger.warning_once(f"{short:,} of {len(token_ids):,} documents have fewer than {length:,} tokens: left out.")
 
 
 def window_ends(tokens: int, first_end: int, stride: int) -> Iterator[tuple[int, int]]:

@@ -96,21 +96,12 @@ class SavingTrainer(StagedTrainer):
     ) -> None:
         """Write the card of an adapter into the output directory, from what has happened; TRL's for whole models.
 
-        TRL's calls a base that is not on the Hub "None", and so a model that is not pushed: they are named here.
-
         It needs the adapter to be saved there, as `save_model` and `push_to_hub` do before they call this.
         """
         folder = Path(str(self.args.output_dir))
         if longlora_tuner(self.model) is None:
-            super().create_model_card(model_name or self._own_name.rpartition("/")[2], dataset_name, tags)
-            if self.is_world_process_zero():
-                card = folder / "README.md"
-                text = card.read_text(encoding="utf-8")
-                base = f"`{self._base}`" if self._base else "a model that was made in memory"
-                text = text.replace("[None](https://huggingface.co/None)", base)
-                card.write_text(text.replace('model="None"', f'model="{self._own_name}"'), encoding="utf-8")
-            return
-        if self.is_world_process_zero() and (folder / CONFIG_NAME).is_file():
+            super().create_model_card(model_name, dataset_name, tags)
+        elif self.is_world_process_zero() and (folder / CONFIG_NAME).is_file():
             named = model_name not in (None, self._own_name.rpartition("/")[2])  # Trainer gives the name's last part
             name = model_name if named else None
             self._write_card(folder, dataset_name, [tags] if isinstance(tags, str) else tags or [], name)

@@ -254,18 +254,6 @@ def test_a_whole_model_has_trl_s_card(make, tmp_path):
     assert "LongLoRA SFT" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("local", "base"), [(True, "`my-base`"), (False, "a model that was made in memory")])
-def test_a_whole_model_s_card_names_what_is_not_on_the_hub(make, tiny_llama, tmp_path, local, base):
-    """A folder by its own name, as an adapter's card has it; TRL writes None."""
-    model = tiny_llama()
-    model.save_pretrained(tmp_path / "my-base")
-    trainer = make(model=str(tmp_path / "my-base") if local else model, peft_config=None)
-    trainer.create_model_card()
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert f"a fine-tuned version of {base}." in text and 'model="out"' in text
-    assert "None" not in text and str(tmp_path) not in text
-
-
 def test_the_time_is_that_of_all_starts(make):
     options = dict(save_strategy="steps", save_steps=100)
     first = make(callbacks=[Stop(2)], **options)
