@@ -295,9 +295,9 @@ FIRST_SHARE = 0.2
 def auto_stages(kind: str, base_length: int, max_length: int, max_steps: int) -> list[ContextStage]:
     """Stages from the base's length to `max_length`, all of `rope_type="auto"`.
 
-    A fifth of the steps goes to the lengths before the target's, which is a twentieth of the tokens or less: on our
-    bench each token spent at a shorter length is worth less (`benchmarks/README.md`), but the first steps are cheap
-    there, and a run that goes wrong does so early. Steps that are too few to share all go to the target.
+    A fifth of the steps goes to the lengths before the target's: on our bench each token spent at a shorter length is
+    worth less (`benchmarks/README.md`), but the first steps are cheap there, and a run that goes wrong does so early.
+    Steps that are too few to share all go to the target.
 
     Args:
         kind: "auto": a stage at a quarter of the target, where that is longer than the base, then the target;

@@ -38,7 +38,8 @@ from transformers import (
 
 import hf_longlora
 from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, S2AttentionConfig
-from hf_longlora.attention.kernels import KERNELS
+from hf_longlora.attention import kernels
+from hf_longlora.attention.kernels import KERNELS, operators
 from hf_longlora.cli import COMMANDS, main
 from hf_longlora.cli.train import make_parser
 from hf_longlora.evaluation import retrieval
@@ -384,6 +385,10 @@ def test_the_defaults_said_are_the_defaults():
         ],
         "migrating.md": [f"here {make_parser().get_default('lora_alpha')})", f"here {adapter.lora_alpha})"],
         "run.md": [f"at once, {run.per_device_eval_batch_size} by default"],
+        "kernels.md": [
+            f"more than {kernels.FEW} launches of less than {kernels.SHORT:,} tokens on average",
+            f"less than {operators.PLANNED:,} tokens whose segments' length is no multiple of {operators.CHOSEN} ",
+        ],
     }
     for page in PAGES:
         for words in said.get(page.name, ()):
