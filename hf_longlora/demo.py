@@ -83,9 +83,7 @@ MINUTES = 4.0
 def plan_demo(minutes: float, seconds: float) -> Plan:
     """As much of `FULL` as `minutes` allow, one extension and no less than `LEAST`.
 
-    Args:
-        minutes: For all.
-        seconds: That a step of the base's training takes on this machine.
+    `seconds` is what a step of the base's training takes on this machine.
     """
     left = 60 * minutes / seconds - (LEAST.cost - LEAST.base_steps - EXTENSION_STEP * LEAST.extension_steps)
     share = FULL.extension_steps / FULL.base_steps
@@ -100,12 +98,7 @@ def run_demo(
     """Train a small base at 256 tokens, extend it to 2,048, and compare.
 
     What is done stays in `output_dir`, and what was interrupted goes on from its last checkpoint: call it again.
-
-    Args:
-        output_dir: Where models, adapters, table and plot go.
-        seed: Of weights and data order.
-        minutes: What it may take: steps are as many as this machine can do in that time (`plan_demo`).
-        full: All steps of three ways to extend the base, however long they take.
+    Steps are as many as this machine can do in `minutes` (`plan_demo`); `full`: all of three ways to extend the base.
 
     Returns:
         The records of `perplexity_by_length`, by model.

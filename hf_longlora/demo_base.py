@@ -26,15 +26,9 @@ MUON_RATE, ADAMW_RATE = 0.03, 0.01
 
 
 def stdlib_documents() -> tuple[dict[str, str], dict[str, str]]:
-    """The running Python's standard library as two sets of documents, split by file.
+    """The running Python's standard library as documents to train and to test on, by name (`"json/decoder.py"`).
 
-    A file goes to the test set by the SHA-256 of its name relative to the library's folder, so the same file always
-    lands on the same side (another Python version has other files and other text). Tests, vendored applications,
-    installed packages, files that are not UTF-8 and files of less than 512 characters are left out.
-
-    Returns:
-        `(train, test)`, each from the relative name (`"json/decoder.py"`) to the text, sorted by name. About nine
-        files in ten are in `train`.
+    The same file always lands on the same side, one in ten in the test set, by the SHA-256 of its name.
 
     Raises:
         FileNotFoundError: this Python carries no library sources (a frozen or zipped one).
@@ -61,10 +55,7 @@ def stdlib_documents() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer: any text round-trips, no unknown token.
-
-    Its `vocab_size` entries count the 256 bytes and the special tokens (`<|endoftext|>` = 0, `<|pad|>` = 1).
-    """
+    """Train a byte-level BPE tokenizer of `vocab_size` entries, bytes and special tokens among them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -115,19 +106,11 @@ def pretrain(
     """Train a model from random weights at its `max_position_embeddings`.
 
     The matrices are trained with Muon, the embeddings and norms with AdamW: in two minutes of two CPU cores, AdamW
-    alone gets nowhere near. Learning rates rise over 20 steps, and fall to zero over the last 3/4.
+    alone gets nowhere near.
 
     Args:
-        config: the model to make; its `max_position_embeddings` is the context in tokens.
-        token_ids: one sequence of ids for each document. They are joined in a shuffled order and cut into rows of one
-            context.
-        steps: optimizer steps of `batch_size` rows each; the data is repeated where it is too short.
-        seed: of the weights and of the order of the data.
-        checkpoint: a file to keep the state in while training, and to go on from if it is there.
-        progress: show a progress bar with the loss.
-
-    Returns:
-        The model, in eval mode.
+        token_ids: Of each document; they are joined in a shuffled order and cut into rows of one context.
+        checkpoint: A file to keep the state in while training, and to go on from if it is there.
     """
     context = config.max_position_embeddings
     generator = torch.Generator().manual_seed(seed)

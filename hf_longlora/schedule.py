@@ -141,10 +141,8 @@ class Schedule:
 
     Args:
         stages: In order.
-        attention: Group size, ratio and sink tokens where a stage names none; kernel of all.
-        dense_every: Where a stage names none; 0 for never.
+        attention, dense_every, sparse: Where a stage names none.
         native_window: Tokens that the base was trained at before any scaling; `None` while the model is not known.
-        sparse: Where a stage names none.
 
     Raises:
         ValueError: if there is no stage, a stage is shorter than the one before it, or `dense_every` is below 0.

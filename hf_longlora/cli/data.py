@@ -192,11 +192,7 @@ def as_trl_reads(data: Any, text_field: str = "text", chat: bool = True) -> Any:
     | `instruction`, `output`, maybe `input` | `prompt`, `completion`: messages, or text as Alpaca's (`ALPACA`)    |
 
     The first that is there counts; a text field of another name than "text" is meant and comes before all others.
-
-    Args:
-        data: A dataset or a stream.
-        text_field: The column of plain text.
-        chat: Whether there is a chat template, which messages need and instructions are put in.
+    `chat` says whether there is a chat template, which messages need and instructions are put in.
 
     Raises:
         ValueError: if there are no such columns, messages are a string that is not JSON or have no chat template.

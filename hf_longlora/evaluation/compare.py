@@ -39,11 +39,9 @@ def compare_attention(
     back afterwards.
 
     Args:
-        model: a causal language model of transformers, wrapped by PEFT or not.
-        documents, lengths, options: as for `perplexity_by_length`.
+        model, documents, lengths, options: as for `perplexity_by_length`.
         attention: the pattern of training. Default: what the model's LONGLORA adapter was trained with, else what is
-            set on the model. Its group size, of the longest length where it gives none, holds at every length, as it
-            does for the trained model.
+            set on the model. Its group size, of the longest length where it gives none, holds at every length.
         name: what to call it, if it is not the pattern of training: dense attention is then not held against it.
 
     Returns:

@@ -20,10 +20,7 @@ class LoadedModel(HFLM):
     instruction and the chat template's begin are lost then, and the score is of another task. Here that is an error.
 
     Args:
-        model: on its device, and in eval mode.
-        tokenizer: the model's. It stays as it is.
         length: most tokens of a prompt with its answer.
-        batch_size: prompts that are answered at once, padded on the left.
         answered: called with how many prompts have been answered since.
     """
 

@@ -47,8 +47,7 @@ def perplexity_by_length(
     """Perplexity of `model` at each context length, over the same tokens: those that the longest length can score.
 
     Logits are computed for the scored tokens only where the model's forward takes `logits_to_keep`, so memory grows
-    with `batch_size * stride * vocabulary` and not with the length. The model is put into eval mode and every
-    submodule's training flag is restored afterwards. Only models that share a tokenizer can be compared.
+    with `batch_size * stride * vocabulary` and not with the length. Compare only models that share a tokenizer.
 
     Args:
         model: any causal language model whose forward takes `input_ids [B, S]` and returns `.logits [B, S, V]`, on its
@@ -61,7 +60,6 @@ def perplexity_by_length(
         tokenizer: turns texts into ids.
         batch_size: windows per forward.
         max_windows: at most this many windows per length, spread evenly over the documents. Default: all.
-        progress: show a progress bar.
 
     Returns:
         One record per length, in the order given: `length`, `perplexity` (`exp(nll)`), `nll` (nats per token, the mean

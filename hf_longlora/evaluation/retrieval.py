@@ -62,15 +62,7 @@ def multi_needle_example(
 ) -> Passkey:
     """A text of exactly `length` tokens with a passkey for each name at the depth of the same index.
 
-    Args:
-        tokenizer: the model's.
-        length: tokens, the answer included.
-        depths: in [0, 1], rising.
-        keys, names: the passkeys and whose they are.
-        asked: the index of the one that the question is about.
-
-    Raises:
-        ValueError: if a depth is outside [0, 1], they don't rise, or the parts don't fit in `length` tokens.
+    The question is about the one at index `asked`; depths rise. Else as `passkey_example`.
     """
     needles = [
         (depth, NAMED_NEEDLE.format(name=name, key=key)) for depth, key, name in zip(depths, keys, names, strict=True)
@@ -135,7 +127,6 @@ def passkey_accuracy(
         depths: where the passkey stands, 0 for the beginning and 1 for the end.
         trials: texts for each length and depth, each with another passkey.
         seed: of the passkeys; the same ones for every model.
-        progress: show a progress bar.
 
     Returns:
         One record for each length and depth: `length`, `depth`, `accuracy` (0 to 1), `trials`.

@@ -59,15 +59,13 @@ def ruler_accuracy(
     tokens. Every model with the same tokenizer and chat template gets the same texts.
 
     Args:
-        model: a causal language model of transformers on its device, wrapped by PEFT or not.
-        tokenizer: the model's.
+        model, tokenizer: as for `passkey_accuracy`.
         lengths: tokens of a text with its answer, each at least 512. RULER's own begin at 4,096.
         tasks: names among `TASKS`. Default: all of them.
         trials: texts of each task at each length. RULER's own number is 500.
         seed: of the texts.
         batch_size: texts that are answered at once.
         chat_template: whether the text is a user's message. Default: if the tokenizer has a template.
-        progress: show progress bars.
 
     Returns:
         One record for each length and task: `task`, `length`, `accuracy` (0 to 1: the share of a text's answers that

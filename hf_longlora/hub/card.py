@@ -48,7 +48,7 @@ def adapter_card(
     """The card of a trained LONGLORA adapter.
 
     Args:
-        config: The adapter's, as saved: RoPE, what is trained, and the schedule that the trainer wrote.
+        config: The adapter's, as saved.
         name: The adapter's name, as in `user/name`.
         base_model: The base's name on the Hub; a folder's name if it isn't there.
         perplexity: For each text, what `compare_attention` returned (`"dense"`, `"as trained"`, or further names).
@@ -61,9 +61,6 @@ def adapter_card(
         dataset: The training data's name on the Hub.
         tags: Beside our own.
         license: Of the adapter, a Hub identifier.
-
-    Returns:
-        A card whose metadata the Hub takes (`card.validate()`), `card.save(path)` writes it.
 
     Raises:
         ValueError: if the adapter has not been resolved, that is, never put on a model.
@@ -118,9 +115,7 @@ def folder_card(
 
     Args:
         folder: Holds `adapter_config.json`, and `run.json`, `evaluation.json` and `perplexity.png` if there are such.
-        name: As for `adapter_card`; the folder's by default.
-        base_model: As for `adapter_card`; what the adapter's config says by default.
-        options: The rest of `adapter_card`'s.
+        name, base_model, options: As for `adapter_card`; by default the folder's name, and what the config says.
     """
     folder = Path(folder)
     values = json.loads((folder / CONFIG_NAME).read_text())
@@ -142,15 +137,10 @@ def folder_card(
 
 
 def refresh_card(folder: str | Path, name: str | None = None) -> bool:
-    """Write the card of a saved LONGLORA adapter with what is known by now, and with its name.
+    """Write the card of a saved LONGLORA adapter with what is known by now, and with its name (that on the card).
 
-    Args:
-        folder: As for `folder_card`.
-        name: As for `adapter_card`; what the card says, or else the folder's by default.
-
-    Returns:
-        Whether it was written: not if someone has made the card his own (it lacks our mark), or the adapter is of
-        another type.
+    Returns whether it was: not if someone has made the card his own (it lacks our mark), or the adapter is of another
+    type.
     """
     file = Path(folder, "README.md")
     data = ModelCardData()

@@ -115,16 +115,11 @@ def export_adapter(
 
 
 def adapter_folder(adapter: str | Path, files: list[str] | None = None, model: str = "a model") -> Path:
-    """The folder of an adapter; one on the Hub is downloaded.
-
-    Args:
-        adapter: A folder, or a name on the Hub.
-        files: What is downloaded; by default all but pickles and checkpoints.
-        model: What to call a model that is found in its place.
+    """The folder of an adapter; of one on the Hub `files` are downloaded, by default all but pickles and checkpoints.
 
     Raises:
         OSError: if there is no such adapter.
-        ValueError: if the folder or repository is something else.
+        ValueError: if the folder or repository is something else; `model` is what to call a model in its place.
     """
     folder = Path(adapter)
     if not folder.is_dir():

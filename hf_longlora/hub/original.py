@@ -40,15 +40,12 @@ def import_original(
 ) -> Path:
     """Write a checkpoint of the original LongLoRA as one adapter: LoRA, embeddings, norms, and the RoPE.
 
-    A plain LoRA with `modules_to_save` of another trainer will do, too, if its RoPE was scaled in the same way.
-
-    RoPE is what the original scripts make of a length: linear, by the whole number above `target_length` / the base's
-    length. Rows of the embeddings beyond the base's vocabulary (the scripts add a `[PAD]`, which nothing is learned
-    for) are left out, with a warning; on a base that has them they are kept. Only configs of the base are read.
+    RoPE is linear, by the whole number above `target_length` / the base's length. A plain LoRA of another trainer will
+    do, too, with its `modules_to_save`, if its RoPE was scaled so. Rows of the embeddings beyond the base's vocabulary
+    (the scripts add a `[PAD]`, which nothing is learned for) are left out, with a warning.
 
     Args:
-        folder: The checkpoint: adapter_config.json, adapter_model.bin or .safetensors, and trainable_params.bin if
-            more than LoRA was trained; or its name on the Hub.
+        folder: The checkpoint, or its name on the Hub.
         output_dir: Where it goes: a new or an empty folder. Nothing is there until all is.
         target_length: The context that it was trained at, in tokens (`model_max_length` of the original scripts).
         base: The base model's name or path, where it is not the one that the checkpoint names.

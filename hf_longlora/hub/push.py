@@ -37,9 +37,8 @@ class PushAdapterCallback(TrainerCallback):
     """Pushes the adapter to the Hub at the end of each stage, or every `every_n_steps` steps, and at the end.
 
     Training goes on meanwhile, and whatever the network does it ends well. An adapter is saved in the output directory
-    first, with its card, and stays there until it is on the Hub. A push that fails is tried again, later each time;
-    one that is overtaken by a newer adapter is dropped for it. What could not be pushed is said at the end, with the
-    command that does it by hand.
+    first, with its card, and stays there until it is on the Hub, or a newer one is there. What could not be pushed is
+    said at the end, with the command that does it by hand.
 
     Args:
         repo_id: The repository, `user/name`; made if it does not exist.

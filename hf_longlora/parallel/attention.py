@@ -52,9 +52,7 @@ class ShardedSequence:
             length: Tokens of the own shard; shards may differ.
             device: Where the group sends from.
             cu_seqlens: Ends of the documents in the whole row, the same on all processes.
-            attention_mask: `[batch_size, length]`, of the shard.
-            position_ids: `[batch_size or 1, length]`, of the shard, counted from the document's beginning and not from
-                the shard's.
+            position_ids: Counted from the document's beginning and not from the shard's.
 
         Raises:
             ValueError: on shapes that don't fit, and if a process has no token.
@@ -96,12 +94,7 @@ class ShardedSequence:
     ) -> torch.Tensor:
         """Attention of the shard's queries: `[B, H, S, D]`, `[B, H_kv, S, D]` -> `[B, S, H, D_v]`.
 
-        Args:
-            group_size: Tokens in a group; `None` for dense.
-            shift: As `Documents.parts` has it.
-            sink_tokens: As there.
-            kernel: One of `hf_longlora.attention.kernels`.
-            options: Those of the kernel.
+        `shift` and `sink_tokens` are as `Documents.parts` has them; `group_size` is `None` for dense.
         """
         heads, kv_heads = query.shape[1], key.shape[1]
         if group_size is None:

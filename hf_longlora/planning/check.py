@@ -107,16 +107,13 @@ def check_model(
 ) -> ModelCheck:
     """Say what LongLoRA would do to a model, without its weights.
 
+    A model that is refused is no error here: `refused` says why.
+
     Args:
         model: A name on the Hub, a folder, or a config. A LONGLORA adapter's: its base is checked, with that adapter.
-        target_length: Tokens to extend RoPE to; `None` leaves RoPE as it is.
-        rope_type, base_length: As in `LongLoraConfig`.
-        attention: Group size, sink tokens and kernel; if not given, those the adapter was trained with, or the
-            default.
+        target_length, rope_type, base_length: As in `LongLoraConfig`.
+        attention: Default: what the adapter was trained with, or else the trainer's default.
         trust_remote_code: Run the code that comes with a model whose class is not in transformers.
-
-    Returns:
-        What was found. A model that is refused is no error here: `refused` says why.
 
     Raises:
         OSError: if there is no such model.

@@ -77,10 +77,7 @@ def limited(dataset: Any, examples: int | None) -> Any:
 def evaluation_data(dataset: Any, examples: int | None) -> Any:
     """An evaluation dataset, or each of a mapping, up to so many examples.
 
-    A stream is read into a dataset, so that every evaluation is of the same text.
-
-    Raises:
-        ValueError: if it is a stream and there is no limit.
+    A stream, which has to be limited, is read into a dataset: every evaluation is of the same text.
     """
     if isinstance(dataset, Mapping):
         return {name: evaluation_data(part, examples) for name, part in dataset.items()}
@@ -139,15 +136,9 @@ class StageData:
     def of(
         cls, tokenized: Dataset, view: Dataset, max_length: int, packing: str | None, masked: bool, served: int | None
     ) -> StageData:
-        """From a tokenized dataset and from what TRL has made of it.
+        """From a tokenized dataset and its view, which TRL has cut or packed (`packing`) to `max_length` tokens.
 
-        Args:
-            tokenized: All of it.
-            view: Cut or packed to `max_length` tokens.
-            max_length: The stage's.
-            packing: How it was packed; `None`: it was not.
-            masked: Whether some tokens are not learned.
-            served: Rows of the view that the stage takes; `None` for a part of a stream.
+        `served` is how many rows of the view the stage takes; `None` for a part of a stream.
         """
         before, after = lengths(tokenized), lengths(view)
         longer, full = int((before > max_length).sum()), int((before == max_length).sum())

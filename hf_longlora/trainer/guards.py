@@ -251,7 +251,7 @@ def check_saving(accelerator: Any) -> None:
 def supported_config(model: Any, args: LongLoraSFTConfig) -> tuple[PreTrainedConfig, type[PreTrainedModel] | None]:
     """Configuration and class of a model or of a path, if shifted sparse attention can be used in it.
 
-    A class of remote code shows itself when it is loaded, and is `None` till then.
+    A class of remote code is `None` until it is loaded.
     """
     if isinstance(model, str):
         given: Any = args.model_init_kwargs

@@ -84,13 +84,7 @@ class PiecewiseTrainer(StagedTrainer):
 def pieces(ends: Sequence[int], most: int, count: int = 1) -> list[Span]:
     """Consecutive windows taken together, up to `most` tokens; in `count` pieces or more, if there are so many.
 
-    Args:
-        ends: Where windows end, from 0.
-        most: Tokens in a piece that is more than one window.
-        count: Pieces that are wanted.
-
-    Returns:
-        Of each piece its windows, half-open.
+    Windows end at `ends`, which begin with 0; a piece is given as the half-open range of its windows.
     """
     found: list[Span] = []
     for window in range(len(ends) - 1):

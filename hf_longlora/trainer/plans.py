@@ -57,19 +57,12 @@ def plan_stages(
     gpus: int = 1,
     columns: Collection[str] = (),
 ) -> tuple[RunPlan, list[StagePlan]]:
-    """Memory and time of each stage of a run on a card. Only the model's config is read.
+    """The plan of a run's last stage, whose notes are the run's, and memory and time of each stage on a card.
 
     Args:
-        config: The model's.
-        args: The trainer's.
-        gpu: The card.
-        adapter, dtype, quantization: As for `RunSettings.of`.
-        columns: The dataset's: conversations and completions are not cut into windows (`LongLoraSFTConfig.sparse`).
-            Without any it is planned for plain text, and a note says so.
         gpus: Cards, each with the model, and with sequences of its own or a share in others' (`sequence_parallel`).
-
-    Returns:
-        The plan of the last stage, whose notes are the run's, and the stages.
+        columns: The dataset's: conversations and completions are not cut into windows. Without any it is planned for
+            plain text, and a note says so.
 
     Raises:
         ValueError: if it can't be planned.

@@ -258,10 +258,6 @@ class ShardableCollator:
 
     Documents are told by `position_ids` and `attention_mask`; what else TRL says of packed ones is of the whole row,
     and DeepSpeed would cut it.
-
-    Args:
-        collator: The one to wrap.
-        size: Shards of a sequence.
     """
 
     TOLD = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")

@@ -50,13 +50,8 @@ class Window(NamedTuple):
 def cut(lengths: Iterable[int], size: int, draw: random.Random | None = None) -> list[Window]:
     """Cut the documents of a row into windows of `size` tokens; the last window of a document may be shorter.
 
-    A document that is no longer than that stays whole.
-
-    Args:
-        lengths: Tokens in each document.
-        size: Tokens in a window, at least 1.
-        draw: Where chance comes from: a window is then two chunks of random sizes, and the chunks of a document's
-            windows follow each other in random order. `None`: it is one chunk.
+    A document that is no longer than that stays whole. With `draw`, where chance comes from, a window is two chunks of
+    random sizes, and the chunks of a document's windows follow each other in random order.
     """
     found, start = [], 0
     for length in lengths:
@@ -129,9 +124,6 @@ class WindowCollator:
 
     The row is as TRL's padding-free collator gives it: `input_ids`, `labels` and `position_ids` `[1, S]`,
     `cu_seq_lens_q` and `cu_seq_lens_k` `[windows + 1]`, `max_length_q` and `max_length_k`.
-
-    Args:
-        collator: For all other examples.
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:

@@ -174,12 +174,7 @@ def is_low(parameter: nn.Parameter) -> bool:
 
 
 def promote(copy: nn.Module, original: nn.Module) -> None:
-    """Make the weights of a copy fp32, in place. Safe to call again.
-
-    Args:
-        copy: What is trained.
-        original: The base's module that it is a copy of; it says in which dtype the copy takes part.
-    """
+    """Make the weights of a copy fp32, in place; `original`, the base's module, says in which dtype it takes part."""
     upcast(copy.parameters())
     plain = base_dtype(original) not in LOW_PRECISION or any(of_deepspeed(p) for p in copy.parameters())
     if plain or _master(copy) is not None or isinstance(copy, TiedHead):

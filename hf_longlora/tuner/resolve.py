@@ -49,11 +49,8 @@ def refuse_offloaded(model: nn.Module, config: LongLoraConfig, first: bool) -> N
     """Raise a `ValueError` where accelerate keeps weights that an adapter would be put on elsewhere than on the model.
 
     PEFT puts an adapter's weights where the base's are: on the meta device, where loading does nothing, and all that
-    is said is a warning. It offloads them anew for the first adapter that is loaded on a model with a device map, and
-    then finds LoRA's weights again, but no norm's and no embedding's.
-
-    Args:
-        first: Whether it is the first adapter on the model.
+    is said is a warning. It offloads them anew for the `first` adapter that is loaded on a model with a device map,
+    and then finds LoRA's weights again, but no norm's and no embedding's.
     """
     parked = {"cpu", "disk"}.intersection((getattr(model, "hf_device_map", None) or {}).values())
     anew = first and config.stored_shapes is not None and bool(parked)
@@ -146,13 +143,8 @@ def tie_by_module(model: nn.Module, config: LongLoraConfig) -> bool:
     """Write into the config what is tied to the input embedding, where the adapter trains that.
 
     PEFT ties by the names embed_tokens and lm_head only, and finds nothing on a model that has an adapter; this goes
-    by the weights of the input embedding, which tell at any time.
-
-    Returns:
-        Whether something is tied to what the adapter trains, so that what PEFT would do is done.
-
-    Raises:
-        ValueError: the head would have to follow LoRA on the embedding.
+    by the weights of the input embedding, which tell at any time. Returns whether something is tied, so that what PEFT
+    would do is done.
     """
     saved = tuple(config.modules_to_save or ())
     embedding = unwrapped(input_embedding(model))

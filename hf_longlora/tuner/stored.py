@@ -92,12 +92,9 @@ _KEPT = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_
 
 
 def differences(new: PeftConfig, own: LongLoraConfig, rope: bool = True) -> list[str]:
-    """The settings in which an adapter differs from one on a model that would take its weights, in words.
+    """The settings in which an adapter, `new`, differs from one on a model, `own`, that would take its weights.
 
-    Args:
-        new: Beside the weights.
-        own: The adapter's on the model.
-        rope: Whether the RoPE stays, too.
+    `rope` says whether the RoPE stays, too.
     """
     if not isinstance(new, LongLoraConfig):
         return [f"a {type(new).__name__} adapter, not a LONGLORA one"]
@@ -118,13 +115,7 @@ def _rope(stored: dict[str, Any] | None) -> Any:
 
 
 def check_fit(tuner: BaseTuner, adapter_name: str, stored: StoredShapes) -> None:
-    """Raise one `ValueError` unless the weights of an adapter are what this model's adapter needs.
-
-    Args:
-        tuner: What has put the adapter on the model.
-        adapter_name: The adapter.
-        stored: The shapes in its file.
-    """
+    """Raise one `ValueError` unless an adapter's `stored` weights are what its tuner has put on the model."""
     # Names as in a file: "base_model.model." and the base model's own.
     state: Any = get_peft_model_state_dict(tuner, adapter_name=adapter_name, save_embedding_layers=False)
     needed = {f"base_model.{key}": tuple(tensor.shape) for key, tensor in state.items()}
@@ -169,12 +160,7 @@ def check_fit(tuner: BaseTuner, adapter_name: str, stored: StoredShapes) -> None
 
 
 def stored_vocabulary(model: nn.Module, stored: StoredShapes) -> int | None:
-    """The tokens of the base that an adapter was trained on; `None` where its file doesn't tell.
-
-    Args:
-        model: The base that it is to be put on, or is on.
-        stored: The shapes in its file.
-    """
+    """The tokens of the base that an adapter was trained on; `None` where its file doesn't tell."""
     for name in _vocabularies(model):
         for part, shape in _parts(stored, name):
             if part == "lora_embedding_A":
@@ -196,16 +182,10 @@ def check_tokens(model: nn.Module, config: LongLoraConfig) -> None:
 
 
 def trained_vocabulary(model: nn.Module, config: PeftConfig, tokens: int = 0) -> tuple[int, bool] | None:
-    """The vocabulary that an adapter was trained with, where its base as it is has another.
+    """The vocabulary that an adapter was trained with, if not its base's, and whether it has all rows that were added.
 
-    Args:
-        model: The base, as it was loaded, or without weights.
-        config: The adapter's, as read from its folder. Where its weights don't tell the vocabulary, it is large
-            enough for `trainable_token_indices` and for `tokens`, as `AutoPeftModel` has it.
-        tokens: Those of the adapter's tokenizer.
-
-    Returns:
-        The tokens, and whether the adapter has all rows of those that were added; `None` if the base has as many.
+    Where its weights don't tell, the vocabulary is large enough for `trainable_token_indices` and for the `tokens` of
+    its tokenizer, as `AutoPeftModel` has it.
     """
     rows = _rows(model)
     if rows is None:

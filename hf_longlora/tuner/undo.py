@@ -19,13 +19,7 @@ _UNDO = "_longlora_undo"
 
 
 class Undo:
-    """What a model, what is trained in it, and an adapter's config are before the adapter is put on.
-
-    Args:
-        model: The base.
-        configs: Those of the adapters on it, and of this one.
-        adapter_name: This one.
-    """
+    """What a model, what is trained in it, and an adapter's config are before the adapter is put on."""
 
     def __init__(self, model: nn.Module, configs: dict[str, Any], adapter_name: str) -> None:
         self.model, self.configs, self.adapter_name = model, configs, adapter_name
