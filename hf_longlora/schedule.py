@@ -37,8 +37,9 @@ class ContextStage:
         rope_parameters: Explicit RoPE parameters, as in `config.rope_parameters`; else they follow from `max_length`
             and `rope_type`.
         rope_type: "linear", "dynamic", "yarn", "llama3", "longrope" or "abf"; "auto" is the type that RoPE is scaled
-            by already, in the base or by a stage before, else "abf" (why: `hf_longlora.rope.natural_type`). `None`
-            keeps the RoPE of the stage before, or the model's (for training at a length that it reaches already).
+            by already, in the base or by a stage before, else "abf", of Phi-3 "longrope" (why:
+            `hf_longlora.rope.natural_type`). `None` keeps the RoPE of the stage before, or the model's (for training
+            at a length that it reaches already).
         group_size: Tokens in a group of shifted sparse attention.
         group_size_ratio: Group size as a share of `max_length`, where `group_size` is not given. With neither, those
             of the trainer's configuration hold; without those, a group is the length that the base was trained at

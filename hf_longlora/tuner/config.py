@@ -64,7 +64,8 @@ class LongLoraConfig(LoraConfig):
     rope_type: str = field(
         default=AUTO,
         metadata={
-            "help": f"How RoPE is scaled: {', '.join(ROPE_TYPES)}; {AUTO}: as the base is scaled already, else abf."
+            "help": f"How RoPE is scaled: {', '.join(ROPE_TYPES)}; {AUTO}: as the base is scaled already, else abf "
+            "(Phi-3: longrope)."
         },
     )
     rope_parameters: dict | None = field(
