@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets  # noqa: F401 (here, so that its log goes to none of a test's captured streams)
 import pytest
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
 from hf_longlora import (
@@ -85,11 +86,11 @@ def test_evaluate_says_what_its_numbers_do_not_rest_on(adapter, capsys, caplog):
     """Documents too short for the longest length, and lengths that the model, with its adapter, doesn't reach."""
     _, folder = adapter
     (folder / "short.jsonl").write_text("\n".join(json.dumps({"text": TEXT * n}) for n in (1, 2, 12, 12)))
-    arguments = ["--documents", str(folder / "short.jsonl"), "--output-dir", str(folder / "out"), "--device", "cpu"]
-    arguments += ["--max-windows", "1"]
+    arguments = ["--documents", str(folder / "short.jsonl"), "--device", "cpu", "--max-windows", "1"]
 
     def said(name, *lengths):
-        assert main(["evaluate", str(folder / name), "--lengths", *map(str, lengths), *arguments]) == 0
+        out = ["--output-dir", str(folder / f"out-{name}")]
+        assert main(["evaluate", str(folder / name), "--lengths", *map(str, lengths), *arguments, *out]) == 0
         short = [record.getMessage() for record in caplog.records if "documents have" in record.getMessage()]
         return [line for line in capsys.readouterr().out.splitlines() if " reaches " in line], short
 
@@ -200,6 +201,81 @@ def test_no_folder_of_another_model_or_run_is_evaluated_into(adapter, capsys, he
         assert f"{folder / 'another'} holds a model or a run" in capsys.readouterr().err
     assert not (folder / "another" / "evaluation.json").exists()
     assert main([*arguments, str(folder / "base"), "--output-dir", str(folder / "base")]) == 0
+
+
+def test_no_evaluation_is_written_over_by_another(adapter, capsys):
+    """By default all go into one folder."""
+    _, folder = adapter
+    out, file = folder / "out", folder / "out" / "evaluation.json"
+
+    def evaluate(name, *options, documents="one.txt"):
+        arguments = ["--lengths", "64", "--output-dir", str(out), "--device", "cpu"]
+        documents = ["--documents", str(folder / documents), "--max-windows", "1"] if documents else []
+        return main(["evaluate", str(folder / name), *documents, *arguments, *options])
+
+    def refused(words, name, *options, **kept):
+        before = file.read_text()
+        assert evaluate(name, *options, **kept) == 1 and file.read_text() == before
+        assert words in capsys.readouterr().err
+
+    passkey = ["--passkey", "1", "--depths", "0", "--retrieval-lengths", "600"]
+    assert evaluate("base") == 0
+    assert evaluate("base") == 0
+    refused(f"{file} is of other weights (base): give another --output-dir", "adapter")
+    refused(
+        f"has documents, perplexity, positions, far_context of {folder / 'base'}", "base", *passkey, documents=None
+    )
+    assert evaluate("base", *passkey) == 0
+    refused("has passkey of", "base")
+
+    file.unlink()
+    assert evaluate("adapter", "--long-ppl", "32") == 0
+    assert evaluate("adapter", *passkey, documents=None) == 0
+    assert {"perplexity", "long_ppl", "passkey"} < json.loads(file.read_text()).keys()
+    # LongPPL is of the documents that were named with it, and these are others.
+    assert evaluate("adapter", documents="documents.jsonl.gz") == 0
+    assert {"perplexity", "passkey"} < (kept := json.loads(file.read_text())).keys() and "long_ppl" not in kept
+    shutil.copytree(folder / "adapter", folder / "deeper" / "adapter")
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    weights = {key: 2 * weight for key, weight in weights.items()}
+    save_file(weights, folder / "deeper" / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    refused(f"{file} is of other weights (adapter)", "deeper/adapter")
+    for damaged in ('{"model": "adapter", ', "[1]"):
+        file.write_text(damaged)
+        refused(f"{file} is damaged", "adapter")
+
+
+def test_what_was_measured_before_a_failure_is_written(adapter, capsys, monkeypatch):
+    _, folder = adapter
+
+    def accuracy(*args, progress=True, **options):
+        if progress:  # not while it is only tried
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_longlora.evaluation.passkey_accuracy", accuracy)
+    arguments = ["evaluate", str(folder / "adapter"), "--documents", str(folder / "one.txt"), "--lengths", "64"]
+    arguments += ["--passkey", "1", "--output-dir", str(folder / "out"), "--device", "cpu"]
+    assert main(arguments) == 130
+    printed = capsys.readouterr()
+    assert "What had been measured whole is written." in printed.err and "Written to" in printed.out
+    results = json.loads((folder / "out" / "evaluation.json").read_text())
+    assert results["perplexity"] and "passkey" not in results and (folder / "out" / "perplexity.png").is_file()
+
+
+def test_sink_tokens_alone_are_of_a_pattern_that_is_known(adapter, capsys):
+    """Without one they would say nothing."""
+    model, folder = adapter
+    arguments = ["evaluate", str(folder / "adapter"), "--documents", str(folder / "one.txt"), "--lengths", "256"]
+    arguments += ["--device", "cpu", "--max-windows", "1", "--output-dir", str(folder / "out"), "--sink-tokens", "2"]
+    assert main(arguments) == 0  # the adapter says its groups
+    columns = list(json.loads((folder / "out" / "evaluation.json").read_text())["perplexity"])
+    assert columns == ["dense", "groups of 32, 2 sink tokens"]
+    windows = Schedule((ContextStage(256, 1),), S2AttentionConfig(), 0, native_window=64, sparse="pose")
+    for schedule in (None, windows.to_dict()):
+        model.active_peft_config.schedule = schedule
+        model.save_pretrained(folder / "adapter")
+        assert main(arguments) == 1
+        assert "--sink-tokens: of groups" in capsys.readouterr().err
 
 
 def test_evaluate_without_matplotlib(adapter, capsys, monkeypatch):

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -100,7 +100,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights")
     evaluate.add_argument("--device", help="cuda, cpu, ...; default: a GPU if there is one")
     evaluate.add_argument("--output-dir", default="longlora-evaluation", help="where evaluation.json and plots go")
-    evaluate.set_defaults(run=run, parser=evaluate, after_interruption="Nothing has been written.")
+    evaluate.set_defaults(run=run, parser=evaluate, after_interruption="What had been measured whole is written.")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -129,21 +129,24 @@ def run(options: argparse.Namespace) -> None:
     if splits is not None:
         documents = as_token_ids(texts_of(splits, tokenizer), tokenizer, vocabulary_size(model))
     measured = weights_sha256(options.model) if isinstance(model, PeftModel) else None
-    _check_folder(out, options.model, measured)
+    results: dict[str, Any] = {"model": base_name(options.model), "adapter_sha256": measured}
+    # Of this machine's files the names alone: a card is published.
+    names = [Path(name).name if Path(name).exists() else name for name in options.documents or ()]
     asked = _on_made_texts(model, tokenizer, tasks, options)
+    earlier = _earlier(out, options, results, {*asked, *_of_documents(options)}, names)
     for measure, lengths, trials in asked.values():
         # A text too short for what it is to hide is refused now, not after an hour of windows.
         measure(lengths=min(lengths), trials=min(trials, 1), progress=False)
-    results: dict[str, Any] = {"model": base_name(options.model), "adapter_sha256": measured}
-    if documents is not None:
-        # Of this machine's files the names alone: a card is published.
-        results["documents"] = [Path(name).name if Path(name).exists() else name for name in options.documents]
-        results |= _on_documents(model, documents, options)
-        if options.long_ppl is not None:
-            results["long_ppl"] = _long_ppl(model, documents, options)
-    for name, (measure, lengths, trials) in asked.items():
-        results[name] = measure(lengths=lengths, trials=trials)
-    _report(results, out, _extension(model), plots=missing is None)
+    try:
+        if documents is not None:
+            results |= {"documents": names} | _on_documents(model, documents, options)
+            if options.long_ppl is not None:
+                results["long_ppl"] = _long_ppl(model, documents, options)
+        for name, (measure, lengths, trials) in asked.items():
+            results[name] = measure(lengths=lengths, trials=trials)
+    finally:  # what comes later may not fit the memory, or not be waited for
+        if len(results) > 2:
+            _report(results, earlier, out, _extension(model), plots=missing is None)
 
 
 def _check_asked(options: argparse.Namespace) -> None:
@@ -167,10 +170,24 @@ def _check_asked(options: argparse.Namespace) -> None:
         check_device(options.device)
 
 
-def _check_folder(out: Path, model: str, measured: str | None) -> None:
-    """Refuse a folder of another model or its run; `measured` is the SHA-256 of the adapter's weights."""
-    from ..hub.card import weights_sha256
+def _earlier(
+    out: Path, options: argparse.Namespace, results: dict[str, Any], asked: Collection[str], documents: list[str]
+) -> dict[str, Any]:
+    """What has been measured of the same weights before, and stays in the folder beside what is `asked` for now.
 
+    Args:
+        out: The folder.
+        options: The command's.
+        results: The model's name, and the SHA-256 of its adapter's weights.
+        asked: What is measured now.
+        documents: The names of those that it is measured on.
+
+    Raises:
+        ValueError: for a folder of another model or its run, or one whose results would be lost.
+    """
+    from ..hub.card import EVALUATION_NAME, weights_sha256
+
+    model, measured, file = options.model, results["adapter_sha256"], out / EVALUATION_NAME
     taken = any((out / name).is_file() for name in ("adapter_config.json", "config.json", "trainer_state.json"))
     own = out.is_dir() and Path(model).is_dir() and out.samefile(model)
     if taken and not own and (measured is None or weights_sha256(out) != measured):
@@ -178,6 +195,31 @@ def _check_folder(out: Path, model: str, measured: str | None) -> None:
             f"{out} holds a model or a run, whose card and report take the results that lie beside them, and "
             f"{model} is another model: give another --output-dir"
         )
+    try:
+        found = (json.loads(file.read_text()) if file.is_file() else None) or {}
+        weights = {name: found.get(name) for name in results} if found else results
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): remove it, or give another --output-dir") from error
+    if measured is not None and weights["adapter_sha256"] == measured:
+        others = documents and found.get("documents") != documents  # the names would be those of its LongPPL as well
+        return {name: value for name, value in found.items() if not (others and name == "long_ppl")}
+    if own and measured is not None:  # of the adapter before it was trained on
+        return {}
+    if weights != results:
+        raise ValueError(f"{file} is of other weights ({weights['model']}): give another --output-dir")
+    # Whether the weights of a whole model are those of its name then is not known.
+    if lost := [name for name in found if name not in asked and name not in results]:
+        raise ValueError(
+            f"{file} has {', '.join(lost)} of {model}, which would be lost: ask for all in one, or give another "
+            "--output-dir"
+        )
+    return {}
+
+
+def _of_documents(options: argparse.Namespace) -> list[str]:
+    """What is measured on documents, as evaluation.json calls it."""
+    always = ["documents", "perplexity", "positions", "far_context"] if options.documents else []
+    return always if options.long_ppl is None else [*always, "long_ppl"]
 
 
 def _say_reach(model: Any, options: argparse.Namespace) -> None:
@@ -203,6 +245,9 @@ def _on_documents(model: Any, documents: Sequence[Any], options: argparse.Namesp
 
     windows = {"max_windows": options.max_windows, "batch_size": options.batch_size}
     dense_only = options.dense_only
+    unsaid = trained_attention(model) is None or trained_window(model) is not None
+    if options.sink_tokens is not None and options.group_size is None and unsaid:
+        raise ValueError(f"--sink-tokens: of groups, in which {options.model} wasn't trained; give --group-size, too")
     if not dense_only and options.group_size is None and trained_attention(model) is None:
         print(f"{options.model} doesn't say how it was trained: dense alone (--group-size measures groups beside it)")
         dense_only = True
@@ -279,7 +324,9 @@ def _extension(model: Any) -> dict[str, int]:
     return {"base_length": reach(config.base_scaling, config.base_length)[1], "train_length": config.scaling.length}
 
 
-def _report(results: dict[str, Any], out: Path, extension: dict[str, int], plots: bool) -> None:
+def _report(
+    results: dict[str, Any], earlier: dict[str, Any], out: Path, extension: dict[str, int], plots: bool
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -291,9 +338,6 @@ def _report(results: dict[str, Any], out: Path, extension: dict[str, int], plots
 
     name, file = results["model"], out / EVALUATION_NAME
     out.mkdir(parents=True, exist_ok=True)
-    earlier = json.loads(file.read_text()) if file.is_file() else {}
-    if results["adapter_sha256"] is None or earlier.get("adapter_sha256") != results["adapter_sha256"]:
-        earlier = {}
     file.write_text(json.dumps(earlier | results, indent=2))  # what else was measured of the same weights stays
     written = [file]
     console = Console()
