@@ -250,6 +250,19 @@ def test_documents_are_read_as_the_trainer_reads_them(tmp_path, tiny_tokenizer):
             read(name)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_text_is_what_its_file_says(tmp_path, streaming):
+    """Not less by a word that pandas takes for no value, nor more by a mark of its encoding."""
+    answers = ["None", "NA", "null", "nan", ""]
+    for suffix, sep in (("csv", ","), ("tsv", "\t")):
+        lines = (f"{number}{sep}{answer}" for number, answer in enumerate(answers))
+        (tmp_path / f"a.{suffix}").write_text("\n".join([f"prompt{sep}completion", *lines]))
+        found = load_data(str(tmp_path / f"a.{suffix}"), streaming=streaming)["train"]
+        assert [row["completion"] for row in found] == [*answers[:-1], None]
+    (tmp_path / "bom.txt").write_text(ANSWER, encoding="utf-8-sig")
+    assert list(load_data(str(tmp_path / "bom.txt"), streaming=streaming)["train"]) == [{"text": ANSWER}]
+
+
 def test_data_from_files_and_folders(tmp_path):
     rows = [{"text": "one\ntwo"}, {"text": "three"}]
     Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")

@@ -21,12 +21,15 @@ SUFFIXES = {
 }
 """The kind of a local file, by its suffix before any of `COMPRESSED`."""
 
+CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+"""An empty cell has no value; "None", "NA" and "null" are texts, for which pandas would have none either."""
+
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "json": ("json", {}),
     "parquet": ("parquet", {}),
-    "csv": ("csv", {}),
-    "tsv": ("csv", {"sep": "\t"}),
-    "text": ("text", {"sample_by": "document"}),
+    "csv": ("csv", CSV),
+    "tsv": ("csv", CSV | {"sep": "\t"}),
+    "text": ("text", {"sample_by": "document", "encoding": "utf-8-sig"}),  # without the mark that some begin with
 }
 """The builder of `datasets` for files of a kind, and its options."""
 
