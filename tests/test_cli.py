@@ -262,22 +262,6 @@ def test_what_was_measured_before_a_failure_is_written(adapter, capsys, monkeypa
     assert results["perplexity"] and "passkey" not in results and (folder / "out" / "perplexity.png").is_file()
 
 
-def test_sink_tokens_alone_are_of_a_pattern_that_is_known(adapter, capsys):
-    """Without one they would say nothing."""
-    model, folder = adapter
-    arguments = ["evaluate", str(folder / "adapter"), "--documents", str(folder / "one.txt"), "--lengths", "256"]
-    arguments += ["--device", "cpu", "--max-windows", "1", "--output-dir", str(folder / "out"), "--sink-tokens", "2"]
-    assert main(arguments) == 0  # the adapter says its groups
-    columns = list(json.loads((folder / "out" / "evaluation.json").read_text())["perplexity"])
-    assert columns == ["dense", "groups of 32, 2 sink tokens"]
-    windows = Schedule((ContextStage(256, 1),), S2AttentionConfig(), 0, native_window=64, sparse="pose")
-    for schedule in (None, windows.to_dict()):
-        model.active_peft_config.schedule = schedule
-        model.save_pretrained(folder / "adapter")
-        assert main(arguments) == 1
-        assert "--sink-tokens: of groups" in capsys.readouterr().err
-
-
 def test_evaluate_without_matplotlib(adapter, capsys, monkeypatch):
     """It is an extra: what is measured is written all the same, and said before it is measured."""
     _, folder = adapter

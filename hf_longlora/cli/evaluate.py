@@ -245,9 +245,6 @@ def _on_documents(model: Any, documents: Sequence[Any], options: argparse.Namesp
 
     windows = {"max_windows": options.max_windows, "batch_size": options.batch_size}
     dense_only = options.dense_only
-    unsaid = trained_attention(model) is None or trained_window(model) is not None
-    if options.sink_tokens is not None and options.group_size is None and unsaid:
-        raise ValueError(f"--sink-tokens: of groups, in which {options.model} wasn't trained; give --group-size, too")
     if not dense_only and options.group_size is None and trained_attention(model) is None:
         print(f"{options.model} doesn't say how it was trained: dense alone (--group-size measures groups beside it)")
         dense_only = True
