@@ -587,6 +587,12 @@ def test_trains_usage(run, capsys, monkeypatch):
         main(["train", "--config", "missing.yaml"])
 
 
+def test_a_kernel_that_no_command_takes_is_not_missed(tmp_path, caplog):
+    assert main(["check", str(tmp_path)]) == 1
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward")
+    assert "gemm_4bit_forward" not in caplog.text
+
+
 def test_the_very_run_is_planned(run, capsys):
     arguments = ["plan", "--config", "run.yaml", "--gpu", "h100", "--gpus", "4"]
     assert main([*arguments, "--json"]) == 0

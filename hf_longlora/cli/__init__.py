@@ -5,6 +5,7 @@ One file a command. Each has `add(commands)`, which adds its parser and sets `ru
 """
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Between PEFT, TRL and transformers, and nothing to the user.
     for name in ("is_gradient_checkpointing", "gradient_checkpointing_enable"):
         warnings.filterwarnings("ignore", f"`{name}` is deprecated", FutureWarning)
+    # PEFT imports it, whose kernel for 4 bits on a CPU is one of the Hub, for inference.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         register()
         options.run(options)
