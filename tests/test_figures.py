@@ -85,6 +85,12 @@ def yarn_above_theta(length: int, corpus: str) -> str:
     return "; ".join(", ".join(f"{value:+.1f}" for value in values) + "%" for values in ends)
 
 
+def planner() -> str:
+    planned = rows("planning")
+    memory, time = (max(abs(float(row[c].rstrip("%"))) for row in planned if row[c]) for c in ("gib_error", "s_error"))
+    return f"its memory is at most {memory:.1f}% off and its time {time:.0f}%"
+
+
 def readme() -> list[str]:
     books, share = above(DEFAULT, "books"), pretrained(DEFAULT).share
     qwen, qwen_end = (max(above(DEFAULT, "books", c, **QWEN)) for c in ("ppl", "ppl_last_2048"))
@@ -98,8 +104,6 @@ def readme() -> list[str]:
     dense = {n: step("ours-dense+liger+tile", n, kernel="flash") for n in sparse}
     offloaded = {"method": "ours-2048+liger+tile+offload", "gpu": "NVIDIA H100 80GB HBM3"}
     million = {"model": "qwen3-8b", "tokens": 1_048_576, "group": 2048}
-    planned = rows("planning")
-    memory, time = (max(abs(float(row[c].rstrip("%"))) for row in planned if row[c]) for c in ("gib_error", "s_error"))
     return [
         f"ends {ranged(books)}% above dense training's perplexity in {share:.2f} of its time",
         f"Dense training of fewer steps, in that time, ends {ranged(above(EQUAL_TIME, 'books'))}% above",
@@ -127,7 +131,7 @@ def readme() -> list[str]:
         f"{pretrained(DEFAULT, 131_072, 'qwen').share:.2f} of the time",
         f"ends {paper[0]}% (books) and {paper[1]}% (math) above dense training in these 50 steps; with a larger theta "
         f"it is {theta[0]}% and {theta[1]}%",
-        f"at most {memory:.1f}% off and its time {time:.0f}%",
+        planner(),
     ]
 
 
@@ -258,6 +262,7 @@ def memory() -> list[str]:
         f"{step(offloaded, 262144, 'peak_pinned_gib', **h100):.0f} pinned on the host) |",
         f"the same (H100) | {step(offloaded, 524288, **h100):.1f} | {peak(offloaded, 524288, **h100):.1f} (and "
         f"{step(offloaded, 524288, 'peak_pinned_gib', **h100):.0f} pinned on the host",
+        planner(),
         f"{step('stock', 131072):.1f} s for stock TRL at 131,072 tokens, "
         f"{step('ours-dense+liger+tile', 131072, **tuned):.1f} s with FlashAttention 4, Liger",
         f"{peak('ours-dense+liger+tile', 131072, **tuned):.1f} GiB there, "
