@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import DTYPES, check_device, check_writable, refuse_idle
+from .options import DTYPES, check_device, refuse_idle
 
 UNTOUCHED = "Nothing has been written."
 
@@ -51,7 +51,6 @@ def run(options: argparse.Namespace) -> None:
     if options.form == "lora":
         refuse_idle(options, ["--dtype", "--device"], "for a merged model; a plain LoRA is written as it is")
     check_device(options.device)
-    check_writable(Path(options.output_dir))
     out = export_adapter(
         options.adapter,
         options.output_dir,

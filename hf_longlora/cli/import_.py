@@ -1,10 +1,7 @@
 """`hf-longlora import`."""
 
 import argparse
-from pathlib import Path
 from typing import Any
-
-from .options import check_writable
 
 
 def add(commands: Any) -> None:
@@ -35,6 +32,5 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     from ..hub import import_original
 
-    check_writable(Path(options.output_dir))
     out = import_original(options.folder, options.output_dir, target_length=options.target_length, base=options.base)
     print(f"{out} is an adapter. What it does to its base: hf-longlora check {out}")
