@@ -136,68 +136,60 @@ def _step(snapshot: Path) -> int:
 
 
 class _Pusher:
-    """A thread that pushes the newest snapshot it was given: an adapter in a folder `step-N`.
+    """Pushes the newest snapshot it was given, an adapter in a folder `step-N`, in a thread of its own.
 
     `huggingface_hub` sets no time limit. A thread whose try has had no answer for `patience` seconds is left behind
     for a new one. Should it be answered after all, the commit it makes is refused, for each names the one it follows.
     """
 
     def __init__(self, settings: PushAdapterCallback, token: str | None) -> None:
-        self.repo_id, self.revision, self.private = settings.repo_id, settings.revision, settings.private
-        self.retries, self.backoff, self.patience = settings.retries, settings.backoff, settings.patience
+        self.settings = settings
         self._api, self._token = HfApi(token=token), token
         self._changed = threading.Condition()
-        self._next: Path | None = None
+        self._newest: Path | None = None
         self._current: Path | None = None  # on its way
-        self._last: Path | None = None  # given, pushed or not
-        self._pushed = -1  # its step
+        self._thread: threading.Thread | None = None
         self._since: float | None = None  # when the try that is under way began
+        self._pushed = -1  # the last step that is on the Hub
         self._error = ""
-        self._closing = False
-        self._start()
-
-    def _start(self) -> None:
-        # A daemon, so that a server that never answers can't keep the program from its end.
-        self._since = None
-        self._thread = threading.Thread(target=self._work, name=f"push to {self.repo_id}", daemon=True)
-        self._thread.start()
 
     def submit(self, snapshot: Path) -> None:
         with self._changed:
-            self._last = snapshot
-            if not self._leave_stalled(snapshot):
-                self._next = snapshot
-                self._changed.notify_all()
-            self._clear_overtaken()
+            self._newest = snapshot
+            self._changed.notify_all()
+            self._see_to_it()
+            self._clear(snapshot.parent, _step(snapshot) - 1)
 
     def finish(self) -> None:
         """Wait for what is on its way, and say what did not get there."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        end = time.monotonic() + 2 * self.patience  # one try may stall, the other be answered
-        while self._thread.is_alive() and (left := end - time.monotonic()) > 0:
+        patience, repo_id = self.settings.patience, self.settings.repo_id
+        end = time.monotonic() + 2 * patience  # one try may stall, the other be answered
+        while (thread := self._thread) is not None and (left := end - time.monotonic()) > 0:
+            age = 0.0 if (since := self._since) is None else time.monotonic() - since
+            thread.join(max(min(left, patience - age), 0))
             with self._changed:
-                self._leave_stalled(self._last)
-                age = 0.0 if self._since is None else time.monotonic() - self._since
-            self._thread.join(min(left, self.patience - age))
-        if self._last is None or self._pushed >= _step(self._last):
+                if self._thread is not None:
+                    self._see_to_it()
+        if self._newest is None or self._pushed >= _step(self._newest):
             return
-        reason = self._error or f"there was no answer in {self.patience:g} s"
+        reason = self._error or f"there was no answer in {patience:g} s"
         logger.warning(
-            f"The adapter of step {_step(self._last)} is not on the Hub as {self.repo_id}: {reason}. It is whole in "
-            f"{self._last}. To push it: hf upload {self.repo_id} {self._last} ."
+            f"The adapter of step {_step(self._newest)} is not on the Hub as {repo_id}: {reason}. It is whole in "
+            f"{self._newest}. To push it: hf upload {repo_id} {self._newest} ."
         )
 
-    def _leave_stalled(self, snapshot: Path | None) -> bool:
-        """Put another thread in the place of one that gets no answer, to push `snapshot`."""
-        if self._since is None or time.monotonic() - self._since < self.patience:
-            return False
-        logger.warning(f"The push to {self.repo_id} had no answer in {self.patience:g} s; another is begun.")
-        self._next, self._current = snapshot, None
-        self._clear_overtaken()
-        self._start()
-        return True
+    def _see_to_it(self) -> None:
+        """Have a thread at work, and another in the place of one that gets no answer."""
+        if self._thread is not None:
+            if self._since is None or time.monotonic() - self._since < self.settings.patience:
+                return
+            logger.warning(
+                f"The push to {self.settings.repo_id} had no answer in {self.settings.patience:g} s; another is begun."
+            )
+        self._since = self._current = None
+        # A daemon, so that a server that never answers can't keep the program from its end.
+        self._thread = threading.Thread(target=self._work, name=f"push to {self.settings.repo_id}", daemon=True)
+        self._thread.start()
 
     @property
     def _left(self) -> bool:
@@ -205,25 +197,22 @@ class _Pusher:
         return threading.current_thread() is not self._thread
 
     def _work(self) -> None:
+        snapshot = None
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._next is not None or self._closing)
-                if self._left:
-                    return
-                snapshot, self._next = self._next, None
-                self._current = snapshot
-            if snapshot is None:
-                return
-            self._push(snapshot)
             with self._changed:
                 if self._left:
                     return
                 self._current = None
-                self._clear_overtaken()
+                if self._newest is snapshot or self._newest is None:
+                    self._thread = None
+                    return
+                snapshot = self._current = self._newest
+                self._clear(snapshot.parent, _step(snapshot) - 1)
+            self._push(snapshot)
 
     def _push(self, snapshot: Path) -> None:
         """Until it is pushed, overtaken, or there is no use in trying on."""
-        for number in range(self.retries + 1):
+        for number in range(self.settings.retries + 1):
             self._since = time.monotonic()
             try:
                 self._commit(snapshot)
@@ -232,16 +221,13 @@ class _Pusher:
                     if self._left:
                         return
                     self._since, self._error = None, self._describe(error)
-                again = number < self.retries and worth_a_retry(error)
-                wait = min(self.backoff * 2**number, LONGEST_WAIT)
-                logger.warning(
-                    f"Pushing the adapter of step {_step(snapshot)} to {self.repo_id} failed: {self._error}."
-                    + (f" Next try in {wait:g} s." if again else "")
-                )
-                if not again:
-                    return
-                with self._changed:
-                    if self._changed.wait_for(lambda: self._next is not None, wait):
+                    again = number < self.settings.retries and worth_a_retry(error)
+                    wait = min(self.settings.backoff * 2**number, LONGEST_WAIT)
+                    logger.warning(
+                        f"Pushing the adapter of step {_step(snapshot)} to {self.settings.repo_id} failed: "
+                        f"{self._error}." + (f" Next try in {wait:g} s." if again else "")
+                    )
+                    if not again or self._changed.wait_for(lambda: self._newest is not snapshot, wait):
                         return
             else:
                 with self._changed:
@@ -253,26 +239,22 @@ class _Pusher:
 
     def _commit(self, snapshot: Path) -> None:
         """One commit, so that the repository never holds half an adapter, on the head as it is before the upload."""
-        silent = are_progress_bars_disabled()
+        to, silent = self.settings, are_progress_bars_disabled()
         disable_progress_bars()  # they would run through the training's
         try:
-            repo_id = self._api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
-            head = self._api.repo_info(repo_id, revision=self.revision).sha
+            repo_id = self._api.create_repo(to.repo_id, private=to.private, exist_ok=True).repo_id
+            head = self._api.repo_info(repo_id, revision=to.revision).sha
             files = sorted(file for file in snapshot.iterdir() if file.is_file())
             self._api.create_commit(
                 repo_id,
                 [CommitOperationAdd(file.name, file) for file in files],
                 commit_message=f"Adapter of step {_step(snapshot)}",
-                revision=self.revision,
+                revision=to.revision,
                 parent_commit=head,
             )
         finally:
             if not silent:
                 enable_progress_bars()
-
-    def _clear_overtaken(self) -> None:
-        if self._last is not None:
-            self._clear(self._last.parent, _step(self._last) - 1)
 
     def _clear(self, folder: Path, step: int) -> None:
         """Remove adapters that wait from `step` or before, an earlier run's too, except the one being pushed."""
@@ -289,7 +271,7 @@ class _Pusher:
         line = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
         text = f"{type(cause).__name__}: {line}" if line else type(cause).__name__
         if answer is not None and answer.response.status_code in (401, 403, 404):
-            text += f" (the token is not valid, or may not write to {self.repo_id})"
+            text += f" (the token is not valid, or may not write to {self.settings.repo_id})"
         for token in (self._token, get_token()):
             text = text.replace(token, "<token>") if token else text
         return text.rstrip(".")

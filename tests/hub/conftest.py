@@ -1,3 +1,4 @@
+import threading
 import time
 from types import SimpleNamespace
 
@@ -31,17 +32,17 @@ def hub(monkeypatch, tmp_path):
         # Its own retries wait up to 8 seconds, five times.
         monkeypatch.setattr(_http, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))
         close_session()
-        pushers, start = [], push._Pusher._start
+        pushers, work = [], push._Pusher._work
 
-        def started(pusher):
-            start(pusher)
-            pushers.append((pusher, pusher._thread))
+        def working(pusher):
+            pushers.append((pusher, threading.current_thread()))
+            work(pusher)
 
-        monkeypatch.setattr(push._Pusher, "_start", started)
+        monkeypatch.setattr(push._Pusher, "_work", working)
         yield server
     for pusher, thread in pushers:
         with pusher._changed:  # that of a test which failed in mid-training is not told of the end
-            pusher._closing = True
+            pusher._newest = None
             pusher._changed.notify_all()
         thread.join(240)  # the server may have kept it waiting
         assert not thread.is_alive(), f"{thread.name} goes on"
