@@ -17,7 +17,7 @@ from ..evaluation.tables import RETRIEVAL, Records, Section, perplexity_of, sect
 from ..rope import ABF, reach, rope_factor, type_over
 from ..schedule import Schedule
 from ..tuner import LongLoraConfig
-from .run import read_facts
+from .run import STAGES, read_facts, stage_cells
 
 logger = logging.get_logger(__name__)
 
@@ -26,7 +26,6 @@ TAGS = ("longlora", "hf_longlora", "long-context", "lora", "transformers")
 MARK = "<!-- Written by hf_longlora, and written anew when more is known. Without this line it stays as it is. -->"
 EVALUATION_NAME = "evaluation.json"
 PLOT_NAME = "perplexity.png"
-ATTENTION = {"dense": "dense", "s2": "shifted sparse", "windows": "dense in windows", "pose": "PoSE"}
 
 
 def adapter_card(
@@ -263,19 +262,8 @@ def _trained(config: LongLoraConfig) -> list[str]:
 def _schedule(schedule: Schedule | None) -> str:
     if schedule is None:
         return ""
-    head = ("stage", "tokens", "steps", "attention", "group", "sink tokens", "a dense step each")
-    lines = ["## Schedule", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for number, stage in enumerate(schedule.stages):
-        kind, size, sinks, every = schedule.pattern(number)
-        cells = [ATTENTION[kind], "-", "-", str(every or "never")]
-        if kind == "s2":
-            cells[1:3] = f"{size:,}", f"{sinks:,}"
-        elif kind == "dense":
-            cells[3] = "-"
-        else:
-            cells[1] = f"windows of {size:,}"
-        lines.append(f"| {number + 1} | {stage.max_length:,} | {stage.max_steps} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [stage_cells(schedule, number) for number in range(len(schedule.stages))]
+    return _section(Section("Schedule", (list(STAGES), rows), ""))
 
 
 def _kinds(schedule: Schedule | None) -> set[str]:

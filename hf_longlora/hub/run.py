@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerState
 
 from .. import __version__
+from ..schedule import Schedule
 
 RUN_NAME = "run.json"
 """The facts, beside the adapter."""
@@ -78,6 +79,20 @@ def evaluation_losses(entry: Mapping[str, Any]) -> dict[str, float]:
         if (match := re.fullmatch(r"eval_(?:(.+)_)?loss", key)) is not None:
             found["evaluation loss" + (f", {match[1]}" if match[1] else "")] = float(value)
     return found
+
+
+STAGES = ("stage", "tokens", "steps", "attention", "group", "sink tokens", "a dense step each")
+ATTENTION = {"dense": "dense", "s2": "shifted sparse", "windows": "dense in windows", "pose": "PoSE"}
+
+
+def stage_cells(schedule: Schedule, number: int) -> list[str]:
+    """A stage, counted from 0, under the heads of `STAGES`."""
+    stage, (kind, size, sinks, every) = schedule.stages[number], schedule.pattern(number)
+    cells = [f"{number + 1}", f"{stage.max_length:,}", f"{stage.max_steps}", ATTENTION[kind]]
+    if kind == "dense":
+        return [*cells, "-", "-", "-"]
+    groups = [f"{size:,}", f"{sinks:,}"] if kind == "s2" else [f"windows of {size:,}", "-"]
+    return [*cells, *groups, str(every or "never")]
 
 
 def read_facts(folder: Path) -> dict[str, str]:

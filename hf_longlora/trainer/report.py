@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..evaluation.plots import no_plots, plot_history
 from ..evaluation.tables import perplexity_of, sections
 from ..hub.card import read_evaluation
-from ..hub.run import evaluation_losses, read_facts, training_seconds
+from ..hub.run import STAGES, evaluation_losses, read_facts, stage_cells, training_seconds
 from ..schedule import Schedule
 from .checkpoints import SCHEDULE_NAME
 
@@ -29,8 +29,6 @@ CURVES = {
 """Title, key in the log and axis of each picture of the run."""
 Evaluated = dict[str, dict[int, list[tuple[int, float]]]]
 """What was evaluated -> stage, from 0 -> (step, loss)."""
-HEAD = ("stage", "tokens", "steps", "attention", "group, tokens", "sink tokens", "first loss", "last loss")
-ATTENTION = {"dense": "dense", "s2": "sparse", "windows": "windows of {:,}", "pose": "PoSE in windows of {:,}"}
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;"
@@ -62,7 +60,7 @@ def write_report(
     facts = read_facts(folder)
     title = f"Context extension of {facts['base']}" if "base" in facts else "Context extension"
     rows = [_stage_row(number, logged, evaluated, schedule) for number in range(len(schedule.stages))]
-    head = (*HEAD, *evaluated, "tokens/s", "peak GiB")
+    head = (*STAGES, "first loss", "last loss", *evaluated, "tokens/s", "peak GiB")
     body = [f"<h1>{html.escape(title)}</h1>", _table(head, rows)]
     if (missing := no_plots()) is not None:
         logger.warning(f"{folder / 'report.html'} has no pictures: {missing}")
@@ -117,18 +115,11 @@ def _stage_row(
 ) -> list[str]:
     stage = schedule.stages[number]
     entries = [entry for entry in logged if entry["stage"] == number + 1]
-    kind, size, sinks, every = schedule.pattern(number)
-    attention = ATTENTION[kind].format(size)
-    before = schedule.ends[number] - stage.max_steps
-    done = entries[-1]["step"] - before if entries else 0
-    row = [
-        f"{number + 1}",
-        f"{stage.max_length:,}",
-        f"{stage.max_steps:,}" if done == stage.max_steps else f"{done:,} of {stage.max_steps:,}",
-        attention + (f", one step in {every} dense" if every > 1 else ""),
-        *((f"{size:,}", f"{sinks:,}") if kind == "s2" else ("", "")),
-        *((f"{entries[0]['loss']:.3f}", f"{entries[-1]['loss']:.3f}") if entries else ("", "")),
-    ]
+    done = entries[-1]["step"] - schedule.ends[number] + stage.max_steps if entries else 0
+    row = stage_cells(schedule, number)
+    if done < stage.max_steps:
+        row[STAGES.index("steps")] = f"{done} of {stage.max_steps}"
+    row += [f"{entries[at]['loss']:.3f}" if entries else "" for at in (0, -1)]
     row += [f"{by_stage[number][-1][1]:.3f}" if number in by_stage else "" for by_stage in evaluated.values()]
     if not entries:
         return [*row, "", ""]

@@ -180,8 +180,8 @@ def test_a_run_ends_with_a_report(make, tmp_path):
     trainer.train()
     out = tmp_path / "out"
     rows = re.findall(r"<tr>(.*?)</tr>", page(out))
-    assert "<td>1</td><td>128</td><td>3</td><td>sparse, one step in 2 dense</td><td>32</td><td>4</td>" in rows[1]
-    assert "<td>2</td><td>256</td><td>3</td><td>dense</td><td></td>" in rows[2]
+    assert "<td>1</td><td>128</td><td>3</td><td>shifted sparse</td><td>32</td><td>4</td><td>2</td>" in rows[1]
+    assert "<td>2</td><td>256</td><td>3</td><td>dense</td><td>-</td>" in rows[2]
     assert re.search(r"(<td>\d\.\d{3}</td>){3}<td>[\d,]+</td><td>\d+\.\d</td>$", rows[1])
     evaluated = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     for row, loss in zip(rows[1:3], evaluated, strict=True):  # that of the stage's end, beside training's
