@@ -103,7 +103,7 @@ def ruler_accuracy(
     records = []
     total = len(lengths) * len(names) * trials
     bar = tqdm(total=total, desc="ruler", unit="text", disable=not progress)
-    with evaluating(model), bar, _quiet(), _random_numbers_kept():
+    with evaluating(model), bar, _quiet():
         for length in lengths:
             harness = LoadedModel(model, tokenizer, length, batch_size, answered=bar.update)
             room = length - ROOM - (_template_tokens(harness) if chat_template else 0)
@@ -265,17 +265,6 @@ def _template_tokens(harness: Any) -> int:
     """Tokens that the chat template puts around a message and the begin of its answer, and the first token."""
     history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
     return len(harness.tok_encode(harness.apply_chat_template(history, add_generation_prompt=False)))
-
-
-@contextlib.contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    """Afterwards Python's and NumPy's random numbers go on as they would have."""
-    state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        np.random.set_state(numpy_state)
 
 
 @contextlib.contextmanager

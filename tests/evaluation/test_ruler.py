@@ -1,13 +1,11 @@
 """RULER by lm-eval, where that is installed (`make test-eval`); what is refused without it, everywhere."""
 
 import json
-import random
 import re
 import sys
 from collections import Counter
 from importlib.util import find_spec
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -124,11 +122,8 @@ def test_every_model_reads_the_same_texts(tiny_llama, tokenizer):
 
     whole = read(None)
     assert len(whole) == 12
-    random.seed(5), np.random.seed(6)
-    ahead = [random.Random(5).random(), np.random.RandomState(6).rand()]
     parts = [read([task]) for task in reversed(TASKS)]
     assert set().union(*parts) == whole and all(len(part) == 2 for part in parts)
-    assert [random.random(), np.random.rand()] == ahead  # the caller's own go on
     assert not read(["cwe"], seed=1) & whole
 
 
