@@ -43,7 +43,8 @@ def add(commands: Any) -> None:
         help="a run's YAML file, as `train` takes it, in the place of a model and all options but --gpu, --gpus and "
         "--json: what each of its stages takes, and hours in all",
     )
-    plan.add_argument("--lengths", nargs="+", type=int, default=[8192, 16384, 32768, 65536, 131072], metavar="N")
+    lengths = [8192, 16384, 32768, 65536, 131072]
+    plan.add_argument("--lengths", nargs="+", type=int, default=lengths, metavar="N", help="tokens in a sequence")
     plan.add_argument(
         "--gpu", help="a card of the table in hf_longlora/planning/gpus.py; default: this machine's, or H100"
     )

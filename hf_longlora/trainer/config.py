@@ -78,7 +78,7 @@ class LongLoraSFTConfig(SFTConfig):
     )
     attention_kernel: str = field(default="auto", metadata={"help": "Attention kernel: 'auto' or a kernel's name."})
     compile_layers: bool = field(
-        default=False, metadata={"help": "Compile each decoder layer for training (fuses what is not a product)."}
+        default=False, metadata={"help": "Compile norms, attention modules and MLPs (but tiled ones) for training."}
     )
     mlp_tile: int | None = field(
         default=None,
