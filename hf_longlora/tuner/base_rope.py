@@ -9,6 +9,7 @@ from typing import Any
 import transformers
 from packaging.version import Version
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .. import rope
@@ -18,6 +19,8 @@ from .config import LongLoraConfig
 # On the base model, so that it outlives the tuner: transformers' own `load_adapter` builds one per adapter.
 _BASE_ROPE = "_longlora_base_rope"
 _FOLLOWER = "_longlora_follower"
+_DORA = "_longlora_dora"
+"""On the base model, too: the adapters of DoRA that were loaded on it, unless by a PeftModel."""
 _TRANSFORMERS_KEEPS_ALL = Version(transformers.__version__) >= Version("5.18")
 
 
@@ -130,14 +133,23 @@ def warn_of_reference(model: nn.Module, configs: Mapping[str, Any]) -> None:
         return
 
 
-def follow(model: nn.Module, scaled: bool) -> None:
-    """See to it that the RoPE goes with the layers, for a model that no tuner may be told about."""
-    if (scaled or not _TRANSFORMERS_KEEPS_ALL) and not hasattr(model, _FOLLOWER):
+def follow(model: nn.Module, adapter_name: str, dora: bool) -> None:
+    """See to it that the RoPE goes with the layers, for a model that no tuner may be told about.
+
+    Args:
+        model: The base.
+        adapter_name: The adapter that has been put on it.
+        dora: Whether it was stored, and DoRA's magnitudes with it.
+    """
+    if dora:
+        vars(model).setdefault(_DORA, set()).add(adapter_name)
+    if not hasattr(model, _FOLLOWER):
         setattr(model, _FOLLOWER, model.register_forward_pre_hook(_follow_layers))
 
 
 def unfollow(model: nn.Module) -> None:
     """Undo `follow`: there is a tuner, and it is told of every switch."""
+    vars(model).pop(_DORA, None)
     hook = vars(model).pop(_FOLLOWER, None)
     if hook is not None:
         hook.remove()
@@ -147,7 +159,7 @@ def _follow_layers(model: nn.Module, args: Any) -> None:
     """Before a forward: give the model the RoPE its LoRA layers call for.
 
     transformers' own `load_adapter` throws the tuner away, and its `disable_adapters`, `set_adapter` and
-    `delete_adapter` speak to the layers alone.
+    `delete_adapter` speak to the layers alone; its `enable_adapters` to LoRA's alone.
 
     Raises:
         RuntimeError: this transformers has lost part of the adapter.
@@ -158,6 +170,19 @@ def _follow_layers(model: nn.Module, args: Any) -> None:
             "methods, with no more than a line in the log. Put the adapter on a fresh model by get_peft_model or "
             "PeftModel.from_pretrained, or use transformers 5.18 or newer."
         )
+    configs = vars(model).get("peft_config", {})
+    if lost := sorted(vars(model).get(_DORA, set()) & configs.keys()):
+        raise RuntimeError(
+            f"transformers' load_adapter, which from_pretrained uses as well, drops DoRA's magnitudes (of adapter "
+            f"{lost[0]!r}), with no more than a line in the log. Load it by PeftModel.from_pretrained or "
+            "AutoPeftModelForCausalLM."
+        )
     layer = next((m for m in model.modules() if isinstance(m, LoraLayer)), None)
-    active = [] if layer is None or layer.disable_adapters else layer.active_adapters
-    put_rope(model, vars(model).get("peft_config", {}), active)
+    off = layer is None or layer.disable_adapters
+    whole = any(getattr(config, "modules_to_save", None) for config in configs.values())
+    wrapper = next((m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)), None) if whole else None
+    if wrapper is not None and layer is not None and wrapper.disable_adapters != off:
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.enable_adapters(not off)
+    put_rope(model, configs, [] if off else layer.active_adapters)

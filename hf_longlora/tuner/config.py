@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -135,6 +136,13 @@ class LongLoraConfig(LoraConfig):
             raise ValueError(f"rope_parameters must be a dict, got {type(self.rope_parameters).__name__}.")
         for name in ("rope", "base_rope"):
             _check_stored_rope(name, getattr(self, name))
+        # PEFT takes any, and the forward fails or is NaN.
+        alpha: Any = self.lora_alpha
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ValueError(f"lora_alpha must be a finite number, got {alpha!r}.")
+        tokens: Any = self.alora_invocation_tokens
+        if tokens is not None and not (isinstance(tokens, list) and all(type(t) is int for t in tokens)):
+            raise ValueError(f"alora_invocation_tokens must be a list of token ids, got {tokens!r}.")
         targets = self.target_modules
         if isinstance(targets, str):
             hit = re.fullmatch(targets, "lm_head") is not None

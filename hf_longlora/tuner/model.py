@@ -55,6 +55,15 @@ class LongLoraModel(LoraModel):
     _adapters_off = False
     _with_masters: frozenset[str] = frozenset()  # adapters whose weights are to be fp32 in training
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "the model has an adapter already, whose LoRA get_peft_model would write over. To train that one "
+                "further, load it by PeftModel.from_pretrained(base, adapter, is_trainable=True); for one on top of "
+                "it, merge it first (merge_and_unload); for one beside it, call add_adapter."
+            )
+        super().__init__(model, *args, **kwargs)
+
     # -- putting an adapter on -------------------------------------------------------------------------------------
 
     def inject_adapter(
@@ -98,9 +107,9 @@ class LongLoraModel(LoraModel):
                 check_fit(self, adapter_name, vars(config).pop("_stored_shapes"))
             if config.rope is not None:
                 remember(model, config.base_length)
-            config.resolved = True
+            stored, config.resolved = config.resolved, True
             self._sync_rope()
-            follow(model, scaled=config.rope is not None)
+            follow(model, adapter_name, dora=stored and config.use_dora)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: LongLoraConfig) -> None:
         if not tie_by_module(model, peft_config):

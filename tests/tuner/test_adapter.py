@@ -218,6 +218,11 @@ def test_parameters_are_targeted_as_by_lora():
         ("base_length", 1),
         ("rope_type", "ntk"),
         ("rope_parameters", "linear"),
+        ("lora_alpha", True),
+        ("lora_alpha", "16"),
+        ("lora_alpha", float("inf")),
+        ("alora_invocation_tokens", 5),
+        ("alora_invocation_tokens", [5, "a"]),
     ],
 )
 def test_config_refusals(key, value):
@@ -226,9 +231,9 @@ def test_config_refusals(key, value):
 
 
 def test_the_least_that_a_config_takes():
-    least = {"target_length": 2, "base_length": 2, "embedding_rank": 1}
-    config = LongLoraConfig(**least)
-    assert {key: getattr(config, key) for key in least} == least
+    least = {"target_length": 2, "base_length": 2, "embedding_rank": 1, "lora_alpha": 0.5}
+    config = LongLoraConfig(**least, alora_invocation_tokens=[5])
+    assert {key: getattr(config, key) for key in least} == least and config.alora_invocation_tokens == [5]
 
 
 # -- save and load ----
@@ -289,6 +294,60 @@ def test_saved_through_transformers(saved, tmp_path):
     model.save_pretrained(tmp_path / "again")
     for loader in (by_peft, by_load_adapter):
         assert (logits(loader(base, str(tmp_path / "again")).eval()) - adapted).abs().max() <= 1e-6
+
+
+@keeps_all
+@pytest.mark.parametrize("target", [None, TARGET])
+def test_what_transformers_forgets_when_it_enables_adapters_is_enabled(tmp_path, tied, target, monkeypatch):
+    """It speaks to LoRA's layers, and norms and embeddings would stay the base's."""
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda min_version: None)
+    llama(tied).save_pretrained(tmp_path / "base")
+    model = perturbed(load(tmp_path / "base"), LongLoraConfig(target_length=target))
+    model.save_pretrained(tmp_path / "adapter")
+    adapted, plain = logits(model), logits(load(tmp_path / "base"))
+    model = by_load_adapter(tmp_path / "base", str(tmp_path / "adapter")).eval()
+    for _ in range(2):
+        model.disable_adapters()
+        assert torch.equal(logits(model), plain)
+        model.enable_adapters()
+        assert (logits(model) - adapted).abs().max() <= 1e-6
+
+
+@keeps_all
+@pytest.mark.parametrize("target", [None, TARGET])
+def test_dora_is_not_loaded_by_transformers_which_drops_its_magnitudes(tmp_path, target):
+    """Of PEFT's own LoRA, too: when this fails, it doesn't any more, and there is nothing to refuse."""
+    llama().save_pretrained(tmp_path / "base")
+    for config in (LoraConfig(use_dora=True, target_modules=["q_proj"]), LongLoraConfig(use_dora=True)):
+        if isinstance(config, LongLoraConfig):
+            config.target_length = target
+        model = perturbed(load(tmp_path / "base"), config)
+        expected = logits(model)
+        model.save_pretrained(tmp_path / "adapter")
+        assert (logits(by_peft(tmp_path / "base", tmp_path / "adapter").eval()) - expected).abs().max() <= 1e-6
+        loaded = by_load_adapter(tmp_path / "base", str(tmp_path / "adapter")).eval()
+        if not isinstance(config, LongLoraConfig):
+            assert (logits(loaded) - expected).abs().max() > 0.01
+            continue
+        for each in (loaded, by_transformers(tmp_path / "base", str(tmp_path / "adapter"))):
+            with pytest.raises(RuntimeError, match=r"drops DoRA's magnitudes \(of adapter 'default'\)"):
+                logits(each)
+    # Without weights to be loaded there are none to be lost, and PEFT loads beside what is there.
+    logits(inject_adapter_in_model(LongLoraConfig(use_dora=True, target_length=target), load(tmp_path / "base")))
+    twice = by_peft(tmp_path / "base", tmp_path / "adapter").eval()
+    twice.load_adapter(tmp_path / "adapter", "second")
+    twice.set_adapter("second")
+    assert (logits(twice) - expected).abs().max() <= 1e-6
+
+
+def test_no_adapter_is_put_on_one_by_get_peft_model():
+    """PEFT warns, writes over the first one's LoRA, and what is saved loads on no model."""
+    model = perturbed(llama())
+    before, config = logits(model), model.peft_config["default"]
+    for second in (LongLoraConfig(), LongLoraConfig(target_length=2 * TARGET)):
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match="has an adapter already"):
+            get_peft_model(model, second)
+        assert torch.equal(logits(model), before) and model.peft_config == {"default": config}
 
 
 def test_a_transformers_that_loses_weights_is_refused(saved, monkeypatch):
@@ -610,7 +669,6 @@ def test_rope_goes_with_layers_that_are_switched_by_themselves():
             again.set_submodule(name, layer.get_base_layer())
     logits(again)
     assert again.config.max_position_embeddings == LENGTH
-    assert not inject_adapter_in_model(LongLoraConfig(), llama())._forward_pre_hooks  # no RoPE to follow
 
 
 def test_who_is_told_that_a_reference_is_the_base_without_its_extension():
