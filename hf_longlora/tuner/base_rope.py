@@ -178,11 +178,11 @@ def _follow_layers(model: nn.Module, args: Any) -> None:
             "AutoPeftModelForCausalLM."
         )
     layer = next((m for m in model.modules() if isinstance(m, LoraLayer)), None)
-    off = layer is None or layer.disable_adapters
+    active = [] if layer is None or layer.disable_adapters else layer.active_adapters
     whole = any(getattr(config, "modules_to_save", None) for config in configs.values())
     wrapper = next((m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)), None) if whole else None
-    if wrapper is not None and layer is not None and wrapper.disable_adapters != off:
+    if wrapper is not None and layer is not None and wrapper.disable_adapters != layer.disable_adapters:
         for module in model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
-                module.enable_adapters(not off)
-    put_rope(model, configs, [] if off else layer.active_adapters)
+                module.enable_adapters(not layer.disable_adapters)
+    put_rope(model, configs, active)
