@@ -6,6 +6,7 @@ Each is computed here from its rows, and looked for as the page has it. Where a 
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,9 @@ ROOT = Path(__file__).parent.parent
 DEFAULT = f"windows, 2nd dense{THETA}"
 EQUAL_TIME = f"dense of equal time{THETA}"
 PAPER = "s2 1/4 linear (the paper)"
-QWEN = {"model": "qwen", "length": 131_072}
+QWEN: dict[str, Any] = {"model": "qwen", "length": 131_072}
+GEMMA = {**QWEN, "model": "gemma"}
+ENDS = ("ppl", "ppl_last_2048")
 HALF_UP = 1e-9
 """Rows have five digits, and a last one of 5 is rounded up."""
 
@@ -81,7 +84,7 @@ def passkeys(name: str) -> float:
 
 
 def yarn_above_theta(length: int, corpus: str) -> str:
-    ends = (above("dense", corpus, column, length=length) for column in ("ppl", "ppl_last_2048"))
+    ends = (above("dense", corpus, column, length=length) for column in ENDS)
     return "; ".join(", ".join(f"{value:+.1f}" for value in values) + "%" for values in ends)
 
 
@@ -93,7 +96,10 @@ def planner() -> str:
 
 def readme() -> list[str]:
     books, share = above(DEFAULT, "books"), pretrained(DEFAULT).share
-    qwen, qwen_end = (max(above(DEFAULT, "books", c, **QWEN)) for c in ("ppl", "ppl_last_2048"))
+    (qwen, qwen_end), (gemma, gemma_end) = (
+        [max(x for corpus in ("books", "math") for x in above(DEFAULT, corpus, c, **of)) for c in ENDS]
+        for of in (QWEN, GEMMA)
+    )
     paper, theta = (
         [ranged(above(method, corpus), digits) for corpus in ("books", "math")]
         for method, digits in ((PAPER, 0), (f"s2 1/4{THETA}", 1))
@@ -127,8 +133,9 @@ def readme() -> list[str]:
         f"| LongLoRA | {demo('LongLoRA')} |",
         f"| LongLoRA, shifted sparse attention alone | {demo('LongLoRA, S2 alone')} |",
         f"{last('demo', 'seconds_in_all', model='LongLoRA'):.0f} seconds on two CPU cores",
-        f"within {qwen:.2f}% of dense training, its end within {qwen_end:.2f}%, at "
-        f"{pretrained(DEFAULT, 131_072, 'qwen').share:.2f} of the time",
+        f"at most {qwen:.2f}% above dense training, its end {qwen_end:.2f}%, at "
+        f"{pretrained(DEFAULT, **QWEN).share:.2f} of the time; Gemma 3 270M: at most {gemma:.2f}%, its end "
+        f"{gemma_end:.2f}%, at {pretrained(DEFAULT, **GEMMA).share:.2f}",
         f"ends {paper[0]}% (books) and {paper[1]}% (math) above dense training in these 50 steps; with a larger theta "
         f"it is {theta[0]}% and {theta[1]}%",
         planner(),
@@ -166,9 +173,10 @@ def groups() -> list[str]:
     changed = {name: above_default(name) for name in (*names, "half of the steps", "twice the steps")}
     in_turn = last("pretrained", "sparse_step_p50", method=f"pose{THETA}", corpus="books", length=65_536, split="test")
     at_once = last("pretrained", "sparse_step_p50", method=DEFAULT, corpus="books", length=65_536, split="test")
-    s2_qwen, windows_qwen = (
-        [above(method + THETA, "books", c, model="qwen", length=131_072)[0] for c in ("ppl", "ppl_last_2048")]
-        for method in ("s2 native + sinks, 4th dense", "windows, 3rd dense")
+    s2 = f"s2 native + sinks, 4th dense{THETA}"
+    (s2_qwen, windows_qwen), (s2_gemma, windows_gemma) = (
+        [[above(method, "books", c, **of)[0] for c in ENDS] for method in (s2, other)]
+        for of, other in ((QWEN, f"windows, 3rd dense{THETA}"), (GEMMA, DEFAULT))
     )
     stages = [
         100 * (quality(f"dense through {n}", corpus, seed=0) / quality("dense", corpus, **YARN_44M) - 1)
@@ -188,6 +196,9 @@ def groups() -> list[str]:
         f"stays {pose[0]:.1f}% (novels) and {pose[1]:.1f}% (mathematics)",
         f"is {s2_qwen[0]:+.1f}% (last 2,048: {s2_qwen[1]:+.1f}), windows with each 3rd {windows_qwen[0]:+.1f}% "
         f"({windows_qwen[1]:+.1f})",
+        f"it is {s2_gemma[0]:+.1f}% ({s2_gemma[1]:+.1f}) at {pretrained(s2, **GEMMA).share:.2f} of dense training's "
+        f"time, windows with each 2nd {windows_gemma[0]:+.1f}% ({windows_gemma[1]:+.1f}) at "
+        f"{pretrained(DEFAULT, **GEMMA).share:.2f}",
         f"{above(alone, 'math', 'ppl_last_2048')[0]:.0f} to {above(alone, 'books', 'ppl_last_2048')[0]:.0f}% behind "
         "over the last 2,048",
         f"YaRN is {untrained[1]:.0f} to {untrained[0]:.0f}% above",
@@ -301,6 +312,11 @@ def kernels() -> list[str]:
         m: last("sliding", "ms_p50", method=m, shape="gemma3-270m", length=32_768)
         for m in ("blocks", "whole mask", "varlen")
     }
+    packed = {
+        (kernel, mean): [last("packed", f"{call}_p50", kernel=kernel, mean=mean) for call in ("first", "again")]
+        for kernel in ("varlen", "sdpa")
+        for mean in (500, 8000)
+    }
     table = {"`flash` with FlashAttention 4": "s2 flash", "`sdpa` with cuDNN": "s2 sdpa cudnn"}
     table |= {"`sdpa` with FlashAttention 2": "s2 sdpa flash", "`varlen` (FlashAttention 2)": "s2 varlen"}
     return [
@@ -314,6 +330,9 @@ def kernels() -> list[str]:
         "of 8,192 {:.1f} -> {:.1f} ms".format(*with_sinks[8192]),
         "of 32,768 {:.0f} -> {:.0f} ms".format(*with_sinks[32768]),
         f"the 8B shape takes as long with as without ({sinks[0]:.1f} s",
+        f"take {packed['varlen', 500][0]:.1f} ms by `varlen`, {packed['sdpa', 500][0]:.1f} by `sdpa`; of 8,000 "
+        f"{packed['varlen', 8000][0]:.1f}, by `sdpa` {packed['sdpa', 8000][0]:.0f} ms where it meets the lengths and "
+        f"{packed['sdpa', 8000][1]:.1f} afterwards",
         f"takes {sliding['blocks']:.1f} ms, by the whole mask {sliding['whole mask']:.0f}",
         f"which is not built in, {sliding['varlen']:.1f})",
     ]
