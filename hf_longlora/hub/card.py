@@ -15,7 +15,6 @@ from transformers.utils import cached_file, logging
 
 from ..evaluation.tables import RETRIEVAL, Records, Section, perplexity_of, sections
 from ..rope import ABF, reach, rope_factor, type_over
-from ..schedule import Schedule
 from ..tuner import LongLoraConfig
 from .run import STAGES, read_facts, stage_cells
 
@@ -69,6 +68,9 @@ def adapter_card(
     perplexity, training = perplexity or {}, training or {}
     others: dict[str, Records] = {**(retrieval or {}), "ruler": ruler, "long_ppl": long_ppl}
     measured = [_section(section) for section in sections(perplexity, others)]
+    run: Any = config.trained
+    numbers = range(len(run.stages) if run else 0)
+    stages, kinds = [stage_cells(run, number) for number in numbers], {run.pattern(number).kind for number in numbers}
     if plot:
         measured.insert(len(perplexity), f"![Perplexity by context length]({plot})")
     title = name.rpartition("/")[2]
@@ -90,8 +92,8 @@ def adapter_card(
         title=title,
         about=about.strip(),
         summary=_summary(config, base_model),
-        schedule=_schedule(config.trained),
-        kinds=_kinds(config.trained),
+        schedule=_section(Section("Schedule", (list(STAGES), stages), "")) if stages else "",
+        kinds=kinds & {"windows", "pose"},
         measured=measured,
         perplexity=perplexity,
         retrieval=retrieval,
@@ -257,19 +259,6 @@ def _trained(config: LongLoraConfig) -> list[str]:
         rank = config.embedding_rank
         trained.append("embeddings" if rank is None else f"embeddings by LoRA (r = {rank})")
     return trained
-
-
-def _schedule(schedule: Schedule | None) -> str:
-    if schedule is None:
-        return ""
-    rows = [stage_cells(schedule, number) for number in range(len(schedule.stages))]
-    return _section(Section("Schedule", (list(STAGES), rows), ""))
-
-
-def _kinds(schedule: Schedule | None) -> set[str]:
-    """How the windows of a run were cut, if there were any."""
-    stages = () if schedule is None else map(schedule.pattern, range(len(schedule.stages)))
-    return {pattern.kind for pattern in stages} & {"windows", "pose"}
 
 
 def _section(section: Section) -> str:
