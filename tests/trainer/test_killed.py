@@ -94,6 +94,7 @@ def test_killed_at_random_points(start, whole, unbroken, tmp_path, planned, seed
     assert result(killed) == whole
 
 
+@pytest.mark.slow
 def test_a_streamed_run_is_killed(start, tmp_path):
     """Twice, in other blocks, the second time with half a file."""
     finish(start("whole", streamed=True), tmp_path / "whole")
