@@ -43,6 +43,7 @@ from hf_longlora.attention.kernels import KERNELS, operators
 from hf_longlora.cli import COMMANDS, main
 from hf_longlora.cli.train import make_parser
 from hf_longlora.evaluation import retrieval
+from hf_longlora.trainer import streams
 
 from .attention.test_compile import UNTRIED
 from .conftest import ASCII
@@ -384,7 +385,11 @@ def test_the_defaults_said_are_the_defaults():
             f"Its rank is the paper's {adapter.r}, and the trainer's rate {rate}",
         ],
         "migrating.md": [f"here {make_parser().get_default('lora_alpha')})", f"here {adapter.lora_alpha})"],
-        "run.md": [f"at once, {run.per_device_eval_batch_size} by default"],
+        "run.md": [
+            f"at once, {run.per_device_eval_batch_size} by default",
+            f"more where they fill less than {streams.FILLED} packed rows",
+            f"the first {streams.HEAD} examples",
+        ],
         "kernels.md": [
             f"more than {kernels.FEW} launches of less than {kernels.SHORT:,} tokens on average",
             f"less than {operators.PLANNED:,} tokens whose segments' length is no multiple of {operators.CHOSEN} ",
