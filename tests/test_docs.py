@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import json
 import os
+import pydoc
 import re
 import shlex
 import shutil
@@ -367,6 +368,14 @@ def test_the_options_named_are_there():
         for span in re.findall(r"`([^`\n]+)`", text):
             named = re.findall(r"(?<![\w-])--\w[\w-]*", span) + re.findall(r"^\{?([a-z]\w*)(?:=(?!=)|: )", span)
             assert set(named) <= known, f"{page.name}: {span}"
+
+
+def test_the_names_of_ours_are_there():
+    sources = [*PAGES, *ROOT.glob("*.md"), *Path(hf_longlora.__file__).parent.rglob("*.py")]
+    names = {(file, name) for file in sources for name in re.findall(r"`(hf_longlora(?:\.\w+)+)", file.read_text())}
+    assert len(names) > 15
+    for file, name in names:
+        assert pydoc.locate(name) is not None, f"{file.name}: {name}"
 
 
 def test_the_defaults_said_are_the_defaults():
