@@ -245,12 +245,13 @@ def _on_documents(model: Any, documents: Sequence[Any], options: argparse.Namesp
 
     windows = {"max_windows": options.max_windows, "batch_size": options.batch_size}
     dense_only = options.dense_only
-    if not dense_only and options.group_size is None and trained_attention(model) is None:
-        print(f"{options.model} doesn't say how it was trained: dense alone (--group-size measures groups beside it)")
-        dense_only = True
-    if not dense_only and options.group_size is None and (window := trained_window(model)) is not None:
-        print(f"{options.model} was trained in windows of {window:,} tokens: dense is as it was trained")
-        dense_only = True
+    if not dense_only and options.group_size is None:
+        window = trained_window(model)
+        dense_only = window is not None or trained_attention(model) is None
+        if window is not None:
+            print(f"{options.model} was trained in windows of {window:,} tokens: dense is as it was trained")
+        elif dense_only:
+            print(f"{options.model} doesn't say how it was trained: dense alone (--group-size has groups beside it)")
     if dense_only:
         records = {"dense": perplexity_by_length(model, documents, options.lengths, options.stride, **windows)}
     else:
@@ -303,9 +304,7 @@ def _pattern(asked: Any, model: Any) -> str:
     """What to call a pattern that was asked for: "as trained" if it is that."""
     from ..evaluation.compare import AS_TRAINED, trained_attention, trained_window
 
-    trained = trained_attention(model)
-    same = trained is not None and trained_window(model) is None
-    if same and all(getattr(asked, name) == getattr(trained, name) for name in ("group_size", "sink_tokens")):
+    if asked == trained_attention(model) and trained_window(model) is None:
         return AS_TRAINED
     return f"groups of {asked.group_size:,}, {asked.sink_tokens} sink tokens"
 
