@@ -134,7 +134,7 @@ def check_fit(tuner: BaseTuner, adapter_name: str, stored: StoredShapes) -> None
     unequal = sorted(key for key in stored.keys() & known.keys() if stored[key] != known[key])
     if unequal:
         key = unequal[0]
-        here, there = known[key], stored[key]
+        more = f", and {len(unequal) - 1} more differ" if len(unequal) > 1 else ""
         wanted, rows = stored_vocabulary(tuner.model, stored), _rows(tuner.model)
         cure = "Load it on the model it was trained on."
         if wanted is not None and rows is not None and wanted != rows:
@@ -143,19 +143,14 @@ def check_fit(tuner: BaseTuner, adapter_name: str, stored: StoredShapes) -> None
                 f"model.resize_token_embeddings({wanted}) on the base first."
             )
         raise ValueError(
-            f"the adapter does not fit this model: {key} has shape {there} in its file and {here} here"
-            + (f", and {len(unequal) - 1} more differ." if len(unequal) > 1 else ".")
-            + f" {cure}"
+            f"the adapter does not fit this model: {key} has shape {stored[key]} in its file and {known[key]} "
+            f"here{more}. {cure}"
         )
-    if missing or foreign:
+    wrong = {"missing": missing, "unknown": foreign}
+    if found := [f"{len(keys)} {words}, such as {keys[0]}" for words, keys in wrong.items() if keys]:
         raise ValueError(
-            "the adapter's weights are not what its adapter_config.json and this model call for: "
-            + "; ".join(
-                f"{len(keys)} {words}, such as {keys[0]}"
-                for keys, words in ((missing, "missing"), (foreign, "unknown"))
-                if keys
-            )
-            + ". The file is damaged, or belongs to another config or base."
+            f"the adapter's weights are not what its adapter_config.json and this model call for: {'; '.join(found)}. "
+            "The file is damaged, or belongs to another config or base."
         )
 
 
