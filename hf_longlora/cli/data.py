@@ -137,7 +137,7 @@ def _trouble(shown: Path, files: Sequence[str], error: Exception) -> str:
     if getattr(cause, "errno", None) is not None:  # a full disk is no fault of theirs
         return f"{shown} {said}"
     builder, options = BUILDERS[_kind(files[0]) or ""]
-    columns: dict[str, list[str]] = {}
+    columns: dict[str, Sequence[str]] = dict.fromkeys(files, ())
     for file in files:
         try:
             alone = load_dataset(builder, data_files=glob.escape(file), split="train", streaming=True, **options)
@@ -149,10 +149,8 @@ def _trouble(shown: Path, files: Sequence[str], error: Exception) -> str:
             if isinstance(reason, UnicodeDecodeError):
                 return f"{file} is not UTF-8 text: {reason}"
             return f"{file} can't be read as data: {str(reason) or type(reason).__name__}"
-    if not columns:
-        return f"{shown} holds no data"
-    if len(columns) < len(files):
-        return f"{next(file for file in files if file not in columns)} holds no data"
+    if empty := [file for file, names in columns.items() if not names]:
+        return f"{shown if len(empty) == len(files) else empty[0]} holds no data"
     first = columns[files[0]]
     other = next((file for file in files if set(columns[file]) != set(first)), None)
     if other is not None:

@@ -121,13 +121,12 @@ class LongLoraSFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         check_one_of(SparseOption, sparse=self.sparse)
-        check_whole(1, none=True, mlp_tile=self.mlp_tile)
-        check_whole(1, sequence_parallel=self.sequence_parallel)
+        check_whole(1, sequence_parallel=self.sequence_parallel, shuffle_buffer=self.shuffle_buffer)
+        limits = ("mlp_tile", "max_examples", "max_eval_examples")
+        check_whole(1, none=True, **{name: getattr(self, name) for name in limits})
         check_share(offload_share=self.offload_share)
         if self.offload_share < 1 and not self.activation_offloading:
             raise ValueError("`offload_share` is of what `activation_offloading` sends: switch that on.")
-        examples = ("shuffle_buffer", "max_examples", "max_eval_examples")
-        check_whole(1, none=True, **{name: getattr(self, name) for name in examples})
         if self.eval_strategy == "steps" and self.eval_steps == 0:
             raise ValueError(
                 "`eval_steps=0` would evaluate as often as `logging_steps` says. Give the steps between evaluations, "
