@@ -6,6 +6,7 @@ Each is computed here from its rows, and looked for as the page has it. Where a 
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -76,6 +77,15 @@ def demo(model: str) -> str:
 def quality(name: str, corpus: str = "math", **where: object) -> float:
     row = rows("quality", name=name, **where)[-1]
     return float(row[f"{corpus}_{row['target']}"])
+
+
+YARN_44M = {"base": "574aae8a", "target": 4096, "seed": 0, "learning_rate": 0.0003, "rope_type": "yarn"}
+GROUPS_44M = "s2 1/16 dense_every 4"
+
+
+def apart(name: str, corpus: str, **where: object) -> str:
+    """Of the 44 M study: in % above dense training."""
+    return f"{100 * (quality(name, corpus, **where) / quality('dense', corpus, **where) - 1):+.2f}"
 
 
 def passkeys(name: str) -> float:
@@ -183,7 +193,26 @@ def groups() -> list[str]:
         for n in (2, 3)
         for corpus in ("books", "math")
     ]
+    study = {
+        "1/4, never dense (the paper's)": "s2 1/4",
+        "1/8, every 4th step dense": "s2 1/8 dense_every 4",
+        "1/16, every 8th": "s2 1/16 dense_every 8",
+        "dense, 30% of the steps": "dense cut 0.3",
+    }
+    linear = YARN_44M | {"base": "2bd1553f", "learning_rate": 0.001, "rope_type": "linear"}
+    of_linear = [float(apart("s2 1/4", corpus, **linear)) for corpus in ("books", "math")]
+    seeds = (
+        ", ".join(apart(GROUPS_44M, corpus, **(YARN_44M | {"seed": seed})) for seed in (0, 1, 2))
+        for corpus in ("books", "math")
+    )
     return [
+        *(
+            f"| {shown} | {last('quality', 'attention_cost', name=name, **YARN_44M):.3f} | "
+            f"{apart(name, 'books', **YARN_44M)} | {apart(name, 'math', **YARN_44M)} |"
+            for shown, name in study.items()
+        ),
+        f"(three seeds) | 0.296 | {' | '.join(seeds)} |",
+        f"ended {of_linear[0]:.0f}% (novels) and {of_linear[1]:.0f}% (mathematics) above dense",
         f"({unshifted:.2f}% above dense training for {sinks:.2f}%)",
         f"{own[0]:.1f}% behind on novels instead of {many[0]:.1f}%",
         f"takes {pretrained(DEFAULT, 32_768).share:.2f} of its time (135 M)",
@@ -215,15 +244,23 @@ def groups() -> list[str]:
     ]
 
 
-YARN_44M = {"base": "574aae8a", "target": 4096, "seed": 0, "learning_rate": 0.0003, "rope_type": "yarn"}
-
-
 def above_default(change: str) -> float:
     of = {"model": "smollm2", "length": 32_768, "corpus": "books", "split": "test", "seed": 0, "liger": 1}
     changed, unchanged = (
         last("pretrained", "ppl", method=m, **of) for m in (f"windows, 2nd dense, {change}{THETA}", DEFAULT)
     )
     return 100 * (changed / unchanged - 1)
+
+
+def of_44m(rope_type: str, seeds: int) -> str:
+    """A line of means over seeds."""
+    at = [YARN_44M | {"rope_type": rope_type, "seed": seed} for seed in range(seeds)]
+    untrained, dense, sparse = [], [], []
+    for corpus, digits in (("books", 1), ("math", 2 if rope_type != "linear" else 1)):
+        untrained.append(f"{quality('rope only', corpus, **at[0]):.{digits}f}")
+        dense.append(f"{mean(quality('dense', corpus, **where) for where in at):.2f}")
+        sparse.append(f"{mean(float(apart(GROUPS_44M, corpus, **where)) for where in at):+.2f}")
+    return f"| {rope_type} | {' | '.join(' / '.join(pair) for pair in (untrained, dense, sparse))} |"
 
 
 def rope() -> list[str]:
@@ -234,13 +271,7 @@ def rope() -> list[str]:
             for length in (32_768, 65_536)
         ),
         f"{untrained[0]:.0f}% above `abf` trained densely on books at 65,536 tokens, `abf` {untrained[1]:.0f}%",
-        *(
-            f"| {name} | "
-            + " / ".join(
-                f"{quality('rope only', corpus, **(YARN_44M | {'rope_type': name})):.{d}f}" for corpus, d in digits
-            )
-            for name, digits in {"linear": (("books", 1), ("math", 1)), "yarn": (("books", 1), ("math", 2))}.items()
-        ),
+        *(of_44m(name, seeds) for name, seeds in {"linear": 1, "dynamic": 1, "llama3": 1, "yarn": 3}.items()),
     ]
 
 
