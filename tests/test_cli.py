@@ -707,6 +707,6 @@ def test_merge_and_export(adapter, capsys):
     assert main(["export", str(folder / "adapter"), str(folder / "plain"), "--form", "lora"]) == 0
     assert json.loads((folder / "plain" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert "carries no RoPE" in capsys.readouterr().out
-    for output, message in (("merged", "not empty"), ("one.txt", "one.txt is no folder")):
+    for output, message in (("merged", "not empty"), ("one.txt", "one.txt exists and is not empty")):
         assert main(["merge", str(folder / "adapter"), str(folder / output)]) == 1
         assert message in capsys.readouterr().err

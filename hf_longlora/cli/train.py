@@ -12,6 +12,18 @@ from .options import DTYPES, check_writable
 
 OF_THE_STAGES = {"target_length", "rope_type", "rope_parameters"}
 RESOLVED = {"rope", "base_rope", "schedule", "resolved"}
+LORA = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
+    "lora_modules_to_save": "modules_to_save",
+    "lora_task_type": "task_type",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
+"""TRL's names of LoRA's settings, and PEFT's."""
 INTERRUPTED = "The same command with --resume goes on from the last checkpoint."
 
 ABOUT = """\
@@ -72,15 +84,14 @@ def make_parser() -> Any:
             },
         )
         use_peft: bool = field(default=True, metadata={"help": "Train a LONGLORA adapter, not all weights."})
-        lora_r: int = field(default=8, metadata={"help": "LoRA's rank."})
-        lora_alpha: int = field(default=16, metadata={"help": "LoRA's alpha."})
-        lora_dropout: float = field(default=0.0, metadata={"help": "LoRA's dropout."})
         lora_target_modules: list[str] | None = field(
             default=None, metadata={"help": "What LoRA is put on. Default: the attention projections."}
         )
 
-    hints = get_type_hints(LongLoraConfig)
-    own = [(f.name, hints[f.name], field(default=f.default, metadata=f.metadata)) for f in own_fields()]
+    hints, known = get_type_hints(LongLoraConfig), {f.name: f for f in fields(LongLoraConfig)}
+    other_defaults = {name: known[LORA[name]] for name in ("lora_r", "lora_alpha", "lora_dropout")}
+    named = {f.name: f for f in own_fields()} | other_defaults
+    own = [(name, hints[f.name], field(default=f.default, metadata=f.metadata)) for name, f in named.items()]
     parts: Any = (RunArguments, make_dataclass("AdapterArguments", own, bases=(ModelArguments,)), LongLoraSFTConfig)
     return TrlParser(
         parts,
@@ -297,19 +308,8 @@ def _adapter(model: Any) -> Any:
         if idle:
             raise ValueError(f"{', '.join(idle)}: of an adapter, and use_peft=false trains all weights without one.")
         return None
-    given = {} if model.lora_target_parameters is None else {"target_parameters": model.lora_target_parameters}
-    return LongLoraConfig(
-        r=model.lora_r,
-        lora_alpha=model.lora_alpha,
-        lora_dropout=model.lora_dropout,
-        target_modules=model.lora_target_modules,
-        modules_to_save=model.lora_modules_to_save,
-        task_type=model.lora_task_type,
-        use_rslora=model.use_rslora,
-        use_dora=model.use_dora,
-        **{f.name: getattr(model, f.name) for f in own_fields()},
-        **given,
-    )
+    lora = {ours: getattr(model, name) for name, ours in LORA.items() if getattr(model, name) is not None}
+    return LongLoraConfig(**lora, **{f.name: getattr(model, f.name) for f in own_fields()})
 
 
 def own_fields() -> list[Any]:
