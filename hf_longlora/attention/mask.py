@@ -70,8 +70,11 @@ class S2Mask:
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{READS_MASK} (`{name}`)")
 
-    def __getitem__(self, index: Any) -> Any:
+    def _refuse(self, *others: Any) -> Any:
         raise ValueError(READS_MASK)
+
+    __getitem__ = __invert__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __and__ = __rand__ = _refuse
 
     def check_keys(self, module: nn.Module, key: torch.Tensor) -> None:
         """Raise a `ValueError` if a layer has made other keys (compressed, added ones) than the mask is for."""

@@ -35,6 +35,10 @@ def test_a_family_that_works_on_the_mask_itself_is_told():
         mask_of().shape  # noqa: B018
     with pytest.raises(ValueError, match="works on the attention mask itself"):
         mask_of()[:, :, :, :12]
+    mask, scores = mask_of(), torch.ones(1)
+    for reads in (lambda: scores + mask, lambda: 1.0 - mask, lambda: mask * scores, lambda: ~mask):
+        with pytest.raises(ValueError, match="works on the attention mask itself"):
+            reads()
 
 
 def test_positions_that_skip_need_a_window():
