@@ -6,16 +6,15 @@ import math
 import re
 from typing import Any
 
-from peft.tuners.tuners_utils import (
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from ..modules import (
     attention_projections,
     input_embedding,
     is_norm,
+    is_projection,
     language_modules,
     output_head,
     unwrapped,
@@ -120,11 +119,13 @@ def _refuse_shared(model: nn.Module, config: LongLoraConfig) -> None:
 
 def _target_embeddings(model: nn.Module, config: LongLoraConfig, rank: int) -> None:
     """Add the embeddings to what LoRA targets, with a rank of their own and the others' scaling."""
-    _maybe_include_all_linear_layers(config, model)
     names = [name for name, module in language_modules(model) if isinstance(module, nn.Embedding)]
     ratio = rank / config.r
     alpha = config.lora_alpha * (math.sqrt(ratio) if config.use_rslora else ratio)
     targets: Any = config.target_modules
+    if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        head = unwrapped(output_head(model))
+        targets = {name for name, module in walk(model) if is_projection(module) and module is not head}
     if isinstance(targets, str):
         targets = "|".join([f"({targets})", *map(re.escape, names)])
     else:
