@@ -5,6 +5,7 @@ Each is computed here from its rows, and looked for as the page has it. Where a 
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,9 +26,13 @@ HALF_UP = 1e-9
 """Rows have five digits, and a last one of 5 is rounded up."""
 
 
+@cache
+def stored(table: str) -> list[dict[str, str]]:
+    return read_rows(RESULTS / f"{table}.csv")
+
+
 def rows(table: str, **where: object) -> list[dict[str, str]]:
-    found = read_rows(RESULTS / f"{table}.csv")
-    found = [row for row in found if all(row[name] == str(value) for name, value in where.items())]
+    found = [row for row in stored(table) if all(row[name] == str(value) for name, value in where.items())]
     assert found, (table, where)
     return found
 
