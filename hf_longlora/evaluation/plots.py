@@ -94,11 +94,8 @@ def plot_perplexity(
             color=colour,
             marker=MARKERS[index % len(MARKERS)],
             markersize=5,
-            markeredgecolor="white",
-            markeredgewidth=0.7,
             linewidth=1.8,
             label=f"{name}  {_number(curve[-1][1])}",
-            zorder=3 + index,
         )
         for length, value in curve:
             if value > ceiling:
