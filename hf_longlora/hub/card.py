@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils.sha import sha_fileobj
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.utils import cached_file, logging
@@ -155,6 +157,17 @@ def refresh_card(folder: str | Path, name: str | None = None) -> bool:
     dataset = data.datasets[0] if data.datasets else None
     folder_card(folder, name=name, tags=data.tags or (), dataset=dataset, license=data.license).save(file)
     return True
+
+
+def has_own_card(api: HfApi, repo_id: str, revision: str | None = None) -> bool:
+    """Whether a repository has a card that someone has made his own: it has a text, and lacks our mark."""
+    with tempfile.TemporaryDirectory() as folder:  # not of the cache, which answers in a server's place
+        try:
+            file = api.hf_hub_download(repo_id, "README.md", revision=revision, local_dir=folder)
+        except EntryNotFoundError:
+            return False
+        text = ModelCard.load(file).text
+    return bool(text.strip()) and MARK not in text
 
 
 def read_evaluation(folder: str | Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..lookup import causes, http_error
 from ..tuner import LongLoraConfig
 from ..values import check_whole
-from .card import folder_card
+from .card import folder_card, has_own_card
 from .run import read_facts, run_facts, write_facts
 
 logger = logging.get_logger(__name__)
@@ -44,7 +44,7 @@ class PushAdapterCallback(TrainerCallback):
         repo_id: The repository, `user/name`; made if it does not exist.
         every_n_steps: Push after so many optimizer steps each, instead of at the end of each stage.
         token: Of the Hub. Default: `hub_token` of the trainer's arguments, else what one has logged in with.
-        private: Whether the repository, if it is made, is private.
+        private: Whether the repository, if it is made, is private. With `True` a public one is no place for it.
         revision: The branch, which has to exist. Default: the main one.
         retries: Tries after the first, for each adapter.
         backoff: Seconds before the second try, doubled for each one after it.
@@ -243,14 +243,17 @@ class _Pusher:
         disable_progress_bars()  # they would run through the training's
         try:
             repo_id = self._api.create_repo(to.repo_id, private=to.private, exist_ok=True).repo_id
-            head = self._api.repo_info(repo_id, revision=to.revision).sha
-            files = sorted(file for file in snapshot.iterdir() if file.is_file())
+            info = self._api.repo_info(repo_id, revision=to.revision)
+            if to.private:
+                refuse_public(info)
+            own = has_own_card(self._api, repo_id, to.revision)
+            files = sorted(f for f in snapshot.iterdir() if f.is_file() and not (own and f.name == "README.md"))
             self._api.create_commit(
                 repo_id,
                 [CommitOperationAdd(file.name, file) for file in files],
                 commit_message=f"Adapter of step {_step(snapshot)}",
                 revision=to.revision,
-                parent_commit=head,
+                parent_commit=info.sha,
             )
         finally:
             if not silent:
@@ -277,10 +280,16 @@ class _Pusher:
         return text.rstrip(".")
 
 
+def refuse_public(info: Any) -> None:
+    """Raise a `PermissionError` if a repository that is to be private was there before, and is public."""
+    if info.private is False:
+        raise PermissionError(f"{info.id} is there already and public: make it private on its page, or name another")
+
+
 def worth_a_retry(error: BaseException) -> bool:
     """Whether a failed push may succeed later: not if the server has refused it, or the name can't be one."""
     answer = http_error(error)
     if answer is not None:
         status = answer.response.status_code
         return status >= 500 or status in WORTH_A_RETRY
-    return not any(isinstance(cause, HFValidationError) for cause in causes(error))
+    return not any(isinstance(cause, HFValidationError | PermissionError) for cause in causes(error))

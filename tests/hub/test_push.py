@@ -19,9 +19,10 @@ from trl import SFTConfig
 from hf_longlora import PushAdapterCallback
 from hf_longlora.cli import main
 from hf_longlora.hub import push
-from hf_longlora.hub.card import weights_sha256
+from hf_longlora.hub.card import MARK, weights_sha256
 
 from ..trainer.helpers import Stop
+from .server import Repo
 
 REPO = "user/adapter"
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -352,6 +353,23 @@ def test_what_is_worth_a_retry(error, again):
     wrapped = RuntimeError("Error while uploading 'a' to the Hub.")
     wrapped.__cause__ = error
     assert push.worth_a_retry(error) is again and push.worth_a_retry(wrapped) is again
+
+
+def test_nothing_that_is_to_be_private_is_pushed_to_a_public_repository(make, hub, token, said):
+    hub.repos[REPO] = Repo(False)
+    trainer = make(callbacks=[PushAdapterCallback(REPO, token=token, private=True, patience=60)])
+    assert trainer.train().global_step == 6
+    assert f"{REPO} is there already and public" in said()[-1]
+    assert not hub.repos[REPO].commits
+
+
+def test_a_card_that_was_edited_on_the_hub_is_not_pushed_over(make, hub, token):
+    for text, kept in (("# Mine", True), (MARK, False)):
+        hub.repos[REPO] = Repo(False)
+        hub.repos[REPO].commits.append(("Edited on the Hub", {"README.md": text.encode()}))
+        make(callbacks=[PushAdapterCallback(REPO, token=token, patience=60)]).train()
+        files = hub.repos[REPO].files
+        assert "adapter_model.safetensors" in files and (files["README.md"].decode() == text) == kept
 
 
 def test_a_name_that_can_t_be_one_is_said_once(make, hub, token, said, tmp_path):

@@ -42,6 +42,45 @@ def test_an_adapter_and_its_card_go_to_a_private_repository(folder, hub, token, 
     assert hub.repos[REPO].files["README.md"].endswith(b"mine\n")
 
 
+def test_nothing_that_is_to_be_private_goes_to_a_public_repository(folder, hub, token, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert main(["push", str(folder), REPO]) == 0 and not hub.repos[REPO].private
+    commits = len(hub.repos[REPO].commits)
+    assert main(["push", str(folder), REPO, "--private"]) == 1
+    assert f"{REPO} is there already and public" in capsys.readouterr().err
+    assert len(hub.repos[REPO].commits) == commits
+    hub.repos[REPO].private = True
+    for options in (["--private"], []):
+        assert main(["push", str(folder), REPO, *options]) == 0
+
+
+@pytest.mark.parametrize(("text", "kept"), [("# Mine\n", True), ("", False)])
+def test_a_card_that_was_edited_on_the_hub_stays(folder, hub, token, monkeypatch, capsys, text, kept):
+    """Metadata alone is what the Hub writes into a new repository."""
+    metadata = "---\nlicense: mit\n---\n"
+    there = metadata + text
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert main(["push", str(folder), REPO]) == 0
+    hub.repos[REPO].commits.append(("Edited on the Hub", hub.repos[REPO].files | {"README.md": there.encode()}))
+    (folder / "new.txt").write_text("new")
+    assert main(["push", str(folder), REPO]) == 0
+    files = hub.repos[REPO].files
+    assert files["new.txt"] == b"new" and (files["README.md"].decode() == there) == kept
+    assert ("has a card of its own, which stays as it is" in capsys.readouterr().out) == kept
+    (folder / "README.md").write_text(f"{metadata}mine, too")  # and so does one that was edited here
+    assert main(["push", str(folder), REPO]) == 0
+    assert hub.repos[REPO].files["README.md"].endswith(b"mine, too")
+
+
+def test_a_base_that_others_have_not_is_told_of(folder, hub, token, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", token)
+    file = folder / "adapter_config.json"
+    for base, told in (("someone/llama", False), (str(tmp_path), True)):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
+        assert main(["push", str(folder), REPO]) == 0
+        assert ("a folder that others have not" in capsys.readouterr().err) == told
+
+
 @pytest.mark.parametrize("trouble", [503, 403, "drop"])
 def test_trouble_is_one_message_and_nothing_is_lost(folder, hub, token, monkeypatch, capsys, trouble):
     monkeypatch.setenv("HF_TOKEN", token)
