@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hf_longlora.attention import Documents
 from hf_longlora.attention.kernels import ragged, sdpa, seen
-from hf_longlora.attention.kernels.in_place import cover, rows_follow
+from hf_longlora.attention.kernels.in_place import _readable, cover, rows_follow
 
 UNLIMITED = 10**6
 
@@ -56,7 +56,7 @@ def test_each_token_once_and_within_the_limit(packed, padding, alike, heads, gro
     assert found == wanted
     covered = Counter()
     for launch in ragged.decoded(ragged.encoded(parts, length, follow, limit)):
-        assert launch.tokens <= limit or len(launch.lengths) == 1
+        assert launch.lengths and (launch.tokens <= limit or len(launch.lengths) == 1)
         first, last = launch.start // length, (launch.start + launch.tokens - 1) // length
         assert launch.joins_rows == (first != last) and (follow or first == last)
         edges = launch.edges(torch.device("cpu")).tolist()
@@ -92,6 +92,41 @@ def test_few_launches(length, batch, follow, limit, plain, shifted):
     found = list(sdpa.decoded(sdpa.encoded(parts, length, follow, limit)))
     assert [launch[2:] for launch in found if launch.heads == (0, 2)] == plain
     assert shifted is None or [launch[2:] for launch in found if launch.heads == (2, 4)] == shifted
+
+
+def test_ragged_launches_are_filled():
+    parts = Documents((((0, 5), (5, 8), (8, 11), (11, 15)),), 15).parts(4, 2, None)
+    assert [launch.lengths for launch in ragged.decoded(ragged.encoded(parts, 15, True, 6))] == [(5,), (3, 3), (4,)]
+    assert [launch.lengths for launch in ragged.decoded(ragged.encoded(parts, 15, True, 4))] == [
+        (5,),
+        (3,),
+        (3,),
+        (4,),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "joined", "kept_on_cpu", "kept_on_gpu"),
+    [  # [B, H, S, D] of bf16, 8 of which are 16 bytes
+        ((2, 3, 5, 16), (240, 16, 48, 1), True, True, True),
+        ((2, 3, 5, 16), (240, 80, 16, 1), True, False, False),  # rows don't follow one another
+        ((2, 3, 5, 16), (240, 80, 16, 1), False, True, True),
+        ((2, 3, 5, 12), (180, 12, 36, 1), False, True, False),
+        ((2, 3, 5, 12), (240, 16, 48, 1), False, True, True),  # a slice of wider heads
+        ((2, 3, 5, 12), (260, 16, 52, 1), False, True, False),
+        ((1, 3, 5, 16), (7, 16, 48, 1), False, True, True),  # of one row the step says nothing
+        ((2, 3, 5, 16), (480, 32, 96, 2), False, False, False),
+        ((2, 3, 5, 1), (120, 8, 24, 7), False, True, True),
+        ((2, 3, 5, 16), (80, 0, 16, 1), False, False, False),  # expanded over heads
+        ((2, 3, 5, 16), (72, 24, 8, 1), False, False, False),  # windows over one another
+    ],
+)
+def test_what_engines_read_where_it_lies(shape, strides, joined, kept_on_cpu, kept_on_gpu):
+    for device, kept in (("cpu", kept_on_cpu), ("meta", kept_on_gpu)):
+        x = torch.empty(1000, dtype=torch.bfloat16, device=device).as_strided(shape, strides)
+        found = _readable(x, joined)
+        assert (found is x) == kept and found.shape == x.shape
+        assert kept or found.transpose(1, 2).is_contiguous()
 
 
 def test_groups_that_hold_every_document_are_one_part():
