@@ -27,8 +27,6 @@ logger = logging.get_logger(__name__)
 
 COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
 """The columns of a prepared dataset that have a value for each token."""
-FILE_FORMATS = ("arrow", "csv", "generator", "json", "pandas", "parquet", "spark", "sql", "text", "webdataset", "xml")
-"""What datasets calls a dataset that was loaded from files."""
 
 
 @contextmanager
@@ -170,8 +168,8 @@ class StageData:
 
 def describe(dataset: Dataset | IterableDataset, args: LongLoraSFTConfig) -> str:
     """What the training data is, for a card: its name if it was loaded by one, its size, how it is packed."""
-    name = dataset.info.dataset_name or ""
-    known = "" if name in ("", *FILE_FORMATS) else f"{name}, "
+    name = dataset.info.dataset_name
+    known = "" if name in (None, dataset.info.builder_name) else f"{name}, "  # of files both are their format
     packed = f", packed ({args.packing_strategy})" if args.packing else ""
     if isinstance(dataset, IterableDataset):
         limit = "" if args.max_examples is None else f"the first {args.max_examples:,} examples of "

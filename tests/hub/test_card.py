@@ -289,7 +289,7 @@ def test_a_dataset_s_name_is_told_where_it_has_one(make, tmp_path):
     dataset = texts()
     dataset.info.dataset_name = "pg19"
     assert make(dataset=dataset)._data == "pg19, 12 examples, packed (wrapped)"
-    dataset.info.dataset_name = "json"  # that is how it was read
+    dataset.info.dataset_name = dataset.info.builder_name = "json"  # that is how it was read
     assert make(dataset=dataset, packing=False)._data == "12 examples"
 
 
