@@ -28,6 +28,7 @@ from hf_longlora.attention.interface import S2State
 from hf_longlora.cli import main
 from hf_longlora.cli.data import load_documents, texts_of
 from hf_longlora.cli.evaluate import _pattern
+from hf_longlora.cli.train import _adapter, parse
 from hf_longlora.evaluation import compare
 from hf_longlora.evaluation.compare import compare_attention
 from hf_longlora.hub import refresh_card
@@ -260,6 +261,27 @@ def test_what_was_measured_before_a_failure_is_written(adapter, capsys, monkeypa
     assert "What had been measured whole is written." in printed.err and "Written to" in printed.out
     results = json.loads((folder / "out" / "evaluation.json").read_text())
     assert results["perplexity"] and "passkey" not in results and (folder / "out" / "perplexity.png").is_file()
+
+
+def test_a_full_disk_takes_neither_what_is_there_nor_what_is_shown(adapter, capsys, monkeypatch):
+    _, folder = adapter
+    file = folder / "out" / "evaluation.json"
+    arguments = ["evaluate", str(folder / "adapter"), "--documents", str(folder / "one.txt"), "--lengths", "64"]
+    arguments += ["--output-dir", str(folder / "out"), "--device", "cpu"]
+    assert main(arguments) == 0
+    before, write = file.read_text(), Path.write_text
+
+    def full(path, text, *args, **kwargs):
+        if path.parent == folder / "out":
+            write(path, text[:10])
+            raise OSError(28, "No space left on device")
+        return write(path, text, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main([*arguments, "--batch-size", "2"]) == 1
+    printed = capsys.readouterr()
+    assert "No space left" in printed.err and printed.out.count("Perplexity on one.txt") == 2
+    assert file.read_text() == before
 
 
 def test_evaluate_without_matplotlib(adapter, capsys, monkeypatch):
@@ -521,6 +543,8 @@ def test_train_under_accelerate_launch(run):
             "`per_device_train_batch_size` must be a whole number of at least 1, got 0",
         ),
         ("stages: [", "not YAML"),
+        ("lora_r:\nmodel_revision: null\nhub_model_id: null", "has no value for lora_r, model_revision: give one"),
+        ("lora_r: 4\nlora_alpha: 8\nlora_r: 8", "has lora_r more than once"),
         ("stages: sometimes", "`stages` must be"),
         ("stages: [{max_length: 128}]", "missing ['max_steps']"),
         ("model_name_or_path: null", "model_name_or_path"),
@@ -563,6 +587,24 @@ def test_mistakes_in_a_runs_file_are_one_message(run, capsys, line, message):
     assert printed.count("hf-longlora: error:") == 1 and "Traceback" not in printed
     assert (message or "must contain a YAML mapping") in printed
     assert not (run / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "targets"),
+    [
+        ("q_proj", {"q_proj"}),
+        (["q_proj"], {"q_proj"}),
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        ("all-linear", "all-linear"),
+        (r".*\.0\..*q_proj", r".*\.0\..*q_proj"),
+    ],
+)
+def test_targets_of_lora_are_names_one_alone_too(run, given, targets):
+    """Of a list of one TRL makes a string, which PEFT takes for a pattern of the whole name."""
+    text = (run / "run.yaml").read_text() + f"lora_target_modules: {json.dumps(given)}\n"
+    (run / "targets.yaml").write_text(text)
+    _, model, _ = parse(["--config", "targets.yaml"])
+    assert _adapter(model).target_modules == targets
 
 
 def test_trains_usage(run, capsys, monkeypatch):

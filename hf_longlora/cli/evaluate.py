@@ -333,9 +333,6 @@ def _report(
     from ..trainer import update_report
 
     name, file = results["model"], out / EVALUATION_NAME
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(earlier | results, indent=2))  # what else was measured of the same weights stays
-    written = [file]
     console = Console()
     for section in sections(perplexity_of(results), results):
         head, rows = section.table
@@ -348,6 +345,10 @@ def _report(
             print(section.note)
     if "far_context" in results:
         print(results["far_context"])
+    out.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".json.tmp")  # on a full disk the results of before are whole
+    partial.write_text(json.dumps(earlier | results, indent=2))  # what else was measured of the same weights stays
+    written = [partial.replace(file)]
     if plots and "perplexity" in results:
         records, title = results["perplexity"], f"{name}: perplexity by context length"
         written.append(plot_perplexity(records, out / "perplexity.png", title=title, **extension))

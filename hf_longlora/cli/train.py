@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from .options import DTYPES, check_writable
 
@@ -264,8 +264,6 @@ def _has_chat_template(model: Any, args: Any) -> bool:
 
 def parse(arguments: list[str]) -> Any:
     """TRL's script and model arguments, with ours, and the trainer's."""
-    import yaml
-
     parser = make_parser()
     # TRL wants `--config=FILE` in two.
     arguments = [part for one in arguments for part in (one.split("=", 1) if one.startswith("--config=") else [one])]
@@ -276,19 +274,42 @@ def parse(arguments: list[str]) -> Any:
             parser.error("--config needs a YAML file")
         if not Path(rest[at + 1]).is_file():
             raise FileNotFoundError(f"{rest[at + 1]} does not exist or is no file")
+        _check_file(Path(rest[at + 1]), parser.dataclass_types)
         del rest[at : at + 2]
     options = list(parser._option_string_actions)
     if unknown := parser.parse_known_args(rest)[1]:  # before anything is made of the others
         parser.error("unknown: " + " ".join(_meant(part, options) if part[:2] == "--" else part for part in unknown))
-    try:
-        *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    except yaml.YAMLError as error:
-        raise ValueError(f"The --config file is not YAML: {error}") from error
+    *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     if unknown:
         known = [option.removeprefix("--") for option in options]
         names = ", ".join(_meant(name.removeprefix("--"), known) for name in unknown[::2])
         raise ValueError(f"The --config file has unknown options: {names}")
     return parsed
+
+
+def _check_file(file: Path, classes: Collection[type]) -> None:
+    """Raise a `ValueError` on what YAML reads without a word: an option twice, or one that needs a value without it.
+
+    Args:
+        file: Of `--config`.
+        classes: Those whose fields are the options.
+    """
+    import yaml
+
+    try:
+        node = yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The --config file is not YAML: {error}") from error
+    if not isinstance(node, yaml.MappingNode):
+        return  # TRL says so
+    names = [key.value for key, _ in node.value]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"The --config file has {', '.join(twice)} more than once.")
+    kinds = {name: kind for one in classes for name, kind in get_type_hints(one).items()}
+    empty = [key.value for key, value in node.value if value.tag == "tag:yaml.org,2002:null"]
+    needing = [name for name in empty if name in kinds and type(None) not in get_args(kinds[name])]
+    if needing:
+        raise ValueError(f"The --config file has no value for {', '.join(needing)}: give one, or leave it out.")
 
 
 def _meant(name: str, known: list[str]) -> str:
@@ -309,6 +330,9 @@ def _adapter(model: Any) -> Any:
             raise ValueError(f"{', '.join(idle)}: of an adapter, and use_peft=false trains all weights without one.")
         return None
     lora = {ours: getattr(model, name) for name, ours in LORA.items() if getattr(model, name) is not None}
+    name = lora.get("target_modules")
+    if isinstance(name, str) and name.isidentifier():
+        lora["target_modules"] = [name]  # of a list of one TRL makes a string, to PEFT a pattern of whole names
     return LongLoraConfig(**lora, **{f.name: getattr(model, f.name) for f in own_fields()})
 
 
