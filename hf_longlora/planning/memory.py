@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import replace
 
 from .gpus import Gpu
@@ -148,19 +149,10 @@ def largest_step(shape: Shape, settings: RunSettings, length: int) -> tuple[RunS
 def longest(shape: Shape, settings: RunSettings, gpu: Gpu) -> int | None:
     """The longest sequence that fits, in whole thousands (1,024) of tokens; 0 if none does, `None` if any does."""
 
-    def enough(thousands: int) -> bool:
+    def too_much(thousands: int) -> bool:
         parts, _ = bytes_at_peak(shape, *largest_step(shape, settings, 1024 * thousands))
-        return fits(sum(parts.values()), gpu)
+        return not fits(sum(parts.values()), gpu)
 
-    if largest_step(shape, settings, 2**60)[1] < 2**60 and enough(2**50):
+    if largest_step(shape, settings, 2**60)[1] < 2**60 and not too_much(2**50):
         return None
-
-    if not enough(1):
-        return 0
-    low, high = 1, 2
-    while high <= 2**16 and enough(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if enough(middle) else (low, middle)
-    return 1024 * low
+    return 1024 * bisect_left(range(1, 2**17), True, key=too_much)
