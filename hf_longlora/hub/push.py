@@ -107,6 +107,8 @@ class PushAdapterCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The best model of all has been loaded by now, if that was asked for, and is another than the last step's.
         if state.global_step != self._last_step or args.load_best_model_at_end:
+            if self._pusher is not None and state.global_step == self._last_step:  # it would wait in the same folder
+                self._pusher.finish()
             self._submit(args, state, **kwargs)
         if self._pusher is not None:
             self._pusher.finish()
@@ -156,6 +158,7 @@ class _Pusher:
     def submit(self, snapshot: Path) -> None:
         with self._changed:
             self._newest = snapshot
+            self._pushed = min(self._pushed, _step(snapshot) - 1)
             self._changed.notify_all()
             self._see_to_it()
             self._clear(snapshot.parent, _step(snapshot) - 1)

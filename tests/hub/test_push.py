@@ -21,7 +21,7 @@ from hf_longlora.cli import main
 from hf_longlora.hub import push
 from hf_longlora.hub.card import MARK, weights_sha256
 
-from ..trainer.helpers import Stop
+from ..trainer.helpers import Stop, texts
 from .server import Repo
 
 REPO = "user/adapter"
@@ -337,6 +337,30 @@ def test_an_adapter_that_is_overtaken_is_dropped(make, hub, token, said, tmp_pat
     assert set(summaries(hub)[:-1]) <= {"Adapter of step 1", "Adapter of step 5"}
     assert ("Adapter of step 1" in summaries(hub)) == (first is None)
     assert not waiting(tmp_path)
+
+
+def test_the_best_model_is_pushed_after_the_last_step_s(make, hub, token, said, monkeypatch, tmp_path):
+    """Where a run stops at a step that is pushed: both would wait in one folder."""
+    waited = threading.Event()
+    hub.trouble = lambda method, path: waited.wait(240) and None
+    options = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
+    trainer = make(callbacks=[Stop(3), callback(token)], eval_dataset=texts(2), load_best_model_at_end=True, **options)
+    finish, save, saved = push._Pusher.finish, trainer.model.save_pretrained, []
+
+    def finishing(pusher):
+        waited.set()
+        finish(pusher)
+
+    def saving(folder, **kwargs):
+        save(folder, **kwargs)
+        saved.append(folder)
+        if [str(each).endswith("_push/step-3") for each in saved].count(True) == 2:
+            waited.set()
+
+    monkeypatch.setattr(push._Pusher, "finish", finishing)
+    monkeypatch.setattr(trainer.model, "save_pretrained", saving)
+    trainer.train()
+    assert summaries(hub) == ["Adapter of step 3"] * 2 and not said() and not waiting(tmp_path)
 
 
 @pytest.mark.parametrize(
