@@ -15,7 +15,6 @@ long text evenly spaced tokens may stand for all.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..values import check_whole
-from .scoring import embedding_device, evaluating, position_nll, vocabulary_size
+from .scoring import embedding_device, evaluating, perplexity, position_nll, vocabulary_size
 from .windows import as_token_ids, batches, input_ids, side_by_side, spread
 
 SHORT = 4096
@@ -79,7 +78,7 @@ def long_perplexity(
     judge = model if evaluator is None else evaluator
     vocabularies = [size for size in map(vocabulary_size, (model, judge)) if size is not None]
     token_ids = as_token_ids(documents, tokenizer, min(vocabularies, default=None))
-    by_length = {length: spread(side_by_side(token_ids, length, length - short), max_windows) for length in lengths}
+    by_length = {length: spread(side_by_side(token_ids, length), max_windows) for length in lengths}
 
     records = []
     total = sum(map(len, by_length.values()))
@@ -104,7 +103,7 @@ def long_perplexity(
                 {
                     "length": length,
                     "short": short,
-                    "perplexity": math.exp(min(nll / keys, 709)) if keys else None,
+                    "perplexity": perplexity(nll / keys) if keys else None,
                     "nll": nll / keys if keys else None,
                     "key_tokens": keys,
                     "tokens": count * len(windows),

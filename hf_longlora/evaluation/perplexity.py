@@ -19,7 +19,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..values import check_whole
-from .scoring import embedding_device, evaluating, position_nll, suffix_nll, vocabulary_size
+from .scoring import embedding_device, evaluating, perplexity, position_nll, suffix_nll, vocabulary_size
 from .windows import (
     Window,
     as_token_ids,
@@ -87,32 +87,33 @@ def perplexity_by_length(
     check_long_enough(token_ids, longest)
     # A window's first token has nothing to predict it from: one token less is scored where the stride is a window.
     most = min(stride, min(lengths) - 1)
-    windows = [
-        Window(document, end - longest, end, min(new, most))
+    scored = [  # at the end of a window of a document: of each length the same
+        (document, end, min(new, most))
         for document, ids in enumerate(token_ids)
         for end, new in window_ends(len(ids), longest, stride)
     ]
-    windows = spread(windows, max_windows)
-    tokens = sum(window.scored for window in windows)
+    scored = spread(scored, max_windows)
+    tokens = sum(count for _, _, count in scored)
 
     records = []
-    total = len(lengths) * len(windows)
+    total = len(lengths) * len(scored)
     with evaluating(model), logging.tqdm(total=total, desc="perplexity", unit="window", disable=not progress) as bar:
         for length in lengths:
             nll = 0.0
-            for batch in batches([window._replace(start=window.end - length) for window in windows], batch_size):
-                keep = max(window.scored for window in batch)
-                nll_BK = suffix_nll(model, input_ids(token_ids, batch, embedding_device(model)), keep)
-                for row, window in zip(nll_BK, batch, strict=True):
-                    nll += row[keep - window.scored :].double().sum().item() / tokens
+            for batch in batches(scored, batch_size):
+                windows = [Window(document, end - length, end) for document, end, _ in batch]
+                keep = max(count for _, _, count in batch)
+                nll_BK = suffix_nll(model, input_ids(token_ids, windows, embedding_device(model)), keep)
+                for row, (_, _, count) in zip(nll_BK, batch, strict=True):
+                    nll += row[keep - count :].double().sum().item() / tokens
                 bar.update(len(batch))
             record = {
                 "length": length,
-                "perplexity": _exp(nll),
+                "perplexity": perplexity(nll),
                 "nll": nll,
                 "tokens": tokens,
-                "documents": len({window.document for window in windows}),
-                "windows": len(windows),
+                "documents": len({document for document, _, _ in scored}),
+                "windows": len(scored),
             }
             bar.set_postfix_str(f"{length}: {record['perplexity']:.2f}")
             records.append(record)
@@ -157,7 +158,7 @@ def loss_by_position(
     check_whole(1, none=True, max_windows=max_windows)
     edges = bucket_edges(buckets, length)
     token_ids = as_token_ids(documents, tokenizer, vocabulary_size(model))
-    windows = spread(side_by_side(token_ids, length, length - 1), max_windows)
+    windows = spread(side_by_side(token_ids, length), max_windows)
     first = max(edges[0], 1)
     count = min(positions_per_window, edges[-1] - first)
     targets_K = torch.tensor([first + index * (edges[-1] - first) // count for index in range(count)])
@@ -176,7 +177,7 @@ def loss_by_position(
         if tokens:
             nll = loss / tokens
             error = math.sqrt(max(square / tokens - nll**2, 0.0) / tokens)
-            record = {"start": start, "end": end, "nll": nll, "nll_error": error, "perplexity": _exp(nll)}
+            record = {"start": start, "end": end, "nll": nll, "nll_error": error, "perplexity": perplexity(nll)}
             records.append(record | {"tokens": tokens})
     return records
 
@@ -199,7 +200,3 @@ def far_context(records: Sequence[dict[str, Any]]) -> str:
         f"{far['end']:,}, {near['nll']:.3f} at {near['start']:,} to {near['end']:,} ({change:+.3f}, standard error "
         f"{error:.3f})."
     )
-
-
-def _exp(nll: float) -> float:
-    return math.exp(nll) if nll < 709 else math.inf  # exp overflows a double from 709.8 on

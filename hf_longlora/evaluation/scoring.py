@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -16,6 +18,8 @@ from ..rope import forget_lengths
 
 # Rows of logits turned to fp32 at a time: 512 rows of a 128k vocabulary are 256 MiB.
 LOSS_CHUNK = 512
+LARGEST = math.log(sys.float_info.max)
+"""The nats whose exponential is a double."""
 
 
 @contextmanager
@@ -80,6 +84,11 @@ def _cross_entropy(logits_BKV: torch.Tensor, labels_BK: torch.Tensor) -> torch.T
         for logits, labels in zip(logits_BKV.split(LOSS_CHUNK, 1), labels_BK.split(LOSS_CHUNK, 1), strict=True)
     ]
     return torch.cat(losses, dim=1)
+
+
+def perplexity(nll: float) -> float:
+    """Of a mean negative log likelihood in nats."""
+    return math.exp(nll) if nll <= LARGEST else math.inf
 
 
 def _takes_logits_to_keep(model: Any) -> bool:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+W = TypeVar("W")
+
 
 class Window(NamedTuple):
-    """Tokens `[start, end)` of one document, of which the last `scored` are targets."""
+    """Tokens `[start, end)` of one document."""
 
     document: int
     start: int
     end: int
-    scored: int
 
 
 def as_token_ids(documents: Any, tokenizer: Any, vocabulary: int | None) -> list[torch.Tensor]:
@@ -73,7 +74,7 @@ def window_ends(tokens: int, first_end: int, stride: int) -> Iterator[tuple[int,
         yield end, end - previous
 
 
-def side_by_side(token_ids: list[torch.Tensor], length: int, scored: int) -> list[Window]:
+def side_by_side(token_ids: list[torch.Tensor], length: int) -> list[Window]:
     """Windows of `length` tokens that don't overlap; what is left of a document after its last one is not used.
 
     Raises:
@@ -81,20 +82,20 @@ def side_by_side(token_ids: list[torch.Tensor], length: int, scored: int) -> lis
     """
     check_long_enough(token_ids, length)
     return [
-        Window(index, start, start + length, scored)
+        Window(index, start, start + length)
         for index, ids in enumerate(token_ids)
         for start in range(0, len(ids) - length + 1, length)
     ]
 
 
-def spread(windows: list[Window], most: int | None) -> list[Window]:
+def spread(windows: list[W], most: int | None) -> list[W]:
     """At most `most` of the windows, evenly spaced, so that a short run still sees every part of the data."""
     if most is None or len(windows) <= most:
         return windows
     return [windows[index * len(windows) // most] for index in range(most)]
 
 
-def batches(windows: list[Window], size: int) -> Iterator[list[Window]]:
+def batches(windows: list[W], size: int) -> Iterator[list[W]]:
     for start in range(0, len(windows), size):
         yield windows[start : start + size]
 

@@ -86,6 +86,29 @@ def test_evenly_spaced_tokens_stand_for_all_and_none_may_be_key(models):
     assert model.training
     [record] = long_perplexity(model, documents, 24, alpha=1e9, **options)
     assert record["perplexity"] is None and record["nll"] is None and record["key_tokens"] == 0
-    for lengths, more in (([8, 24], {}), ([], {}), (24, {"stride": 0}), (60, {}), (24, {"short": 0})):
-        with pytest.raises(ValueError):
-            long_perplexity(model, documents, lengths, **options | more)
+    [record] = long_perplexity(model, documents, 24, max_windows=1, **options)
+    assert (record["windows"], record["tokens"]) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options", "message"),
+    [
+        ([8, 24], {}, "above that of the short context, 8"),
+        ([], {}, "above that of the short context, 8"),
+        (60, {}, "no document has 60 tokens"),
+        *((24, {name: 0}, f"`{name}`") for name in ("short", "stride", "batch_size", "max_windows")),
+        (24, {"positions_per_window": 0}, "`positions_per_window`"),
+    ],
+)
+def test_errors(models, lengths, options, message):
+    (model, _), documents = models
+    with pytest.raises(ValueError, match=message):
+        long_perplexity(model, documents, lengths, **{"short": 8} | options)
+
+
+def test_a_token_at_a_threshold_is_none_of_the_key_tokens(tiny_llama):
+    """Of a vocabulary of one token each is sure: 0 nats, by any context."""
+    model = tiny_llama(vocab_size=1, bos_token_id=0, eos_token_id=0)
+    for alpha, beta, keys in ((-0.1, -0.1, 4), (0.0, -0.1, 0), (-0.1, 0.0, 0)):
+        [record] = long_perplexity(model, [[0] * 8], 8, short=4, alpha=alpha, beta=beta, progress=False)
+        assert (record["key_tokens"], record["tokens"]) == (keys, 4)

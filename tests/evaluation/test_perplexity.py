@@ -1,6 +1,8 @@
 """`perplexity_by_length` and `loss_by_position` against one token at a time."""
 
 import math
+from itertools import pairwise
+from statistics import fmean, pstdev
 
 import pytest
 import torch
@@ -8,9 +10,15 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from hf_longlora import S2AttentionConfig
-from hf_longlora.evaluation import compare_attention, far_context, loss_by_position, perplexity_by_length, scoring
-from hf_longlora.evaluation.windows import Window, spread
+from hf_longlora import S2AttentionConfig, long_perplexity
+from hf_longlora.evaluation import (
+    compare_attention,
+    far_context,
+    loss_by_position,
+    perplexity_by_length,
+    scoring,
+    windows,
+)
 from hf_longlora.rope import scaled_rope, write_rope
 
 VOCABULARY = 97
@@ -205,7 +213,9 @@ def test_progress_bar_can_be_off(model, documents, capfd):
         (["text"], [4], {}, "pass tokenizer="),
         ("text", [4], {}, "wrap a single text"),
         ([[1, 2, VOCABULARY, 3]], [4], {}, f"token id {VOCABULARY}, outside the model's vocabulary of {VOCABULARY}"),
+        ([[0, 2, VOCABULARY, 3]], [4], {}, f"token id {VOCABULARY}"),
         ([[1, 2, -100, 3]], [4], {}, "token id -100"),
+        ([[True] * 9], [4], {}, "one row of integer"),
         ([[[1, 2, 3, 4]]], [4], {}, "one row"),
         ([[0.5] * 9], [4], {}, "one row of integer"),
         ([[1] * 9], [4], {"batch_size": 0}, "batch_size"),
@@ -218,65 +228,133 @@ def test_errors(model, documents, lengths, options, message):
 
 
 def test_loss_by_position(model, documents):
-    edges = [0, 4, 10, 32]
-    records = loss_by_position(model, documents, 32, buckets=edges, batch_size=2, progress=False)
-    starts = [(ids, start) for ids in documents for start in range(0, len(ids) - 31, 32)]
-    assert len(starts) == 4
-    for record, low, high in zip(records, edges[:-1], edges[1:], strict=True):
-        losses = [
-            token_nll(model, ids, start, start + position)
-            for ids, start in starts
-            for position in range(max(low, 1), high)
-        ]
-        assert (record["start"], record["end"], record["tokens"]) == (low, high, len(losses))
-        assert record["nll"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    """A bucket is its targets, all of them: of positions from `start` on and before `end`, in each whole window."""
+    documents = [*documents, documents[3][:63]]  # a token less than two windows
+    windows = [ids[at : at + 32] for ids in documents for at in range(0, len(ids) - 31, 32)]
+    assert len(windows) == 5
+    losses = {target: [token_nll(model, ids, 0, target) for ids in windows] for target in range(1, 32)}
+    eighths, single = list(range(0, 33, 4)), list(range(33))
+    for buckets, edges in (
+        *((edges, edges) for edges in ([0, 4, 10, 32], [0, 32], [0, 2], [0, 1, 32], [31, 32], [1, 8, 32])),
+        *((1, [0, 32]), (8, eighths), (32, single)),
+    ):
+        records = loss_by_position(model, documents, 32, buckets=buckets, batch_size=2, progress=False)
+        targets = {(low, high): range(max(low, 1), high) for low, high in pairwise(edges)}
+        expected = {bucket: [loss for at in of for loss in losses[at]] for bucket, of in targets.items() if of}
+        assert [(record["start"], record["end"]) for record in records] == list(expected)
+        for record, found in zip(records, expected.values(), strict=True):
+            assert record["tokens"] == len(found)
+            assert record["nll"] == pytest.approx(fmean(found), abs=1e-5)
+            assert record["perplexity"] == pytest.approx(math.exp(fmean(found)), rel=1e-5)
+            assert record["nll_error"] == pytest.approx(pstdev(found) / math.sqrt(len(found)), rel=1e-3)
 
 
 def test_loss_by_position_of_some_positions(model, documents):
     records = loss_by_position(model, documents, 32, buckets=4, positions_per_window=8, progress=False)
     assert [(record["start"], record["end"]) for record in records] == [(0, 8), (8, 16), (16, 24), (24, 32)]
     assert sum(record["tokens"] for record in records) == 4 * 8
+    options = dict(positions_per_window=1, max_windows=1, progress=False)
+    (record,) = loss_by_position(model, documents, 32, buckets=4, **options)  # none in the last buckets
+    assert (record["start"], record["end"], record["tokens"]) == (0, 8, 1)
+    assert record["nll"] == pytest.approx(token_nll(model, documents[0], 0, 1), abs=1e-5)
 
 
-@pytest.mark.parametrize("buckets", [0, 33, [4], [4, 4], [0, 33], [-1, 5], [0, 1]])
+def test_two_tokens_are_the_shortest_window(model, documents):
+    ids = documents[1]
+    (record,) = perplexity_by_length(model, [ids], 2, progress=False)
+    losses = [token_nll(model, ids, target - 1, target) for target in range(1, len(ids))]
+    assert (record["tokens"], record["windows"]) == (11, 11)
+    assert record["nll"] == pytest.approx(fmean(losses), abs=1e-5)
+    (record,) = loss_by_position(model, [ids], 2, buckets=1, progress=False)
+    assert (record["tokens"], record["nll"]) == (6, pytest.approx(fmean(losses[::2]), abs=1e-5))
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "message"),
+    [
+        (1, {}, "length must be at least 2"),
+        (8, {"batch_size": 0}, "`batch_size`"),
+        (8, {"positions_per_window": 0}, "`positions_per_window`"),
+        (8, {"max_windows": 0}, "`max_windows`"),
+    ],
+)
+def test_errors_of_loss_by_position(model, documents, length, options, message):
+    with pytest.raises(ValueError, match=message):
+        loss_by_position(model, documents, length, buckets=1, **options)
+
+
+@pytest.mark.parametrize("buckets", [0, 33, [4], [4, 4], [0, 33], [0, 4, 33], [-1, 5], [0, 1]])
 def test_bad_buckets(model, documents, buckets):
     with pytest.raises(ValueError, match="bucket"):
         loss_by_position(model, documents, 32, buckets=buckets)
 
 
-def test_a_model_without_a_config(documents):
+class Bigram(nn.Module):
     """Anything with the forward of a causal language model will do."""
 
-    class Bigram(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table = nn.Embedding(VOCABULARY, VOCABULARY)
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(VOCABULARY, VOCABULARY)
 
-        def forward(self, input_ids, use_cache):
-            return type("Output", (), {"logits": self.table(input_ids)})
+    def forward(self, input_ids, use_cache):
+        return type("Output", (), {"logits": self.table(input_ids)})
 
+
+def test_a_model_without_a_config(documents):
     records = perplexity_by_length(Bigram(), documents, [4, 8, 16], progress=False)
     assert records[0]["nll"] == pytest.approx(records[2]["nll"], abs=1e-6)
 
 
-def test_the_standard_error_and_what_it_says_of_the_far_context(model, documents):
-    records = loss_by_position(model, documents, 32, buckets=[1, 8, 32], progress=False)
-    losses = [token_nll(model, ids[at : at + 32], 0, target) for ids in documents for at in range(0, len(ids) - 31, 32)
-              for target in range(8, 32)]  # fmt: skip
-    deviation = math.sqrt(sum((loss - sum(losses) / len(losses)) ** 2 for loss in losses) / len(losses))
-    assert records[1]["nll_error"] == pytest.approx(deviation / math.sqrt(len(losses)), rel=1e-4)
+def test_the_stride_is_the_papers_or_half_of_the_shortest_length():
+    ids = torch.randint(VOCABULARY, (1100,))
+    (record,) = perplexity_by_length(Bigram(), [ids], 600, progress=False)
+    assert (record["windows"], record["tokens"]) == (3, 256 + 256 + (1100 - 856))  # ends at 600, 856, 1100
+    for record in perplexity_by_length(Bigram(), [ids], [600, 101], progress=False):
+        assert (record["windows"], record["tokens"]) == (1 + 500 / 50, 50 + 500)
 
+
+def sure_of_another(by):
+    """What it gives the next token is `exp(by)` times less likely than another one."""
+    model = Bigram()
+    nn.init.constant_(model.table.weight, -1e9)
+    with torch.no_grad():
+        model.table.weight[:, 0], model.table.weight[:, 1] = 0.0, by
+    return model
+
+
+@pytest.mark.parametrize("nll", [700.0, 709.5, 710.0, 1e5])
+def test_a_perplexity_beyond_all_numbers_is_infinite(nll):
+    model, zeros = sure_of_another(nll), [[0] * 9]
+    perplexity = math.inf if nll > 709.7 else pytest.approx(math.exp(nll), rel=1e-3)
+    for (record,) in (
+        perplexity_by_length(model, zeros, 8, progress=False),
+        loss_by_position(model, zeros, 8, buckets=1, progress=False),
+        long_perplexity(model, zeros, 8, short=4, alpha=-math.inf, beta=-math.inf, progress=False),
+    ):
+        assert (record["nll"], record["perplexity"]) == (nll, perplexity)
+
+
+def test_what_the_standard_error_says_of_the_far_context():
     def two(near, far, error):
         return [
             {"start": start, "end": 2 * start, "nll": nll, "nll_error": error}
-            for start, nll in ((512, near), (1024, far))
+            for start, nll in ((256, 9.0), (512, near), (1024, far))
         ]
 
-    assert "beyond 1,024 tokens helps" in far_context(two(2.0, 1.9, 0.01))
-    assert "hurts" in far_context(two(2.0, 2.1, 0.01)) and "+0.100" in far_context(two(2.0, 2.1, 0.01))
+    assert "beyond 1,024 tokens helps" in far_context(two(2.0, 1.9, 0.03))  # 2.4 errors of the difference
+    assert "hurts" in far_context(two(2.0, 2.1, 0.03)) and "+0.100" in far_context(two(2.0, 2.1, 0.03))
     assert "makes no difference" in far_context(two(2.0, 2.1, 0.04))
     with pytest.raises(ValueError, match="at least two buckets"):
         far_context(two(1.0, 1.0, 0.1)[:1])
+
+
+def test_documents_that_are_too_short_are_said(model, documents, monkeypatch):
+    said = []
+    monkeypatch.setattr(windows.logger, "warning_once", said.append)
+    perplexity_by_length(model, documents, 12, progress=False)
+    assert not said
+    perplexity_by_length(model, documents, 33, progress=False)
+    assert len(said) == 1 and said[0].startswith("2 of 4 documents have fewer than 33 tokens")
 
 
 def scaled(rope_type):
@@ -331,9 +409,9 @@ def test_adapted_and_wrapped_models_forget_lengths_too():
 
 
 def test_fewer_windows_are_spread_evenly_from_the_first_on(model, documents):
-    windows = [Window(0, start, start + 8, 7) for start in range(10)]
-    for most, chosen in {1: [0], 2: [0, 5], 3: [0, 3, 6], 4: [0, 2, 5, 7], 10: range(10), None: range(10)}.items():
-        assert [window.start for window in spread(windows, most)] == list(chosen)
+    ten = list(range(10))
+    for most, chosen in {1: [0], 2: [0, 5], 3: [0, 3, 6], 4: [0, 2, 5, 7], 10: ten, 15: ten, None: ten}.items():
+        assert windows.spread(ten, most) == chosen
     ids = documents[3]  # 70 tokens: windows end at 16, 26, ..., 66, 70
     (record,) = perplexity_by_length(model, [ids], 16, 10, max_windows=3, progress=False)
     scored = [range(end - 10, end) for end in (16, 36, 56)]

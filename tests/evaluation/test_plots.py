@@ -4,7 +4,14 @@ import sys
 import pytest
 
 from hf_longlora.evaluation import plot_perplexity, plot_positions, plot_retrieval, plots
-from hf_longlora.evaluation.tables import basis, perplexity_table, retrieval_table
+from hf_longlora.evaluation.tables import (
+    basis,
+    perplexity_of,
+    perplexity_table,
+    retrieval_table,
+    ruler_table,
+    sections,
+)
 
 
 def records(*values):
@@ -98,6 +105,35 @@ def test_tables_hold_what_there_is():
         [["1,024", "", "100%"], ["2,048", "25%", ""]],
     )
 
+    tasks = [
+        {"task": task, "length": length, "accuracy": accuracy}
+        for length, accuracies in ((2048, (0.125, 0.0)), (1024, (1.0, 0.5)))
+        for task, accuracy in zip(("vt", "cwe"), accuracies, strict=True)
+    ]
+    assert ruler_table(tasks) == (
+        ["tokens", "vt", "cwe", "mean"],
+        [["1,024 tokens", "100.0%", "50.0%", "75.0%"], ["2,048 tokens", "12.5%", "0.0%", "6.2%"]],
+    )
+
+
+def test_a_heading_names_four_documents_at_most():
+    for names, heading in (
+        (None, "documents"),
+        (["a", "b", "c", "d"], "a, b, c, d"),
+        ([*"abcde"], "a, b, c, d, 1 more"),
+        ([*"abcd", *map(str, range(1000))], "a, b, c, d, 1,000 more"),
+    ):
+        found = perplexity_of({"documents": names, "perplexity": {"dense": records(9.0)}})
+        assert found == {heading: {"dense": records(9.0)}}
+    assert perplexity_of({"documents": ["a"], "perplexity": {}}) == {}
+
+
+def test_one_record_makes_a_section():
+    keys = {"length": 8192, "short": 4096, "perplexity": 7.125, "key_tokens": 50, "tokens": 2000}
+    [section] = sections({}, {"long_ppl": [keys], "passkey": [], "ruler": None})
+    assert section.table == (["", "8,192 tokens"], [["LongPPL", "7.12"], ["key tokens", "2.50% of 2,000"]])
+    assert "4,096 tokens" in section.note and "the model itself" in section.note
+
 
 @pytest.mark.parametrize(
     ("measured", "words"),
@@ -107,6 +143,7 @@ def test_tables_hold_what_there_is():
         ([{"tokens": 1280, "documents": 1}], "1,280 tokens of 1 document"),
         ([{"tokens": 10, "documents": 2}, {"tokens": 30, "documents": 3}], "10 to 30 tokens of 2 to 3 documents"),
         ([{"length": 4}], ""),
+        ([{"tokens": 10}, {"documents": 2}], ""),
     ],
 )
 def test_what_a_number_rests_on(measured, words):

@@ -1,11 +1,15 @@
+import copy
 import re
+from functools import partial
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
-from hf_longlora import passkey_accuracy
+from hf_longlora import long_perplexity, loss_by_position, passkey_accuracy, perplexity_by_length
 from hf_longlora.evaluation import multi_needle_accuracy, multi_needle_example, passkey_example
 from hf_longlora.evaluation.retrieval import NAMED_NEEDLE, NAMED_QUESTION, NEEDLE, TASK
 
@@ -47,6 +51,30 @@ def test_examples_have_the_length_and_the_depth_asked_for(tiny_tokenizer):
         starts.append(next(i for i in range(700) if prompt[i : i + len(needle)] == needle))
     first, third, last = starts
     assert third == first + round(0.3 * (last - first)) and last > first + 100
+
+
+def test_the_shortest_text_has_no_filler(tiny_tokenizer):
+    with pytest.raises(ValueError, match=r"at least \d+ tokens") as error:
+        passkey_example(tiny_tokenizer, 20, 0.5, "90210")
+    shortest = int(re.search(r"at least (\d+)", str(error.value))[1])
+    for length in (shortest, shortest + 1):
+        prompt, answer = passkey_example(tiny_tokenizer, length, 0.5, "90210")
+        assert len(prompt) + len(answer) == length
+    with pytest.raises(ValueError, match=f"at least {shortest} tokens"):
+        passkey_example(tiny_tokenizer, shortest - 1, 0.5, "90210")
+
+
+def test_a_text_begins_once(tiny_tokenizer):
+    """Whatever the tokenizer puts around each text that it is given."""
+    example = passkey_example(tiny_tokenizer, 700, 0.5, "90210")
+    backend = copy.deepcopy(tiny_tokenizer.backend_tokenizer)
+    backend.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    assert tokenizer("a")["input_ids"][0] == 1
+    assert passkey_example(tokenizer, 700, 0.5, "90210") == example
+    assert example.prompt_ids.count(1) == 1
+    without = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert passkey_example(without, 699, 0.5, "90210").prompt_ids == example.prompt_ids[1:]
 
 
 def test_accuracy_by_length_and_depth(tiny_tokenizer):
@@ -129,14 +157,31 @@ def test_the_needle_that_is_asked_for_is_what_counts(tiny_tokenizer):
     ("arguments", "message"),
     [
         ({"depths": (0.5,)}, "2 to 16 different depths"),
-        ({"depths": tuple(i / 20 for i in range(20))}, "2 to 16 different depths"),
         ({"depths": (0.0, 1.5)}, "depth must lie"),
+        ({"depths": tuple(i / 16 for i in range(17))}, "2 to 16 different depths"),
         ({"lengths": 100}, "at least .* tokens"),
+        ({"trials": 0}, "trials"),
     ],
 )
 def test_bad_arguments_of_needles(tiny_llama, tiny_tokenizer, arguments, message):
     with pytest.raises(ValueError, match=message):
         multi_needle_accuracy(tiny_llama(), tiny_tokenizer, **{"lengths": 900, "progress": False} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("depths", "keys", "message"),
+    [((0.5, 0.1), ["11111", "22222"], "must rise"), ((0.1, 0.5), ["11111"], "zip")],
+)
+def test_bad_arguments_of_an_example(tiny_tokenizer, depths, keys, message):
+    with pytest.raises(ValueError, match=message):
+        multi_needle_example(tiny_tokenizer, 1500, depths, keys, ["the baker", "the farmer"], asked=0)
+
+
+@pytest.mark.parametrize("count", [2, 16])
+def test_fewest_and_most_needles(tiny_tokenizer, count):
+    model, depths = NamedReader(tiny_tokenizer, True), [index / count for index in range(count)]
+    records = multi_needle_accuracy(model, tiny_tokenizer, 3000, depths, trials=1, progress=False)
+    assert [(record["depth"], record["accuracy"]) for record in records] == [(depth, 1.0) for depth in depths]
 
 
 def test_needles_stand_where_their_depths_say_to_the_token(tiny_tokenizer):
@@ -169,3 +214,23 @@ def test_each_depth_of_needles_is_asked_for_once_a_trial(tiny_tokenizer):
     model = FirstHalf(tiny_tokenizer, False)
     records = multi_needle_accuracy(model, tiny_tokenizer, [2000], depths, trials=3, progress=False)
     assert [(r["depth"], r["accuracy"]) for r in records] == [(0.0, 1.0), (0.3, 1.0), (0.8, 0.0), (0.9, 0.0)]
+
+
+@pytest.mark.parametrize("progress", [True, False])
+@pytest.mark.parametrize(
+    ("measure", "steps"),
+    [
+        (partial(perplexity_by_length, lengths=[16, 8], stride=8, batch_size=2), 2 * 7),
+        (partial(loss_by_position, length=16, buckets=2, batch_size=2), 3),
+        (partial(long_perplexity, lengths=[16, 32], short=4, batch_size=2), 3 + 1),
+        (partial(passkey_accuracy, lengths=[450, 500], depths=(0, 1), trials=3), 2 * 2 * 3),
+        (partial(multi_needle_accuracy, lengths=[500, 600], depths=(0, 1), trials=3), 2 * 2 * 3),
+    ],
+    ids=["perplexity", "positions", "long_ppl", "passkey", "needles"],
+)
+def test_a_bar_is_full_when_all_is_measured(tiny_llama, tiny_tokenizer, capfd, measure, steps, progress):
+    """A step for each window at each length, and for each text."""
+    measured = tiny_tokenizer if "trials" in measure.keywords else [[5] * 60]
+    measure(tiny_llama(num_hidden_layers=1), measured, progress=progress)
+    shown = capfd.readouterr().err
+    assert re.findall(r"(\d+)/(\d+)", shown)[-1:] == [(str(steps), str(steps))] * progress
