@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import html
 import importlib.util
+import inspect
 import itertools
 import json
 import os
@@ -38,7 +39,7 @@ from transformers import (
 )
 
 import hf_longlora
-from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, S2AttentionConfig
+from hf_longlora import ContextStage, LongLoraConfig, LongLoraSFTConfig, PushAdapterCallback, S2AttentionConfig
 from hf_longlora.attention import kernels
 from hf_longlora.attention.kernels import KERNELS, operators
 from hf_longlora.cli import COMMANDS, main
@@ -353,6 +354,7 @@ def test_the_options_named_are_there():
     runs = make_parser()
     known = {*OTHERS, *(option for action in runs._actions for option in (action.dest, *action.option_strings))}
     known |= {f.name for c in (LongLoraConfig, ContextStage, S2AttentionConfig) for f in dataclasses.fields(c)}
+    known |= set(inspect.signature(PushAdapterCallback).parameters)
     commands = argparse.ArgumentParser().add_subparsers()
     for command in COMMANDS:
         command.add(commands)
