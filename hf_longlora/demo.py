@@ -106,8 +106,8 @@ def run_demo(
     Raises:
         ValueError: a demo of another size is in `output_dir`.
     """
-    if minutes <= 0:
-        raise ValueError(f"minutes must be more than 0, got {minutes}")
+    if not 0 < minutes < float("inf"):
+        raise ValueError(f"minutes must be a number above 0, got {minutes}")
     threads = torch.get_num_threads()
     try:
         with without_bars(), warnings.catch_warnings():

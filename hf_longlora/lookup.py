@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import get_token
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoConfig
 from transformers.utils import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -96,6 +96,8 @@ def reason(error: BaseException) -> str:
         why += " (`hf auth login`, or HF_TOKEN)"
     elif status >= 500:
         why = "; try again later"
+    elif any(isinstance(cause, HFValidationError) for cause in causes(error)):
+        return "there is no such folder, and no repository of the Hub is called so"
     else:  # a file that is not there, a revision
         return str(error).strip() or type(error).__name__
     return f"the Hub answers {status}{why}"

@@ -158,7 +158,10 @@ def base_of(adapter: str, config: PeftConfig, base: str | Path | None = None) ->
     """The name, the revision and the config of an adapter's base: the one that it names, unless another is given."""
     name, revision = str(base or config.base_model_name_or_path or ""), None if base else config.revision
     if not name:
-        raise ValueError(f"the adapter {adapter} doesn't name its base model: pass base")
+        raise ValueError(
+            f"the adapter {adapter} doesn't name its base model: write it into its adapter_config.json, as "
+            "base_model_name_or_path, or pass base to merge and export"
+        )
     refuse_adapted_base(name, adapter)
     try:
         return name, revision, AutoConfig.from_pretrained(name, revision=revision)

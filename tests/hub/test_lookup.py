@@ -75,6 +75,17 @@ def test_the_base_of_an_adapter_is_another_s(private, token, monkeypatch, capsys
     assert f"the base of adapter, {MISSING}, can't be had: the Hub answers 404" in said(capsys, "merge", "adapter")
 
 
+@pytest.mark.parametrize("command", ["evaluate", "merge"])
+def test_a_base_that_was_moved_or_never_named_is_told_of(private, capsys, tmp_path, command):
+    """The Hub's rules for names are no help, nor is an option that a command has not."""
+    name_base(tmp_path, "/nowhere/base")
+    assert "the base of adapter, /nowhere/base, can't be had: there is no such folder" in said(
+        capsys, command, "adapter"
+    )
+    name_base(tmp_path, "")
+    assert "doesn't name its base model: write it into its adapter_config.json" in said(capsys, command, "adapter")
+
+
 def test_an_adapter_that_one_may_read(private, token, monkeypatch, capsys, tmp_path):
     torch.manual_seed(0)
     llama().save_pretrained(tmp_path / "base")
