@@ -51,10 +51,6 @@ class _Master:
         return base_dtype(self.original)
 
 
-def _master(module: nn.Module) -> _Master | None:
-    return vars(module).get("_master")
-
-
 class MasterLinear(nn.Linear):
     """A linear layer with fp32 weights that computes in its input's dtype, with and without autocast."""
 
@@ -114,20 +110,18 @@ def _mixes_dtypes(module: nn.Module) -> bool:
 
 
 def _output_to_base(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    master = _master(module)
-    if master is not None and isinstance(output, torch.Tensor) and output.is_floating_point():
-        return output.to(master.dtype)
+    if isinstance(output, torch.Tensor) and output.is_floating_point():
+        return output.to(vars(module)["_master"].dtype)
     return output
 
 
 def _state_in_base_dtype(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    master = _master(module)
-    if master is None or _FULL_PRECISION.get():
+    if _FULL_PRECISION.get():
         return
     for name, _ in module.named_parameters():
         value = state_dict.get(prefix + name)
         if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
-            state_dict[prefix + name] = value.to(master.dtype)
+            state_dict[prefix + name] = value.to(vars(module)["_master"].dtype)
 
 
 def adapter_parameters(layer: BaseTunerLayer, adapter_name: str) -> list[nn.Parameter]:
@@ -177,7 +171,7 @@ def promote(copy: nn.Module, original: nn.Module) -> None:
     """Make the weights of a copy fp32, in place; `original`, the base's module, says in which dtype it takes part."""
     upcast(copy.parameters())
     plain = base_dtype(original) not in LOW_PRECISION or any(of_deepspeed(p) for p in copy.parameters())
-    if plain or _master(copy) is not None or isinstance(copy, TiedHead):
+    if plain or "_master" in vars(copy) or isinstance(copy, TiedHead):
         return
     hooks: list[Any] = [copy.register_state_dict_post_hook(_state_in_base_dtype)]
     if type(copy) is nn.Linear:

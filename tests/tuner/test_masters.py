@@ -2,14 +2,16 @@
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_longlora.tuner import LongLoraConfig
-from hf_longlora.tuner.masters import full_precision
+from hf_longlora.tuner.masters import full_precision, promote
 
 from .helpers import TARGET, ids, llama, logits, perturbed
 
@@ -91,6 +93,69 @@ def test_full_precision_state_resumes_bitwise(tied, tmp_path):
         base = llama(tied, dtype=torch.bfloat16)
         loaded = PeftModel.from_pretrained(base, tmp_path / "checkpoint", low_cpu_mem_usage=low)
         assert {p.dtype for _, _, copy in loaded.base_model._copies() for p in copy.parameters()} == {torch.bfloat16}
+
+
+class OwnNorm(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8))
+
+    def forward(self, hidden):
+        return self.weight * hidden
+
+
+class OwnLayerNorm(torch.nn.LayerNorm):
+    pass
+
+
+class OwnRouter(torch.nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "module", "seen"),
+    [
+        (lambda: torch.nn.LayerNorm(8), None, torch.float32),  # which takes no other on a GPU
+        (lambda: torch.nn.RMSNorm(8), None, torch.float32),
+        (lambda: LlamaRMSNorm(8), None, torch.bfloat16),  # a wider input would be kept for the backward
+        (OwnNorm, "liger_kernel.transformers.rms_norm", torch.bfloat16),
+        (OwnNorm, "remote_code", torch.float32),
+        (partial(OwnLayerNorm, 8), "transformers.models.own", torch.float32),
+        (partial(OwnRouter, 8, 8), "transformers.models.own", torch.float32),
+    ],
+)
+def test_a_copy_takes_what_it_computes_in_and_hands_on_the_base_s_dtype(make, module, seen, monkeypatch):
+    original = make().to(torch.bfloat16)
+    if module is not None:
+        monkeypatch.setattr(type(original), "__module__", module)
+    promoted, taken = copy.deepcopy(original), []
+    forward = promoted.forward
+    promoted.forward = lambda *args: taken.append(args[0].dtype) or forward(*args)
+    promote(promoted, original)
+    hidden = torch.randn(2, 8, dtype=torch.bfloat16)
+    out = promoted(hidden)
+    assert promoted.weight.dtype == torch.float32 and taken == [seen] and out.dtype == torch.bfloat16
+    assert torch.allclose(out, original(hidden), atol=2**-7, rtol=2**-7)
+
+
+def test_what_is_no_number_of_the_network_is_handed_on_as_it_is():
+    """A router, trained whole, gives scores and which experts, and may be told more than its input."""
+
+    class Router(torch.nn.Linear):
+        def forward(self, hidden, mask, scale):
+            return super().forward(hidden) * scale, mask
+
+    class Ids(torch.nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden).argmax(-1)
+
+    originals = Router(4, 3).to(torch.bfloat16), Ids(4, 3).to(torch.bfloat16)
+    router, ids_of = (copy.deepcopy(module) for module in originals)
+    promote(router, originals[0])
+    promote(ids_of, originals[1])
+    hidden, mask = torch.randn(2, 4, dtype=torch.bfloat16), torch.tensor([True, False])
+    assert router(hidden, mask, 2)[1] is mask
+    assert ids_of(hidden).dtype == torch.int64
 
 
 def cast_down(model):

@@ -25,7 +25,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter as pefts_hotswap_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_longlora import export_adapter, tuner
 from hf_longlora.rope import ROPE_TYPES, current_rope
@@ -310,6 +310,31 @@ def test_hotswap(tied, length, tmp_path):
         assert torch.equal(logits(model), logits(llama(tied)))
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_hotswap_on_a_base_without_rope(tmp_path, trainable):
+    """It stays trainable, or not."""
+
+    def gpt2():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=128, n_positions=4 * LENGTH, n_embd=32, n_layer=2, n_head=2)
+        ).eval()
+
+    for name in ("old", "new"):
+        model = perturbed(gpt2(), LongLoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+        nudge(model) if name == "new" else None
+        model.save_pretrained(tmp_path / name)
+    assert LongLoraConfig.from_pretrained(tmp_path / "new").base_rope is None
+    swapped = PeftModel.from_pretrained(gpt2(), tmp_path / "old", is_trainable=trainable).eval()
+    assert not torch.equal(logits(swapped), logits(model))
+    trained = {name: p.requires_grad for name, p in swapped.named_parameters()}
+    hotswap_adapter(swapped.train(trainable), str(tmp_path / "new"))
+    assert swapped.training == trainable
+    assert torch.equal(logits(swapped.eval()), logits(model))
+    assert {name: p.requires_grad for name, p in swapped.named_parameters()} == trained
+    assert any(trained.values()) == trainable
+
+
 def test_hotswap_refuses_what_differs(tmp_path):
     perturbed(llama(), LongLoraConfig(target_length=TARGET, rope_type="yarn", r=4)).save_pretrained(tmp_path / "rank")
     perturbed(llama(), LongLoraConfig(target_length=2 * TARGET, rope_type="yarn")).save_pretrained(tmp_path / "rope")
@@ -320,7 +345,11 @@ def test_hotswap_refuses_what_differs(tmp_path):
     model = perturbed(llama())
     model.add_adapter("second", LongLoraConfig(target_length=TARGET, rope_type="yarn"))
     before = logits(model)
-    for name, words in (("rank", "r 4 for 8"), ("rope", "another RoPE"), ("norms", "missing"), ("none", "find")):
+    perturbed(llama(rope_theta=20_000.0)).save_pretrained(tmp_path / "base")
+    for name, words in (
+        *(("rank", "r 4 for 8"), ("rope", "another RoPE"), ("norms", "missing"), ("none", "find")),
+        ("base", "trained on a base with another RoPE"),
+    ):
         with pytest.raises(ValueError, match=words):
             hotswap_adapter(model, str(tmp_path / name))
         assert torch.equal(logits(model), before)
