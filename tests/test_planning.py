@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import weakref
 
 import pytest
@@ -36,6 +37,9 @@ from hf_longlora import (
 )
 from hf_longlora.cli import main
 from hf_longlora.planning import GIB, GPUS, RunSettings, check_model, find_gpu, gpu_called
+from hf_longlora.planning.gpus import Gpu
+from hf_longlora.planning.memory import kept_of_the_mlp, kept_outside_the_mlp
+from hf_longlora.planning.seconds import MATMUL_SHARE, SHORT_SEGMENT, TRAFFIC, TRAFFIC_FUSED
 from hf_longlora.planning.shape import Shape
 
 SHAPE = {
@@ -227,6 +231,90 @@ def test_what_settings_change():
 
 def groups(size=None, **options):
     return {"attention": S2AttentionConfig(group_size=size, **options)}
+
+
+def card(**speeds):
+    """One that is infinitely fast at all but what is given."""
+    sheet = {"tflops": math.inf, "bandwidth": math.inf, "link": math.inf, "attention": {"flash": math.inf}}
+    return Gpu(name="a card", memory_gib=math.inf, **sheet | speeds)
+
+
+MATRICES = 3 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 512 * 3)  # of LLAMA's layers; its head has 64 * 128
+PLAIN = {"adapter": LORA_ONLY, "gpu": card(tflops=1.0)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "entries"),
+    [
+        ({}, 3 * MATRICES + 3 * 64 * 128),  # forward, again, and backward to the inputs
+        ({"gradient_checkpointing": False}, 2 * MATRICES + 3 * 64 * 128),
+        ({"adapter": None}, 4 * MATRICES + 4 * 64 * 128),  # and to the weights
+        ({"batch_size": 3}, 3 * (3 * MATRICES + 3 * 64 * 128)),
+        ({"gradient_accumulation_steps": 3}, 3 * (3 * MATRICES + 3 * 64 * 128)),
+        ({"sequence_parallel": 2, "sparse": "s2"}, (3 * MATRICES + 3 * 64 * 128) / 2),
+    ],
+)
+def test_seconds_of_matrix_products(changes, entries):
+    (row,) = plan_run(LLAMA, [1024], **PLAIN | changes).lengths
+    assert row.seconds_dense == pytest.approx(2 * 1024 * entries / (MATMUL_SHARE * 1e12))
+
+
+@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"quantization": "4bit"}])
+def test_seconds_of_what_is_moved(again, options):
+    """Of a step that is two forwards: what a layer keeps, quantized weights unpacked; and the optimizer's, once."""
+    changes = {"adapter": LORA_ONLY, "gpu": card(bandwidth=1.0), "gradient_checkpointing": again, **options}
+    plan = plan_run(LLAMA, [1024], gradient_accumulation_steps=2, **changes)
+    settings = RunSettings(adapter=LORA_ONLY, gradient_checkpointing=again, **options)
+    shape = Shape.of(LLAMA, settings)
+    kept = kept_outside_the_mlp(shape, settings) + kept_of_the_mlp(shape, settings)
+    passes = 3 if again else 2
+    forward = (TRAFFIC_FUSED if "fused" in options else TRAFFIC) * kept * 3 * 1024 * passes / 3
+    forward += passes * 4 * MATRICES if "quantization" in options else 0
+    assert plan.lengths[0].seconds_dense == pytest.approx((2 * forward + 40 * plan.trainable) / 1e9)
+
+
+def test_seconds_of_what_is_offloaded():
+    settings = {"gpu": card(link=1.0), "activation_offloading": True, "gradient_accumulation_steps": 3}
+    (row,) = plan_run(EIGHT_LAYERS, [1024], **settings).lengths
+    checkpoints = 5 * 1024 * 4096 * 2  # all but 3
+    assert row.seconds_dense == row.seconds_sparse == pytest.approx(3 * 2 * checkpoints / 1e9)  # there and back
+
+
+def triangles(*sizes):
+    """Pairs of tokens in causal segments, each at the rate of its length."""
+    return sum(size * (size + 1) / 2 * (1 + SHORT_SEGMENT / size) for size in sizes)
+
+
+@pytest.mark.parametrize(
+    ("config", "length", "changes", "pairs"),
+    [
+        (LLAMA, 1024, {}, 4 * triangles(1024)),
+        (LLAMA, 1024, {"batch_size": 2}, 2 * 4 * triangles(1024)),
+        (LLAMA, 1024, {"sequence_parallel": 2, "sparse": "s2"}, 2 * triangles(1024)),
+        (LLAMA, 1024, {"attention": S2AttentionConfig(group_size=256, sink_tokens=0), "dense_every": 0}, None),
+        (WINDOWED, 1024, {}, 4 * 1.5 * 256 * 1024 * (1 + SHORT_SEGMENT / 256)),
+        (WINDOWED, 256, {}, 4 * triangles(256)),  # no token is beyond the window
+        (WINDOWED, 100, {}, 4 * triangles(100)),
+    ],
+    ids=["dense", "batch", "shared", "groups", "sliding", "a window", "less than a window"],
+)
+@pytest.mark.parametrize(
+    ("checkpoints", "passes"),
+    [
+        ({}, 4.5),
+        ({"gradient_checkpointing": False}, 3.5),
+        ({"selective_checkpointing": True}, 3.5),
+    ],
+)
+def test_seconds_of_attention(config, length, changes, pairs, checkpoints, passes):
+    """Two products of a head's width for each pair in the forward, five in the backward."""
+    gpu = card(tflops=1e9, attention={"flash": 1e-9, "cudnn": 1e-10})
+    (row,) = plan_run(config, [length], adapter=LORA_ONLY, gpu=gpu, **changes, **checkpoints).lengths
+    seconds = row.seconds_dense
+    if pairs is None:  # half of the heads in four groups, half in three and two halves
+        seconds, pairs = row.seconds, 2 * triangles(*[256] * 4) + 2 * triangles(128, 256, 256, 256, 128)
+    assert seconds == pytest.approx(passes * 3 * 2 * 2 * 16 * pairs / 1e12, rel=1e-6)
 
 
 def test_seconds_follow_the_pattern():

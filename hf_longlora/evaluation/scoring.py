@@ -41,7 +41,7 @@ def _autocast(model: nn.Module) -> Any:
     A fp32 norm hands fp32 activations to a bf16 projection, which raises. LoRA weights do not count: PEFT casts for
     them.
     """
-    dtypes = {p.dtype for name, p in model.named_parameters() if p.is_floating_point() and "lora_" not in name}
+    dtypes = {parameter.dtype for name, parameter in model.named_parameters() if "lora_" not in name}
     half = dtypes & {torch.bfloat16, torch.float16}
     if torch.float32 in dtypes and half:
         return torch.autocast(embedding_device(model).type, dtype=half.pop())
@@ -99,7 +99,7 @@ def _takes_logits_to_keep(model: Any) -> bool:
 def vocabulary_size(model: Any) -> int | None:
     """Entries of the model's vocabulary, or `None` where neither its config nor its embeddings tell."""
     config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
+    if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
     return getattr(config, "vocab_size", None)
 

@@ -181,6 +181,30 @@ def test_half_precision_with_fp32_norms(model, documents):
     assert record["nll"] == pytest.approx(reference["nll"], rel=0.05)
 
 
+@pytest.mark.parametrize("norms", [torch.bfloat16, torch.float32])
+def test_only_norms_of_another_dtype_make_it_autocast(model, documents, norms):
+    """Not LoRA in fp32, for which PEFT casts: numbers are those of the model's own forward."""
+    mixed = get_peft_model(LlamaForCausalLM(model.config).bfloat16(), LoraConfig(target_modules=["q_proj"]))
+    assert {p.dtype for name, p in mixed.named_parameters() if "lora_" in name} == {torch.float32}
+    cast = []
+    for part in mixed.modules():
+        if "Norm" in type(part).__name__:
+            part.to(norms)
+    mixed.register_forward_pre_hook(lambda module, inputs: cast.append(torch.is_autocast_enabled("cpu")))
+    perplexity_by_length(mixed, documents, 32, max_windows=1, progress=False)
+    assert cast == [norms == torch.float32]
+
+
+def test_more_targets_than_are_turned_to_fp32_at_a_time():
+    ids = torch.randint(VOCABULARY, (1100,))
+    model = Bigram()
+    losses = nn.functional.cross_entropy(model.table(ids)[:-1], ids[1:], reduction="none").double()
+    (record,) = perplexity_by_length(model, [ids], 1100, 1100, progress=False)
+    assert (record["tokens"], record["nll"]) == (1099, pytest.approx(losses.mean().item(), abs=1e-6))
+    (record,) = loss_by_position(model, [ids], 1100, buckets=1, progress=False)
+    assert (record["tokens"], record["nll"]) == (1099, pytest.approx(losses.mean().item(), abs=1e-6))
+
+
 def test_texts_and_tensors(model):
     class Tokenizer:
         def __call__(self, text, add_special_tokens, verbose):

@@ -1,7 +1,9 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 from peft import get_peft_model
@@ -283,6 +285,51 @@ def test_facts_that_are_not_known_are_left_out(tmp_path):
     args = LongLoraSFTConfig(str(tmp_path), stages=[ContextStage(128, 2)], use_cpu=True, bf16=False)
     facts = run.run_facts(args, TrainerState(global_step=1, max_steps=2))
     assert set(facts) == {"steps", "learning rate", "hardware", "versions", "date"}
+
+
+def test_facts_of_a_run(tmp_path):
+    args = LongLoraSFTConfig(
+        str(tmp_path),
+        stages=[ContextStage(128, 2000)],
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=600,
+        learning_rate=2e-4,
+        lr_scheduler_type="cosine",
+        warmup_steps=1000,
+    )
+    logs = [
+        {"loss": 3.25, "num_tokens": 100_000, "tokens_per_second": 1000.0, "peak_memory_gib": 2.375},
+        {"eval_loss": 3.0, "eval_books_loss": 2.0},
+        {"loss": 2.5, "num_tokens": 300_000.0, "tokens_per_second": 2000.0, "peak_memory_gib": 1.5},
+        {"eval_loss": 2.875, "eval_books_loss": 2.125, "eval_runtime": 9.0},
+        {"loss": 2.75, "num_tokens": 400_000, "tokens_per_second": None},
+        {"train_loss": 2.8, "train_runtime": 1000.0},
+    ]
+    (tmp_path / run.EMISSIONS_NAME).write_text("run_id,energy_consumed\na,0.25\nb,0.5\n")
+    facts = run.run_facts(args, TrainerState(global_step=1500, max_steps=2000, log_history=logs))
+    assert facts["versions"].startswith("hf-longlora ") and ", trl " in facts["versions"]
+    del facts["versions"], facts["date"]
+    assert facts == {
+        "steps": "1,500 of 2,000, batch size 1,200",
+        "tokens": "400,000",
+        "learning rate": "0.0002, cosine, warm-up over 1,000 steps",
+        "loss": "3.250 at first, 2.750 at last",
+        "evaluation loss": "3.000 at first, 2.875 at last",
+        "evaluation loss, books": "2.000 at first, 2.125 at last",
+        "hardware": f"{os.cpu_count()} CPU cores",
+        "time": "3 min of training",  # 100 s and 100 s; of the third log it is not known
+        "peak memory": "2.4 GiB of the process",
+        "energy": "0.75 kWh, by codecarbon",
+    }
+    assert list(facts)[:3] == ["steps", "tokens", "learning rate"]
+
+
+def test_hardware_is_the_cards_and_how_many(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    assert run.hardware(2, torch.device("cuda", 1)) == "2 x card 1"
+    assert run.hardware(1, torch.device("mps")) == "1 x mps"
 
 
 def test_a_dataset_s_name_is_told_where_it_has_one(make, tmp_path):
