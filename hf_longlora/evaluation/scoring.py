@@ -98,7 +98,7 @@ def _takes_logits_to_keep(model: Any) -> bool:
 
 def vocabulary_size(model: Any) -> int | None:
     """Entries of the model's vocabulary, or `None` where neither its config nor its embeddings tell."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
     return getattr(config, "vocab_size", None)

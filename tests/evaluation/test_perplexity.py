@@ -3,12 +3,13 @@
 import math
 from itertools import pairwise
 from statistics import fmean, pstdev
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3Config, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_longlora import S2AttentionConfig, long_perplexity
 from hf_longlora.evaluation import (
@@ -327,6 +328,15 @@ class Bigram(nn.Module):
 def test_a_model_without_a_config(documents):
     records = perplexity_by_length(Bigram(), documents, [4, 8, 16], progress=False)
     assert records[0]["nll"] == pytest.approx(records[2]["nll"], abs=1e-6)
+
+
+def test_vocabulary_and_device_of_models_of_any_kind():
+    """By the config of their text, any config or none; of the weights where nothing says which are embeddings."""
+    texts = Gemma3Config(text_config={"vocab_size": 11})
+    for config, size in ((texts, 11), (SimpleNamespace(vocab_size=12), 12), (SimpleNamespace(), None), (None, None)):
+        assert scoring.vocabulary_size(SimpleNamespace(config=config)) == size
+    assert scoring.vocabulary_size(Bigram()) is None
+    assert scoring.embedding_device(Bigram().to("meta")) == torch.device("meta")
 
 
 def test_the_stride_is_the_papers_or_half_of_the_shortest_length():
