@@ -496,8 +496,12 @@ def test_train_from_yaml_and_resume(run, capsys, caplog, monkeypatch):
     assert main(must_resume) == 0
     assert "checkpoint-3 is of the run's last step, 3: nothing is left to train. To train further" in caplog.text
     assert (run / "out" / "adapter_model.safetensors").read_bytes() == before
+    assert "Starting afresh" not in capsys.readouterr().err
     assert main([*must_resume, "--output_dir", "new"]) == 1
     assert "There is no whole checkpoint in new" in capsys.readouterr().err
+    assert main(["train", "--config=run.yaml", "--lora_r", "2"]) == 0
+    said = "Starting afresh beside out/checkpoint-3, whose place others will take: --resume goes on from it."
+    assert said in capsys.readouterr().err
 
 
 def test_train_with_the_adapters_own_options_and_without_an_adapter(run):

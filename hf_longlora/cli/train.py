@@ -154,12 +154,16 @@ def _checkpoint(script: Any, args: Any) -> Any:
     checkpoint = args.resume_from_checkpoint
     if str(checkpoint).lower() == "true":  # as scripts for Trainer have it: the last one, which has to be there
         return True
-    if script.resume and checkpoint is None:
-        checkpoint = last_checkpoint(args.output_dir)
-        if args.process_index == 0:
-            afresh = f"No whole checkpoint in {args.output_dir}: starting afresh."
-            print(f"Resuming from {checkpoint}." if checkpoint else afresh, file=sys.stderr)
-    return checkpoint
+    if checkpoint is not None:
+        return checkpoint
+    last = last_checkpoint(args.output_dir)
+    if args.process_index == 0 and (last or script.resume):
+        if not script.resume:
+            said = f"Starting afresh beside {last}, whose place others will take: --resume goes on from it."
+        else:
+            said = f"Resuming from {last}." if last else f"No whole checkpoint in {args.output_dir}: starting afresh."
+        print(said, file=sys.stderr)
+    return last if script.resume else None
 
 
 def _say_columns(train: Any, args: Any) -> None:

@@ -6,10 +6,23 @@ from typing import Any
 
 from peft import PeftConfig
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
-from ..rope import AUTO, RopeScaling, current_rope, find_rope, only_reading, reach, scaled_rope, type_over
+from ..rope import (
+    AUTO,
+    RopeScaling,
+    current_rope,
+    find_rope,
+    only_reading,
+    reach,
+    readings,
+    scaled_rope,
+    type_over,
+)
 from ..schedule import ContextStage, Schedule
 from ..tuner import longlora_tuner
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,8 @@ def _extended(start: Start, now: RopeScaling | None, stage: ContextStage) -> Rop
 def check_lengths(
     start: Start, schedule: Schedule, ropes: Sequence[RopeScaling | None], longest: Sequence[int]
 ) -> None:
-    """Refuse a stage that stretches RoPE and would train no distance that is new to the model.
+    """Refuse a stage that stretches RoPE and would train no distance that is new to the model, and warn of one that
+    goes beyond what the RoPE that it keeps reaches.
 
     `longest` are the tokens in the longest document that each stage sees.
     """
@@ -123,4 +137,12 @@ def check_lengths(
                 'documents, set packing=True and packing_strategy="wrapped" (one stream of text, as in the paper), or '
                 "drop the stage."
             )
+        if (scaling := rope or start.now or start.base) is not None:
+            reached = max(length for _, length in readings(start.config, scaling, start.base_length))
+            if tokens > reached:
+                logger.warning(
+                    f"Stage {number} trains {tokens:,} tokens under a RoPE that reaches {reached:,} (rope_type=None), "
+                    "and so the model's config will say: readers of it, such as vLLM, take no more. With a rope_type "
+                    "the stage has one that reaches its max_length."
+                )
         before, known = rope or before, max(known, tokens)

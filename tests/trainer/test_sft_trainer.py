@@ -933,6 +933,27 @@ def test_no_surprising_warnings(make):
         make().train()
 
 
+def test_a_stage_beyond_its_rope_is_warned_of(make, caplog, monkeypatch):
+    """A merged model's config would say no more than what the RoPE reaches."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for stages, warned in (
+        ([ContextStage(64, 1, rope_type=None)], None),
+        ([ContextStage(128, 1)], None),
+        ([ContextStage(128, 1), ContextStage(128, 1, rope_type=None)], None),
+        ([ContextStage(96, 1, rope_type=None)], "Stage 1 trains 96 tokens under a RoPE that reaches 64"),
+        (
+            [ContextStage(128, 1), ContextStage(256, 1, rope_type=None)],
+            "Stage 2 trains 256 tokens under a RoPE that reaches 128",
+        ),
+    ):
+        caplog.clear()
+        make(stages=stages)
+        found = [
+            record.getMessage() for record in caplog.records if "under a RoPE that reaches" in record.getMessage()
+        ]
+        assert [message.startswith(warned or "") for message in found] == [True] * (warned is not None)
+
+
 def test_a_text_longer_than_the_base_took_is_no_warning(make, tiny_tokenizer, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     tiny_tokenizer.model_max_length = 64
