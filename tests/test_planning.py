@@ -140,6 +140,9 @@ def peak_of_a_step(config, tokens, adapter, tokenizer, folder, **options):
         (LLAMA, LongLoraConfig(), {"mlp_tile": 8}, 0.01),
         (LLAMA, LORA_ONLY, {}, 0.01),
         (LLAMA, LongLoraConfig(target_modules="all-linear"), {}, 0.01),
+        (LLAMA, LongLoraConfig(target_modules="all-linear"), {"gradient_checkpointing": False}, 0.01),
+        (LLAMA, None, {}, 0.01),
+        (LLAMA, None, {"gradient_checkpointing": False}, 0.02),
         (Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16), LongLoraConfig(), {}, 0.03),
         (GPTNeoXConfig(**SHAPE), LongLoraConfig(), {}, 0.06),
         (MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4), LongLoraConfig(), {}, 0.06),
@@ -147,7 +150,8 @@ def peak_of_a_step(config, tokens, adapter, tokenizer, folder, **options):
         (WINDOWED, LongLoraConfig(), {"gradient_checkpointing": False}, 0.01),
     ],
     ids=[
-        *("llama", "not checkpointed", "tiled", "lora only", "all-linear", "qwen3", "gpt_neox", "mixtral"),
+        *("llama", "not checkpointed", "tiled", "lora only", "all-linear", "all-linear, not checkpointed"),
+        *("all weights", "all weights, not checkpointed", "qwen3", "gpt_neox", "mixtral"),
         *("windows", "windows, not checkpointed"),
     ],
 )
@@ -223,14 +227,41 @@ def test_what_settings_change():
     assert of(batch_size=2).activations == pytest.approx(2 * plain.activations)
     twice = of(gradient_accumulation_steps=2)
     assert twice.seconds == pytest.approx(2 * plain.seconds, rel=0.01) and twice.gradients > 0 == plain.gradients
+    selective = of(selective_checkpointing=True)
+    kept = 8 * 32768 * (2 * 4096 + 4 * 32) / GIB  # attention's output, and a number a head
+    assert selective.activations == pytest.approx(plain.activations + kept)
     every_weight = of(adapter=None, dtype="float32")
     parameters = plan_run(EIGHT_LAYERS, [64]).parameters
     assert every_weight.optimizer == pytest.approx(8 * parameters / GIB)
     assert every_weight.gradients == pytest.approx(4 * parameters / GIB)
+    in_bf16 = of(adapter=None)
+    assert (in_bf16.optimizer, in_bf16.weights) == pytest.approx((4 * parameters / GIB, 2 * parameters / GIB))
 
 
 def groups(size=None, **options):
     return {"attention": S2AttentionConfig(group_size=size, **options)}
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_bytes_that_a_fused_layer_keeps(again):
+    """Of each norm its input alone, once; the first one's is the checkpoint. Of the MLP not the activation."""
+    plain, fused = (RunSettings(adapter=LongLoraConfig(), fused=it, gradient_checkpointing=again) for it in (0, 1))
+    shape = Shape.of(LLAMA, plain)
+    norms = 2 * 64
+    saved = kept_outside_the_mlp(shape, plain) - kept_outside_the_mlp(shape, fused)
+    assert saved == (4 + 2) * norms - 2 * (norms - 64 * again)
+    assert (kept_of_the_mlp(shape, plain), kept_of_the_mlp(shape, fused)) == (3 * 2 * 512, 2 * 2 * 512)
+
+
+def test_bytes_of_the_loss():
+    """Where it is the peak: a tile of logits, and what the last norm keeps; of few tokens and entries no more."""
+    small = {**SHAPE, "intermediate_size": 16, "num_key_value_heads": 2}
+    narrow, wide = LlamaConfig(**small), LlamaConfig(**small | {"vocab_size": 10_000})
+    changes = {"adapter": LORA_ONLY, "gradient_checkpointing": False}
+    for config, length, tile in ((narrow, 1024, 1024 * 128), (narrow, 8192, 4096 * 128), (wide, 8192, 4096 * 8192)):
+        for fused, norm in ((False, 20), (True, 14)):
+            (row,) = plan_run(config, [length], fused=fused, **changes).lengths
+            assert row.logits * GIB == 2 * tile + length * norm * 64
 
 
 def card(**speeds):
@@ -460,6 +491,12 @@ def test_the_plan_is_near_what_was_measured(monkeypatch):
 def test_cards_are_known_by_torchs_names(name, found):
     assert gpu_called(name).name == found
     assert gpu_called("Tesla T4") is None
+
+
+def test_a_plan_names_its_model():
+    named = copy.copy(LLAMA)
+    named.name_or_path = "user/model"
+    assert [plan_run(config, [2], gpu="h200").model for config in (LLAMA, named)] == ["llama", "user/model"]
 
 
 def test_cards_and_notes():

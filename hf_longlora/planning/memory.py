@@ -44,7 +44,7 @@ def kept_outside_the_mlp(shape: Shape, settings: RunSettings) -> float:
     norms = (4 + 2 * shape.trains_norms) * shape.norms
     if settings.fused:  # the first norm's input is the layer's, and so the checkpoint
         norms = 2 * shape.norms - 2 * shape.hidden * settings.gradient_checkpointing
-    inputs = 2 * shape.lora_inputs if settings.adapter is not None else 2 * (2 * shape.hidden + shape.query)
+    inputs = 2 * shape.lora_inputs if settings.adapter is not None else 4 * shape.hidden
     attention = 4 * shape.query + 2 * shape.keys_values + 4 * shape.heads + 4 * shape.query / shape.heads
     return inputs + norms + attention + 2 * shape.mixers
 
@@ -103,6 +103,8 @@ def bytes_at_peak(shape: Shape, settings: RunSettings, length: int) -> tuple[dic
     if settings.gradient_checkpointing:
         again = tokens * (outside + max((kept_of_a_window(shape, window) for window in windows), default=0))
         of_mlp += tokens * inside
+    else:
+        of_mlp -= tokens * (whole - inside)  # what the MLP's way out was given is free by then
     working = again + max(of_mlp, of_norm) + 2.0 * shape.largest_matrix
     logits = 2 * min(tokens, LOSS_TOKENS) * min(shape.vocabulary, LOSS_VOCABULARY)
     # The last norm's, its output twice, and its gradient in fp32 and bf16.
