@@ -27,8 +27,8 @@ def resolve_modules(model: nn.Module, config: LongLoraConfig) -> None:
     """Write the names into the config: targets where it has none, and norms and embeddings to be trained whole.
 
     Raises:
-        ValueError: the head is targeted, `embedding_rank` can't reach an embedding, or an adapter would be put on
-            modules that share their weights.
+        ValueError: the head is targeted, `embedding_rank` can't reach an embedding, an adapter would be put on
+            modules that share their weights, or a config that was resolved for another model leaves some out of this.
     """
     if config.target_modules is None and not config.target_parameters:
         found: Any = attention_projections(model) or None
@@ -39,8 +39,14 @@ def resolve_modules(model: nn.Module, config: LongLoraConfig) -> None:
     for name, module in walk(model):
         if module is head and _targeted(config, name):
             refuse_head(name)
+    whole = _untaken(model, config)
     if not config.resolved:
-        _resolve_whole(model, config)
+        config.modules_to_save = [*(config.modules_to_save or ()), *whole] or None
+    elif whole and not config.inference_mode and config.stored_shapes is None:  # weights that are loaded say it better
+        raise ValueError(
+            f"{whole[0]} would not be trained: the config has been put on another model and holds that one's names. "
+            "Make a fresh LongLoraConfig for each model."
+        )
     _refuse_shared(model, config)
 
 
@@ -79,20 +85,20 @@ def _targeted(config: LongLoraConfig, name: str) -> bool:
     return config.target_modules is not None and bool(check_target_module_exists(config, name))
 
 
-def _resolve_whole(model: nn.Module, config: LongLoraConfig) -> None:
-    """Add norms and embeddings to what is trained whole."""
-    wanted = list(config.modules_to_save or [])
-    users = tuple(wanted)
+def _untaken(model: nn.Module, config: LongLoraConfig) -> list[str]:
+    """The norms and embeddings that are to be trained whole, and that the config does not have yet."""
+    users = tuple(config.modules_to_save or ())
     train_embeddings = config.train_embeddings and config.trainable_token_indices is None
     inside: list[str] = []  # names that are trained already, by LoRA or with a module the user named
+    found: list[str] = []
     for name, module in language_modules(model):
         if name.startswith(tuple(f"{taken}." for taken in inside)):
             continue
         if _targeted(config, name) or name.endswith(users):
             inside.append(name)
         elif (config.train_norms and is_norm(module)) or (train_embeddings and isinstance(module, nn.Embedding)):
-            wanted.append(name)
-    config.modules_to_save = wanted or None
+            found.append(name)
+    return found
 
 
 def _refuse_shared(model: nn.Module, config: LongLoraConfig) -> None:

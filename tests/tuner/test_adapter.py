@@ -340,6 +340,20 @@ def test_dora_is_not_loaded_by_transformers_which_drops_its_magnitudes(tmp_path,
     assert (logits(twice) - expected).abs().max() <= 1e-6
 
 
+def test_a_config_that_holds_another_models_names_is_refused():
+    """It would train the norms that the two have in common, and say nothing of the rest."""
+    config = LongLoraConfig()
+    get_peft_model(llama(), config)
+    for reused in (config, copy.deepcopy(config)):
+        model = get_peft_model(llama(), reused)  # on another of the same kind
+        assert sum(p.requires_grad for n, p in model.named_parameters() if "norm" in n) == 5
+        with pytest.raises(
+            ValueError, match=r"^model\.layers\.2\.input_layernorm would not be trained: the config has"
+        ):
+            get_peft_model(llama(num_hidden_layers=4), reused)
+    get_peft_model(llama(num_hidden_layers=1), config)
+
+
 def test_no_adapter_is_put_on_one_by_get_peft_model():
     """PEFT warns, writes over the first one's LoRA, and what is saved loads on no model."""
     model = perturbed(llama())
