@@ -343,6 +343,43 @@ def test_a_warning_where_dense_is_worse(tiny_llama, monkeypatch, dense, warned):
     ] * warned
 
 
+def test_what_is_compared(tiny_llama, monkeypatch):
+    """By the active adapter's last stage; windows are dense, and compared with nothing unless a pattern is given."""
+    seen, warnings = [], []
+
+    def perplexities(model, *args, **kwargs):
+        state = get_s2_attention(model)
+        seen.append(state.config.group_size if state is not None and state.mode == "s2" else None)
+        return [{"length": 64, "perplexity": 1.0 if seen[-1] else 2.0}]
+
+    def schedule(*stages):
+        return Schedule(stages, S2AttentionConfig(), 0, native_window=64).to_dict()
+
+    monkeypatch.setattr(compare, "perplexity_by_length", perplexities)
+    monkeypatch.setattr(compare.logger, "warning", warnings.append)
+    model = get_peft_model(tiny_llama(), LongLoraConfig(r=4, target_length=256))
+    set_s2_attention(model, S2AttentionConfig(group_size=24))
+    config = model.peft_config["default"]
+
+    def compared(**options):
+        seen.clear()
+        warnings.clear()
+        return list(compare_attention(model, [], [64], **options)), seen[:], bool(warnings)
+
+    given = S2AttentionConfig(group_size=8)
+    assert compared() == (["dense", "as trained"], [None, 24], True)
+    config.schedule = schedule(ContextStage(256, 1, group_size=16), ContextStage(256, 1, group_size=32))
+    assert compare.trained_window(model) is None
+    assert compared() == (["dense", "as trained"], [None, 32], True)
+    assert compared(attention=given, name="groups of 8") == (["dense", "groups of 8"], [None, 8], False)
+    config.schedule = schedule(ContextStage(256, 1), ContextStage(256, 1, sparse="pose"))
+    assert compare.trained_window(model) == 64
+    assert compared() == (["dense"], [None], False)
+    assert compared(attention=given) == (["dense", "as trained"], [None, 8], True)
+    config.schedule = None
+    assert compare.trained_window(model) is None and compared()[1] == [None, 24]
+
+
 def test_a_comparison_leaves_attention_as_it_was(tiny_llama, tmp_path, monkeypatch):
     seen = []
 

@@ -377,7 +377,7 @@ def test_what_the_standard_error_says_of_the_far_context():
 
     assert "beyond 1,024 tokens helps" in far_context(two(2.0, 1.9, 0.03))  # 2.4 errors of the difference
     assert "hurts" in far_context(two(2.0, 2.1, 0.03)) and "+0.100" in far_context(two(2.0, 2.1, 0.03))
-    assert "makes no difference" in far_context(two(2.0, 2.1, 0.04))
+    assert "makes no difference" in far_context(two(2.0, 2.1, 0.04)[1:])
     with pytest.raises(ValueError, match="at least two buckets"):
         far_context(two(1.0, 1.0, 0.1)[:1])
 
