@@ -586,6 +586,7 @@ def test_train_under_accelerate_launch(run):
         ("stages: [", "not YAML"),
         ("lora_r:\nmodel_revision: null\nhub_model_id: null", "has no value for lora_r, model_revision: give one"),
         ("lora_r: 4\nlora_alpha: 8\nlora_r: 8", "has lora_r more than once"),
+        ("lora_modules_to_save: lm_head", "modules_to_save must be a list of names, got 'lm_head'"),
         ("stages: sometimes", "`stages` must be"),
         ("stages: [{max_length: 128}]", "missing ['max_steps']"),
         ("model_name_or_path: null", "model_name_or_path"),

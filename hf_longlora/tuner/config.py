@@ -136,7 +136,10 @@ class LongLoraConfig(LoraConfig):
             raise ValueError(f"rope_parameters must be a dict, got {type(self.rope_parameters).__name__}.")
         for name in ("rope", "base_rope"):
             _check_stored_rope(name, getattr(self, name))
-        # PEFT takes any, and the forward fails or is NaN.
+        # PEFT takes any: of a name it trains whatever ends with one of its letters, whole MLPs among them,
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}.")
+        # and with these the forward fails or is NaN.
         alpha: Any = self.lora_alpha
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
             raise ValueError(f"lora_alpha must be a finite number, got {alpha!r}.")

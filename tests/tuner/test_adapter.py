@@ -218,6 +218,7 @@ def test_parameters_are_targeted_as_by_lora():
         ("base_length", 1),
         ("rope_type", "ntk"),
         ("rope_parameters", "linear"),
+        ("modules_to_save", "lm_head"),
         ("lora_alpha", True),
         ("lora_alpha", "16"),
         ("lora_alpha", float("inf")),
