@@ -256,14 +256,15 @@ def _summary(config: LongLoraConfig, base_model: str | None) -> str:
 
 
 def _trained(config: LongLoraConfig) -> list[str]:
-    targets, ranks = config.target_modules or config.target_parameters or (), config.rank_pattern or {}
+    targets, ranks = config.target_modules or (), config.rank_pattern or {}
     if isinstance(targets, str):
-        names = [f"`{targets}`"]
+        names = {targets}
     else:
-        targets = [name for name in targets if config.embedding_rank is None or name not in ranks]
-        names = [f"`{name}`" for name in sorted({name.rpartition(".")[2] for name in targets})]
+        names = {_last(name) for name in targets if config.embedding_rank is None or name not in ranks}
+    names |= {_last(name.removesuffix(".weight")) for name in config.target_parameters or ()}
     kind = "DoRA" if config.use_dora else "LoRA"
-    trained = [f"{kind} (r = {config.r}, alpha = {config.lora_alpha}) on {', '.join(names)}"]
+    on = ", ".join(f"`{name}`" for name in sorted(names))
+    trained = [f"{kind} (r = {config.r}, alpha = {config.lora_alpha}) on {on}"]
     if config.train_norms:
         trained.append("norms")
     if config.trainable_token_indices is not None:
@@ -272,6 +273,10 @@ def _trained(config: LongLoraConfig) -> list[str]:
         rank = config.embedding_rank
         trained.append("embeddings" if rank is None else f"embeddings by LoRA (r = {rank})")
     return trained
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _section(section: Section) -> str:

@@ -298,6 +298,7 @@ def test_two_tokens_are_the_shortest_window(model, documents):
     ("length", "options", "message"),
     [
         (1, {}, "length must be at least 2"),
+        (71, {}, "no document has 71 tokens: the longest of 4 has 70"),
         (8, {"batch_size": 0}, "`batch_size`"),
         (8, {"positions_per_window": 0}, "`positions_per_window`"),
         (8, {"max_windows": 0}, "`max_windows`"),

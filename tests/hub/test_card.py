@@ -134,6 +134,19 @@ def test_a_base_that_is_a_folder_is_no_metadata(config, tmp_path):
     assert "# adapter" in card.text
 
 
+def test_a_card_shows_a_picture_where_there_is_one_and_names_the_base_that_it_is_told(config, tmp_path):
+    config.base_model_name_or_path = "someone/llama"
+    config.save_pretrained(tmp_path)
+    (tmp_path / "evaluation.json").write_text(json.dumps({"perplexity": RECORDS["books"]}))
+    told, told_of = folder_card(tmp_path), folder_card(tmp_path, base_model="user/other")
+    assert "| dense | 12.50 | 11.25 |" in told.text and "perplexity.png" not in told.text
+    assert (told.data.base_model, told_of.data.base_model) == ("someone/llama", "user/other")
+    (tmp_path / "perplexity.png").write_bytes(b"PNG")
+    assert "(perplexity.png)" in folder_card(tmp_path).text
+    (tmp_path / "evaluation.json").write_text(json.dumps({"passkey": PASSKEY}))
+    assert "perplexity.png" not in folder_card(tmp_path).text  # of another time
+
+
 @pytest.mark.parametrize(
     ("options", "trained"),
     [
@@ -153,6 +166,10 @@ def test_a_base_that_is_a_folder_is_no_metadata(config, tmp_path):
         (
             {"target_modules": ["q_proj"], "trainable_token_indices": [3]},
             "LoRA (r = 8, alpha = 16) on `q_proj`, norms, embeddings of some tokens",
+        ),
+        (
+            {"target_modules": ["q_proj"], "target_parameters": ["up_proj.weight"], "train_norms": False},
+            "LoRA (r = 8, alpha = 16) on `q_proj`, `up_proj`, embeddings",
         ),
     ],
 )
