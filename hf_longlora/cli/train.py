@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from .options import DTYPES, check_writable
 
@@ -110,6 +110,9 @@ def run(options: argparse.Namespace) -> None:
     script, model, args = parse(options.arguments)
     if script.dataset_name is None:
         raise ValueError("No data: name it by dataset_name, a dataset on the Hub or a local file or folder.")
+    template = Path(args.chat_template_path or "")
+    if template.suffix in (".jinja", ".j2") and not template.is_file():  # TRL would ask the Hub for it
+        raise FileNotFoundError(f"{template} does not exist (chat_template_path)")
     check_writable(Path(args.output_dir))
     checkpoint = _checkpoint(script, args)
     config = config_of(model, args)  # before the data are read
@@ -314,6 +317,15 @@ def _check_file(file: Path, classes: Collection[type]) -> None:
     needing = [name for name in empty if name in kinds and type(None) not in get_args(kinds[name])]
     if needing:
         raise ValueError(f"The --config file has no value for {', '.join(needing)}: give one, or leave it out.")
+    many = [key.value for key, value in node.value if isinstance(value, yaml.CollectionNode)]
+    single = [name for name in many if name in kinds and not _takes_many(kinds[name])]
+    if single:
+        raise ValueError(f"The --config file has more than a single value for {', '.join(single)}.")
+
+
+def _takes_many(kind: Any) -> bool:
+    """Whether a type takes a list or a mapping."""
+    return any(each is Any or (get_origin(each) or each) in (list, dict) for each in (kind, *get_args(kind)))
 
 
 def _meant(name: str, known: list[str]) -> str:

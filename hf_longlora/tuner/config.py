@@ -126,6 +126,7 @@ class LongLoraConfig(LoraConfig):
         self.peft_type = PeftType["LONGLORA"]
         check_whole(2, none=True, target_length=self.target_length, base_length=self.base_length)
         check_whole(1, none=True, embedding_rank=self.embedding_rank)
+        check_whole(1, r=self.r)
         if self.embedding_rank is not None and (not self.train_embeddings or self.trainable_token_indices is not None):
             raise ValueError(
                 "embedding_rank, trainable_token_indices and train_embeddings=False are three ways to save the memory "
