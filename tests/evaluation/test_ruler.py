@@ -89,11 +89,12 @@ class Reader:
 
 @needs_lm_eval
 @pytest.mark.parametrize("chat_template", [True, False])
-def test_who_reads_the_whole_text_scores_1_and_who_guesses_0(tiny_llama, tokenizer, chat_template):
+def test_who_reads_the_whole_text_scores_1_and_who_guesses_0(tiny_llama, tokenizer, chat_template, capfd):
     model = tiny_llama(vocab_size=WORDS)
     model.generate = reader = Reader(tokenizer)
-    options = dict(trials=3, chat_template=chat_template, progress=False)
+    options = dict(trials=3, chat_template=chat_template)
     records = ruler_accuracy(model, tokenizer, [1500, 4096], batch_size=2, **options)  # 1,500 is none of lm-eval's
+    assert re.findall(r"(\d+)/(\d+)", capfd.readouterr().err)[-1] == ("36", "36")
     assert [(record["task"], record["length"]) for record in records] == [(t, n) for n in (1500, 4096) for t in TASKS]
     assert {record["accuracy"] for record in records} == {1.0} and {record["error"] for record in records} == {0.0}
     for length, read in ((1500, reader.lengths[:18]), (4096, reader.lengths[18:])):
@@ -102,8 +103,9 @@ def test_who_reads_the_whole_text_scores_1_and_who_guesses_0(tiny_llama, tokeniz
     assert all(prompt.startswith("<s>user: ") == chat_template for prompt in reader.prompts)
     assert all((": The special magic" in p or "assistant: " in p) == chat_template for p in reader.prompts)
 
-    model.generate = Reader(tokenizer, lambda prompt: "no idea 123")
+    model.generate, options["progress"] = Reader(tokenizer, lambda prompt: "no idea 123"), False
     records = ruler_accuracy(model, tokenizer, 1500, **options)
+    assert not capfd.readouterr().err
     assert {record["accuracy"] for record in records} == {0.0}
 
     model.generate = Reader(tokenizer, lambda prompt: " ".join(solve(prompt).split()[:1]))
@@ -147,7 +149,8 @@ def test_a_model_as_it_stands(tiny_llama, tokenizer, tmp_path):
         return answer
 
     model.generate = generate
-    ruler_accuracy(model, tokenizer, [1024, 700], ["niah_single_1"], trials=1, progress=False)
+    records = ruler_accuracy(model, tokenizer, [1024, 700], ["niah_single_1"], trials=1, progress=False)
+    assert [record["error"] for record in records] == [None, None]  # one text has none
     assert model.training and tokenizer.pad_token is None
     model.eval()
     fresh = PeftModel.from_pretrained(tiny_llama(vocab_size=WORDS, tie_word_embeddings=True), tmp_path).eval()
