@@ -38,7 +38,7 @@ from hf_longlora import (
 from hf_longlora.cli import main
 from hf_longlora.planning import GIB, GPUS, RunSettings, check_model, find_gpu, gpu_called
 from hf_longlora.planning.gpus import Gpu
-from hf_longlora.planning.memory import kept_of_the_mlp, kept_outside_the_mlp
+from hf_longlora.planning.memory import kept_of_a_window, kept_of_the_mlp, kept_outside_the_mlp
 from hf_longlora.planning.seconds import MATMUL_SHARE, SHORT_SEGMENT, TRAFFIC, TRAFFIC_FUSED
 from hf_longlora.planning.shape import Shape
 
@@ -240,6 +240,16 @@ def test_what_settings_change():
 
 def groups(size=None, **options):
     return {"attention": S2AttentionConfig(group_size=size, **options)}
+
+
+def test_bytes_that_a_layer_keeps():
+    settings = RunSettings(adapter=LongLoraConfig())
+    norms, inputs = 2 * 64 * (4 + 2), 2 * 64  # of fp32 and of bf16; what query, key and value share
+    attention = 2 * (64 + 64) + 2 * (32 + 32) + 4 * 4 + 2 * (16 + 16)  # a number a head; sine and cosine
+    assert kept_outside_the_mlp(Shape.of(LLAMA, settings), settings) == norms + inputs + attention
+    for heads, copied in ((1, 0), (2, 3 * (2 * 2 * 64) - 2 * (32 + 32)), (4, 0)):
+        shape = Shape.of(MistralConfig(**SHAPE, num_key_value_heads=heads, sliding_window=256), settings)
+        assert kept_of_a_window(shape, 256) == 2 * 1.5 * 256 + copied
 
 
 @pytest.mark.parametrize("again", [True, False])
