@@ -21,7 +21,7 @@ from hf_longlora.attention.reference import reference_kernel
 from hf_longlora.evaluation import compare_attention
 from hf_longlora.hub.run import ATTENTION
 from hf_longlora.schedule import Schedule
-from hf_longlora.trainer.pieces import piece, pieces
+from hf_longlora.trainer.pieces import FILLER, filler, piece, pieces
 from hf_longlora.trainer.report import write_report
 from hf_longlora.trainer.windows import Served, WindowCollator, cut, slots
 
@@ -242,7 +242,7 @@ def test_pieces_hold_each_window_once(sizes, most, count):
     found = pieces(ends, most, count)
     assert [window for span in found for window in range(*span)] == list(range(len(sizes)))
     assert all(b - a == 1 or ends[b] - ends[a] <= most for a, b in found)
-    assert len(found) >= min(count, len(sizes))
+    assert all(a < b for a, b in found) and len(found) >= min(count, len(sizes))
     if count == 1:  # as few as there can be in order
         assert all(ends[d] - ends[a] > most for (a, _), (_, d) in pairwise(found))
 
@@ -629,6 +629,17 @@ def test_answers_are_learned_where_no_step_is_cut(make):
 def test_bad_stages_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         ContextStage(128, 1, **fields)
+
+
+def test_of_a_filler_nothing_is_learned():
+    """A process that has fewer pieces than others runs it beside them: no loss, no token of another number."""
+    batch = WindowCollator(None)([served([[200]], WINDOW, "windows")[0]])
+    row = filler(batch)
+    assert row.keys() == piece(batch, batch["cu_seq_lens_q"].tolist(), (0, 1)).keys()
+    assert row["input_ids"].shape == row["labels"].shape == row["position_ids"].shape == (1, FILLER)
+    assert set(row["labels"].flatten().tolist()) == {-100}
+    assert row["position_ids"].tolist() == [[*range(FILLER)]]
+    assert row["cu_seq_lens_q"].tolist() == [0, FILLER] and row["max_length_q"] == FILLER
 
 
 def test_a_piece_is_a_row_of_its_own():
