@@ -637,3 +637,35 @@ def test_a_stage_ends_with_a_log_whatever_logging_steps_say(make):
     trainer = make(logging_steps=100)
     trainer.train()
     assert [log["step"] for log in trainer.state.log_history if "loss" in log] == [3, 6]
+
+
+def test_attention_that_is_trained_whole_follows_the_schedule(tiny_llama, tiny_tokenizer, tmp_path):
+    """An adapter's copies are made before the run is, and their attention is not the base's."""
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            copies = [m for name, m in attention_modules(model) if "modules_to_save" in name]
+            seen.append([(m.s2_attention_state.config.group_size, m.s2_attention_state.mode) for m in copies])
+
+    model = tiny_llama()
+    set_s2_attention(model, S2AttentionConfig(group_size=4))
+    trainer = LongLoraSFTTrainer(
+        model=model,
+        args=LongLoraSFTConfig(
+            output_dir=str(tmp_path),
+            stages=[ContextStage(128, 2), ContextStage(256, 1)],
+            sparse="s2",
+            dense_every=2,
+            group_size=32,
+            per_device_train_batch_size=1,
+            report_to="none",
+            use_cpu=True,
+        ),
+        train_dataset=texts(),
+        processing_class=tiny_tokenizer,
+        peft_config=LongLoraConfig(modules_to_save=["self_attn"], target_modules=["up_proj"]),
+        callbacks=[Look()],
+    )
+    trainer.train()
+    assert seen == [[(32, mode)] * 2 for mode in ("auto", "dense", "auto")]
