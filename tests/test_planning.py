@@ -138,6 +138,7 @@ def peak_of_a_step(config, tokens, adapter, tokenizer, folder, **options):
         (LLAMA, LongLoraConfig(), {}, 0.01),
         (LLAMA, LongLoraConfig(), {"gradient_checkpointing": False}, 0.01),
         (LLAMA, LongLoraConfig(), {"mlp_tile": 8}, 0.01),
+        (LLAMA, LongLoraConfig(), {"mlp_tile": 8, "gradient_checkpointing": False}, 0.01),
         (LLAMA, LORA_ONLY, {}, 0.01),
         (LLAMA, LongLoraConfig(target_modules="all-linear"), {}, 0.01),
         (LLAMA, LongLoraConfig(target_modules="all-linear"), {"gradient_checkpointing": False}, 0.01),
@@ -150,7 +151,8 @@ def peak_of_a_step(config, tokens, adapter, tokenizer, folder, **options):
         (WINDOWED, LongLoraConfig(), {"gradient_checkpointing": False}, 0.01),
     ],
     ids=[
-        *("llama", "not checkpointed", "tiled", "lora only", "all-linear", "all-linear, not checkpointed"),
+        *("llama", "not checkpointed", "tiled", "tiled, not checkpointed"),
+        *("lora only", "all-linear", "all-linear, not checkpointed"),
         *("all weights", "all weights, not checkpointed", "qwen3", "gpt_neox", "mixtral"),
         *("windows", "windows, not checkpointed"),
     ],
@@ -210,6 +212,7 @@ def test_what_settings_change():
     plain = of()
     offloaded = of(activation_offloading=True)
     moved = plain.activations - offloaded.activations
+    assert plain.host == 0
     assert moved == pytest.approx(offloaded.host) == pytest.approx(5 * 32768 * 4096 * 2 / GIB)  # all but 3
     half = of(activation_offloading=True, offload_share=0.5)
     assert half.host == pytest.approx(1 * 32768 * 4096 * 2 / GIB)  # 4 of 8, but for 3
@@ -592,6 +595,17 @@ def test_plain_text_is_planned_in_windows_unless_something_speaks_for_groups(sai
 
     assert of("auto") == of("s2" if said else "windows")
     assert said or of("auto") != of("s2")
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_window_that_holds_all_is_none(again):
+    """Mistral's and Llama's layers are the same, but for the window."""
+    windowed, whole = (
+        plan_run(config, [200, 256, 257], gpu="H200", gradient_checkpointing=again, sparse="s2").lengths
+        for config in (WINDOWED, LLAMA)
+    )
+    assert windowed[:2] == whole[:2]
+    assert windowed[2].activations > whole[2].activations and windowed[2].seconds_dense > whole[2].seconds_dense
 
 
 def test_sink_tokens_are_counted():
