@@ -228,8 +228,8 @@ def _wait() -> None:
 class Pattern(TrainerCallback):
     """What of a method no stage can say: what is shifted, group sizes that grow, layers that are always dense.
 
-    Its turn is after the trainer's callback, which gives all layers one state when training begins, and sets the group
-    size in it at the begin of each step.
+    Its turn is after the trainer's callback, which sets the group size at the begin of each step, in the one state
+    that the trainer has given to all layers.
     """
 
     def __init__(self, method: Method, length: int, steps: int) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..attention import get_s2_attention, set_attention_mode, set_s2_attention
+from ..attention import get_s2_attention, set_attention_mode
 from ..hub.run import evaluation_losses
 from ..rope import RopeScaling, apply_rope, write_length
 from ..schedule import Schedule
@@ -45,7 +45,6 @@ class ContextStageCallback(TrainerCallback):
         attention.config, attention.mode = self.schedule.attention_config(step.stage), step.mode
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        set_s2_attention(kwargs["model"])  # all layers there are by now, copies that an adapter trains too
         # Resumed after the last step, nothing is trained any more, but what is saved has the last stage's RoPE.
         step = min(state.global_step, self.schedule.max_steps - 1)
         self.apply(kwargs["model"], step, kwargs.get("processing_class"))

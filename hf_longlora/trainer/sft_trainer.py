@@ -123,7 +123,8 @@ class LongLoraSFTTrainer(RowsTrainer, SavingTrainer, WatchedTrainer, PiecewiseTr
         )
         check_replicas(args)
         self._rows = self.train_dataset
-        set_s2_attention(self.model)  # loaded by its name it has the attention that its arguments ask for, if any
+        # Loaded by its name it has the attention that its arguments ask for, if any; and PEFT has copied layers.
+        set_s2_attention(self.model)
         if longlora_tuner(self.model) is not None:
             self._adopt_adapter(revision)
         if self.schedule.any_windows:
