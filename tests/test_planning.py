@@ -514,7 +514,10 @@ def test_a_plan_names_its_model():
 
 def test_cards_and_notes():
     assert find_gpu("h200") is GPUS["H200"] and find_gpu(GPUS["H100"]) is GPUS["H100"]
-    assert plan_run(LLAMA, [64], gpu="H200").notes == ()
+    window = LLAMA.max_position_embeddings
+    assert plan_run(LLAMA, [64, window], gpu="H200").notes == ()
+    (note,) = plan_run(LLAMA, [64, window + 1], gpu="H200").notes
+    assert note.startswith(f"Steps that aren't dense are planned in windows of {window:,} tokens")
     assert "data sheet" in plan_run(LLAMA, [64], gpu="L40S").notes[0]
     gemma = Gemma3TextConfig(**SHAPE, num_key_value_heads=2, head_dim=16, sliding_window=64)
     assert "gemma3_text" in plan_run(gemma, [64], gpu="H200").notes[0]

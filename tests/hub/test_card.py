@@ -302,16 +302,27 @@ def test_facts_that_are_not_known_are_left_out(tmp_path):
     args = LongLoraSFTConfig(str(tmp_path), stages=[ContextStage(128, 2)], use_cpu=True, bf16=False)
     facts = run.run_facts(args, TrainerState(global_step=1, max_steps=2))
     assert set(facts) == {"steps", "learning rate", "hardware", "versions", "date"}
+    logged = run.run_facts(args, TrainerState(global_step=1, max_steps=2, log_history=[{"loss": 2.0}]))
+    assert set(logged) == {*facts, "loss"}
 
 
-def test_facts_of_a_run(tmp_path):
+def test_facts_are_read_as_they_were_written(tmp_path):
+    folder = tmp_path / "not" / "there"
+    assert run.read_facts(folder) == {}
+    for facts in ({"data": "Über, 12 examples"}, {"data": "others", "loss": "1 at first"}):
+        run.write_facts(folder, facts)
+        assert run.read_facts(folder) == facts
+
+
+def test_facts_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(LongLoraSFTConfig, "data_parallel", property(lambda args: 3))
     args = LongLoraSFTConfig(
         str(tmp_path),
         stages=[ContextStage(128, 2000)],
         use_cpu=True,
         bf16=False,
         per_device_train_batch_size=2,
-        gradient_accumulation_steps=600,
+        gradient_accumulation_steps=200,
         learning_rate=2e-4,
         lr_scheduler_type="cosine",
         warmup_steps=1000,
