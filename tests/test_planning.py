@@ -230,6 +230,8 @@ def test_what_settings_change():
     assert of(batch_size=2).activations == pytest.approx(2 * plain.activations)
     twice = of(gradient_accumulation_steps=2)
     assert twice.seconds == pytest.approx(2 * plain.seconds, rel=0.01) and twice.gradients > 0 == plain.gradients
+    several = of(batch_size=2, gradient_accumulation_steps=3)
+    assert several.tokens_per_second == pytest.approx(2 * 3 * 32768 / several.seconds)
     selective = of(selective_checkpointing=True)
     kept = 8 * 32768 * (2 * 4096 + 4 * 32) / GIB  # attention's output, and a number a head
     assert selective.activations == pytest.approx(plain.activations + kept)
