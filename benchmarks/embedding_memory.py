@@ -6,6 +6,7 @@ one time. The last comes from the allocations in a step of a small model in bf16
 """
 
 import argparse
+import gc
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Census:
         self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
     def __enter__(self) -> "Census":
+        gc.collect()  # what an earlier model leaves would be freed inside
         self.profiler.__enter__()
         return self
 

@@ -147,6 +147,8 @@ class LongLoraConfig(LoraConfig):
         tokens: Any = self.alora_invocation_tokens
         if tokens is not None and not (isinstance(tokens, list) and all(type(t) is int for t in tokens)):
             raise ValueError(f"alora_invocation_tokens must be a list of token ids, got {tokens!r}.")
+        if self.megatron_config is not None:  # PEFT imports whatever megatron_core names
+            raise ValueError("megatron_config is not supported: LongLoRA works on transformers' models.")
         targets = self.target_modules
         if isinstance(targets, str):
             hit = re.fullmatch(targets, "lm_head") is not None

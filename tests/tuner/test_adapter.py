@@ -223,6 +223,7 @@ def test_parameters_are_targeted_as_by_lora():
         ("lora_alpha", "16"),
         ("lora_alpha", float("inf")),
         ("alora_invocation_tokens", 5),
+        ("megatron_config", {}),
         ("alora_invocation_tokens", [5, "a"]),
     ],
 )
