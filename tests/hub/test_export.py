@@ -197,6 +197,18 @@ def test_bad_input_is_one_error_and_nothing_is_left(adapter, form, harm, message
     assert not list(adapter.glob(".*"))
 
 
+def test_a_base_that_has_moved_and_folders_that_are_empty_or_not_there(adapter):
+    (adapter / "base").rename(adapter / "elsewhere")
+    (adapter / "empty").mkdir()
+    for form, out in (("merged", adapter / "empty"), ("lora", adapter / "not" / "there")):
+        for _ in range(2):
+            assert export_adapter(adapter / "adapter", out, form=form, base=adapter / "elsewhere") == out
+            shutil.copytree(out, adapter / form, dirs_exist_ok=True)
+            shutil.rmtree(out)  # its parent stays
+    assert reach(current_rope(AutoConfig.from_pretrained(adapter / "merged")))[1] == 256
+    assert str(adapter / "elsewhere") in (adapter / "lora" / "README.md").read_text()
+
+
 def test_merging_into_a_quantized_base_is_refused(adapter):
     _quantized(adapter)
     with pytest.raises(ValueError, match="is quantized"):
