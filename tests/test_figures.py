@@ -336,6 +336,51 @@ def memory() -> list[str]:
     ]
 
 
+def benchmarks() -> list[str]:
+    def both(method: str, digits: int = 1, **where: object) -> str:
+        books, math = (ranged(above(method, corpus, **where), digits) for corpus in ("books", "math"))
+        return f"{books}{'%' * (digits == 1)} and {math}"
+
+    theta, s2 = f"s2 1/4{THETA}", f"s2 native + sinks, 4th dense{THETA}"
+    paper_books, paper_math = (ranged(above(PAPER, corpus), 0) for corpus in ("books", "math"))
+    packed = [
+        [last("packed", f"{call}_p50", kernel=kernel, mean=mean) for kernel in ("varlen", "sdpa", "auto")]
+        for mean in (100, 500, 2000, 8000, 16000)
+        for call in ("first", "again")
+    ]
+    equal = [value for corpus in ("books", "math") for value in above(EQUAL_TIME, corpus, length=32_768)]
+    equal_long = [value for corpus in ("books", "math") for value in above(EQUAL_TIME, corpus)]
+    gemma, gemma_end = (
+        [value for corpus in ("books", "math") for value in above(DEFAULT, corpus, c, **GEMMA)] for c in ENDS
+    )
+    alone, alone_end = (above(s2, "books", c, **GEMMA)[0] for c in ENDS)
+    return [
+        f"end {ranged(equal_long)}% above all of them at 65,536",
+        f"and {ranged(equal)}% at 32,768",
+        f"end {paper_books}% (books) and {paper_math}% (math) above dense training at 65,536 tokens, "
+        f"{both(PAPER, 0, length=32_768)}% at 32,768, {above(PAPER, 'books', **QWEN)[0]:.0f}% on Qwen at 131,072; "
+        f"with a larger theta {both(theta)}% at 65,536, with YaRN {both('s2 1/4')}%",
+        f"takes it better: {above(PAPER, 'books', **GEMMA)[0]:.1f}%, with YaRN "
+        f"{above('s2 1/4', 'books', **GEMMA)[0]:.1f}%",
+        f"the default is {ranged(gemma)}% above dense training, its end {ranged(gemma_end)}%, at "
+        f"{pretrained(DEFAULT, **GEMMA).share:.2f} of the time",
+        f"it is {alone:.2f}% above (the end {alone_end:.2f}%), at {pretrained(s2, **GEMMA).share:.2f} of the time",
+        *(
+            f"| {tokens:,}, {mean:,} | "
+            + " | ".join(f"{a:.{d}f} / {b:.1f}" for a, b, d in zip(first, again, digits, strict=True))
+            + " |"
+            for tokens, mean, first, again, digits in zip(
+                [32_768] * 4 + [131_072],
+                [100, 500, 2000, 8000, 16000],
+                packed[::2],
+                packed[1::2],
+                [(1, 1, 1)] * 3 + [(1, 0, 1), (0, 0, 0)],
+                strict=True,
+            )
+        ),
+    ]
+
+
 def kernels() -> list[str]:
     one_day = {"date": "2026-11-25"}
     with_sinks = {
@@ -416,6 +461,7 @@ PAGES = {
     "docs/rope.md": rope,
     "docs/memory.md": memory,
     "docs/kernels.md": kernels,
+    "benchmarks/README.md": benchmarks,
     "docs/peers.md": peers,
     "examples/smollm2_32k.yaml": smollm2,
     "examples/extend_llama_pg19.yaml": llama,
